@@ -1,0 +1,1 @@
+"""SIA on events: an agent improves itself through its harness and its weights, and every step is an event."""

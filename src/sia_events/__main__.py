@@ -1,0 +1,3 @@
+from sia_events.cli import main
+
+main()
