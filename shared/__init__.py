@@ -1,0 +1,1 @@
+"""What every service knows: events, records, the fold of a run, ports, replay, settings."""

@@ -1,0 +1,52 @@
+"""One model call as it is recorded: the line of the trace stream, of the trajectory and of ClickHouse's `model_calls`."""
+
+from typing import Any, Literal
+
+import msgspec
+
+
+class ModelCall(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """A request, its reply, and on whose behalf. `error` stands where a reply would, when the provider had none.
+
+    `request` is what the agent sent (without its credentials), `reply` the body it got, with token ids and
+    log-probs. `digest` is the SHA-256 of the request; with `n`, its how-manieth sending, it names the call in its
+    attempt, which is how a repeated handler finds the recorded reply.
+    """
+
+    call: str
+    attempt: str
+    version: str
+    role: str = "target"
+    kind: Literal["chat", "choice"]
+    model: str
+    adapter: str | None = None
+    item: str | None = None
+    digest: str
+    n: int
+    seed: int
+    request: dict[str, Any]
+    reply: dict[str, Any] | None = None
+    error: str | None = None
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    usd: float = 0.0
+    seconds: float = 0.0
+    time: str = ""
+
+
+_encoder = msgspec.json.Encoder()
+_decoder = msgspec.json.Decoder(ModelCall)
+
+
+def encode_call(call: ModelCall) -> bytes:
+    return _encoder.encode(call)
+
+
+def decode_call(line: bytes) -> ModelCall:
+    """Raises msgspec.ValidationError for a line that is no model call."""
+    return _decoder.decode(line)
+
+
+def journal_key(attempt: str) -> str:
+    """What an attempt's calls are kept under: all tries of one attempt share a journal, so none pays again."""
+    return attempt.split("~")[0]

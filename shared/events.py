@@ -1,0 +1,428 @@
+"""Every fact the system can record, in the order a run lives through them, and the small values they carry."""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, JsonValue
+
+Lever = Literal["harness", "weights"]
+LeverPolicy = Literal["auto", "harness", "weights", "alternate", "random"]
+Split = Literal["train", "dev", "gate", "test"]
+FailureKind = Literal["infrastructure", "timeout", "crash", "invalid_output", "empty_reply", "truncated"]
+Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+
+
+class Value(BaseModel):
+    """Part of an event: immutable, no unknown fields, finite numbers only."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class Event(BaseModel):
+    """A fact, past tense. Built without clock and without chance; large things are referred to by digest."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class Weights(Value):
+    """A base model and, maybe, an adapter (the digest of its packed folder)."""
+
+    model: str
+    adapter: Digest | None = None
+
+
+class Estimate(Value):
+    """A mean over n items with its 95 % interval."""
+
+    value: float
+    low: float
+    high: float
+    n: int = Field(ge=1)
+
+
+class Comparison(Value):
+    """A paired comparison on the same items: mean gain, its interval, the p-value of no difference."""
+
+    gain: float
+    low: float
+    high: float
+    p_value: float
+    n: int
+    better: int
+    worse: int
+
+
+class Sealed(Value):
+    """The test split, scored once at the end for the first and the final version."""
+
+    first: Estimate
+    final: Estimate
+    comparison: Comparison
+
+
+class Budget(Value):
+    """Hard limits over all roles together; None is no limit."""
+
+    usd: float | None = Field(default=None, gt=0)
+    minutes: float | None = Field(default=None, gt=0)
+    tokens: int | None = Field(default=None, gt=0)
+
+
+class RunSettings(Value):
+    """What a run was asked to do; a branch changes some of it."""
+
+    generations: int = Field(default=3, ge=1, le=1000)
+    candidates: int = Field(default=3, ge=1, le=26)
+    lever: LeverPolicy = "auto"
+    search: Literal["line"] = "line"
+    seed: int = Field(default=0, ge=0, lt=2**31)
+    target_model: str = "local/smollm2-135m-instruct"
+    meta_model: str = "builtin"
+    sandbox: Literal["bubblewrap", "process"] = "bubblewrap"
+    algorithm: Literal["reinforce"] = "reinforce"
+    rollout_items: int = Field(default=384, ge=1)
+    rollout_samples: int = Field(default=8, ge=2, le=64)
+    epochs: int = Field(default=1, ge=1, le=10)
+    alpha: float = Field(default=0.05, gt=0, lt=0.5)
+    plateau_gain: float = Field(default=0.03, ge=0)
+    gate_repeats: int = Field(default=1, ge=1, le=10)
+    attempt_tries: int = Field(default=3, ge=1, le=10)
+    budget: Budget = Budget()
+
+
+class Evidence(Value):
+    """What a lever was chosen on: figures of the log, each of them recomputable from it."""
+
+    incumbent: str
+    dev_score: float | None
+    invalid_rate: float
+    skew: float
+    last_harness_gain: float | None
+    last_weights_gain: float | None
+    harness_tries: int
+    weights_tries: int
+    generations_left: int
+
+
+class TaskRegistered(Event):
+    """A task was checked and its data laid down: public data a split, answers with the evaluator only."""
+
+    type: Literal["TaskRegistered"] = "TaskRegistered"
+    task: str
+    title: str
+    metric: str
+    maximize: bool
+    spec: Digest
+    datasets: dict[str, Digest]
+    answers: Digest
+    judge: Digest | None = None
+    reference: Digest
+    sizes: dict[str, int]
+    floor: float | None
+
+
+class RunStarted(Event):
+    """Somebody asked for a better agent."""
+
+    type: Literal["RunStarted"] = "RunStarted"
+    settings: RunSettings
+    code: str
+
+
+class AgentProposed(Event):
+    """The meta-agent wrote a first version."""
+
+    type: Literal["AgentProposed"] = "AgentProposed"
+    version: str
+    candidate: int
+    harness: Digest
+    weights: Weights
+    reason: str
+
+
+class AttemptRequested(Event):
+    """A version is owed a run on a split. `samples` copies of each item; above one, replies are drawn at temperature 1."""
+
+    type: Literal["AttemptRequested"] = "AttemptRequested"
+    attempt: str
+    version: str
+    split: Split
+    repeat: int = 0
+    tries: int = 0
+    items: int | None = None
+    samples: int = 1
+    seed: int
+
+
+class ExecutionLogged(Event):
+    """The target agent ran to its end: what it wrote, and every model call it made, by digest."""
+
+    type: Literal["ExecutionLogged"] = "ExecutionLogged"
+    attempt: str
+    version: str
+    split: Split
+    outputs: Digest
+    trajectory: Digest
+    calls: int
+    prompt_tokens: int
+    completion_tokens: int
+    seconds: float
+
+
+class AttemptFailed(Event):
+    """An attempt gave no outputs to score. `infrastructure` is our fault and tried again; the rest is the candidate's."""
+
+    type: Literal["AttemptFailed"] = "AttemptFailed"
+    attempt: str
+    version: str
+    split: Split
+    kind: FailureKind
+    message: str
+    detail: Digest | None = None
+
+
+class KernelMeasured(Event):
+    """A kernel was checked on fresh inputs and timed outside its own process."""
+
+    type: Literal["KernelMeasured"] = "KernelMeasured"
+    attempt: str
+    version: str
+    problem: str
+    correct: bool
+    speedup: float
+    low: float
+    high: float
+    flagged: bool
+    reason: str
+
+
+class Scored(Event):
+    """The evaluator judged an attempt over all items of its split, in the split's order.
+
+    `items` are per-item scores, `failures` counts items by class of failure, `skew` is the share of the most
+    common answer, `rewards` points at per-sample rewards (train split only: its answers are open).
+    """
+
+    type: Literal["Scored"] = "Scored"
+    attempt: str
+    version: str
+    split: Split
+    score: Estimate
+    items: tuple[float, ...]
+    failures: dict[str, int]
+    skew: float
+    rewards: Digest | None = None
+
+
+class VersionAccepted(Event):
+    """The gate let a candidate through: it is the incumbent now."""
+
+    type: Literal["VersionAccepted"] = "VersionAccepted"
+    version: str
+    over: str | None
+    comparison: Comparison | None
+    reason: str
+
+
+class VersionRejected(Event):
+    """The candidate did not show a real gain; the incumbent stays."""
+
+    type: Literal["VersionRejected"] = "VersionRejected"
+    version: str
+    over: str | None
+    comparison: Comparison | None
+    reason: str
+
+
+class FeedbackRequested(Event):
+    """A generation is closed and another is owed: somebody must read what happened and pick a lever."""
+
+    type: Literal["FeedbackRequested"] = "FeedbackRequested"
+    generation: int
+    incumbent: str
+
+
+class FeedbackGiven(Event):
+    """The feedback agent picked a lever for the next generation, with its reasons and its evidence."""
+
+    type: Literal["FeedbackGiven"] = "FeedbackGiven"
+    generation: int
+    incumbent: str
+    lever: Lever
+    algorithm: str | None
+    reasons: tuple[str, ...]
+    evidence: Evidence
+
+
+class HarnessPatchRequested(Event):
+    """The next generation changes the harness: K candidates are wanted."""
+
+    type: Literal["HarnessPatchRequested"] = "HarnessPatchRequested"
+    generation: int
+    parent: str
+    candidates: int
+    seed: int
+
+
+class HarnessPatched(Event):
+    """A candidate with another harness and its parent's weights."""
+
+    type: Literal["HarnessPatched"] = "HarnessPatched"
+    version: str
+    generation: int
+    candidate: int
+    parent: str
+    harness: Digest
+    weights: Weights
+    edits: tuple[str, ...]
+    reason: str
+
+
+class WeightUpdateRequested(Event):
+    """The next generation changes the weights: learn from these rollouts of the incumbent."""
+
+    type: Literal["WeightUpdateRequested"] = "WeightUpdateRequested"
+    generation: int
+    parent: str
+    algorithm: str
+    trajectory: Digest
+    rewards: Digest
+    epochs: int
+    seed: int
+
+
+class WeightsUpdated(Event):
+    """A candidate with another adapter and its parent's harness."""
+
+    type: Literal["WeightsUpdated"] = "WeightsUpdated"
+    version: str
+    generation: int
+    parent: str
+    harness: Digest
+    weights: Weights
+    algorithm: str
+    rollouts: int
+    metrics: dict[str, float]
+    seconds: float
+
+
+class ProposalFailed(Event):
+    """A lever had no candidate to offer this generation."""
+
+    type: Literal["ProposalFailed"] = "ProposalFailed"
+    generation: int
+    parent: str
+    lever: Lever
+    reason: str
+
+
+class ApprovalRequested(Event):
+    """A person has to say yes before this goes on."""
+
+    type: Literal["ApprovalRequested"] = "ApprovalRequested"
+    subject: str
+    reason: str
+
+
+class ApprovalGiven(Event):
+    """A person said yes."""
+
+    type: Literal["ApprovalGiven"] = "ApprovalGiven"
+    subject: str
+    by: str
+
+
+class ApprovalRefused(Event):
+    """A person said no."""
+
+    type: Literal["ApprovalRefused"] = "ApprovalRefused"
+    subject: str
+    by: str
+    reason: str
+
+
+class RunPaused(Event):
+    """Nothing new is begun until the run is resumed."""
+
+    type: Literal["RunPaused"] = "RunPaused"
+    reason: str
+
+
+class RunResumed(Event):
+    """The run goes on."""
+
+    type: Literal["RunResumed"] = "RunResumed"
+    reason: str
+
+
+class RunSteered(Event):
+    """A person said something that the next feedback must read."""
+
+    type: Literal["RunSteered"] = "RunSteered"
+    text: str
+
+
+class BudgetChanged(Event):
+    """The limits are other ones from here on."""
+
+    type: Literal["BudgetChanged"] = "BudgetChanged"
+    budget: Budget
+
+
+class BudgetExhausted(Event):
+    """The next call would pass a limit; it was not made."""
+
+    type: Literal["BudgetExhausted"] = "BudgetExhausted"
+    limit: Literal["usd", "minutes", "tokens"]
+    allowed: float
+    spent: float
+
+
+class ServiceFailed(Event):
+    """A service gave up on a record after its last try: the dead letter, with the payload kept."""
+
+    type: Literal["ServiceFailed"] = "ServiceFailed"
+    service: str
+    failed: str | None
+    sequence: int
+    error: str
+    payload: Digest
+    tries: int
+
+
+class RunBranched(Event):
+    """This run goes on from a position of its parent with some settings changed; nothing is copied."""
+
+    type: Literal["RunBranched"] = "RunBranched"
+    parent: str
+    at: int
+    generation: int
+    overrides: dict[str, JsonValue]
+    settings: RunSettings
+    code: str
+
+
+class RunCancelled(Event):
+    """A person ended the run."""
+
+    type: Literal["RunCancelled"] = "RunCancelled"
+    reason: str
+
+
+class RunFinished(Event):
+    """The end: the best version, the sealed scores, and in plain words what it came to."""
+
+    type: Literal["RunFinished"] = "RunFinished"
+    outcome: Literal["improved", "no proven gain", "failed"]
+    best: str | None
+    sealed: Sealed | None
+    reason: str
+
+
+EVENTS: dict[str, type[Event]] = {
+    name: kind for name, kind in list(globals().items()) if isinstance(kind, type) and issubclass(kind, Event) and kind is not Event
+}
+
+
+def event_schema() -> dict[str, Any]:
+    """JSON Schema of every event's data, by type."""
+    return {name: kind.model_json_schema() for name, kind in EVENTS.items()}

@@ -1,0 +1,287 @@
+"""The seams to the world: what a service may ask for, as Protocols and the plain values that cross them."""
+
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+from sia_events.shared.record import Draft, Record
+
+
+class Clock(Protocol):
+    def now(self) -> datetime:
+        """The time of day, UTC. Display and record stamps only: nothing is ordered or decided by it."""
+        ...
+
+
+class Blobs(Protocol):
+    """Bodies by content: a digest is the lower-case hex SHA-256 of the bytes."""
+
+    async def put(self, body: bytes) -> str:
+        """Store `body`, return its digest. Storing the same bytes twice is one blob."""
+        ...
+
+    async def get(self, digest: str) -> bytes:
+        """The bytes of `digest`. Raises BlobMissing, or BlobCorrupt when they no longer hash to their name."""
+        ...
+
+
+class BlobMissing(Exception):
+    """No blob of that digest."""
+
+
+class BlobCorrupt(Exception):
+    """A blob's bytes no longer match its digest."""
+
+
+class Bus(Protocol):
+    """The stream of records: the authority on what happened."""
+
+    async def append(self, run: str, drafts: Sequence[Draft]) -> Sequence[Record]:
+        """Append `drafts` to `run`, all or none, at the next positions; returns the records as stored.
+
+        Idempotent by record id for ever: drafts that are there already are returned as first stored and
+        nothing is written. A first event RunBranched goes on behind that position of its parent. Raises RunExists
+        when drafts that open a run meet one of that name, NoSuchPosition for a branch from nowhere, BusFull when the
+        stream refuses more, BusUnreachable when it does not answer: then what was written is unknown, append again.
+        """
+        ...
+
+    async def history(self, run: str) -> Sequence[Record]:
+        """Every record of `run` in position order; for a branch its parent's first records, then its own."""
+        ...
+
+    async def runs(self) -> Sequence[str]:
+        """Names of all runs on the stream, in no particular order."""
+        ...
+
+    async def serve(self, service: str, types: Sequence[str], answer: Callable[[Record], Awaitable[None]], run: str | None = None) -> None:
+        """Hand each record of those types to `answer`, at least once, in order a run, until cancelled.
+
+        With `run` only that run's records. A record counts as handled when `answer` returns; a raise brings it
+        again after a delay, a bounded number of times, and then becomes a `ServiceFailed` of that run.
+        """
+        ...
+
+    async def trace(self, envelope: "Envelope") -> None:
+        """Append one envelope of high-volume lines; returns when it is on disk."""
+        ...
+
+    async def traces(self, run: str, kind: str, key: str) -> Sequence["Envelope"]:
+        """All envelopes of one run, kind and key, in the order they were appended."""
+        ...
+
+    def feed(self, name: str, batch: int = 500) -> AsyncIterator["Feed"]:
+        """Everything on the streams, in order, in batches; `name` keeps the place. Ack a batch to move on.
+
+        What is no record becomes a `ServiceFailed` of its run once, and is left out. One reader a name at a time.
+        """
+        ...
+
+    async def lag(self, name: str) -> int:
+        """How many messages on the streams the feed `name` has not acked."""
+        ...
+
+    async def rewind(self, name: str) -> None:
+        """Let the feed `name` begin again at the first message, the next time it is read."""
+        ...
+
+
+class RunExists(Exception):
+    """A run of that name was opened by somebody else."""
+
+
+class NoSuchPosition(Exception):
+    """A branch from a position that its parent does not have."""
+
+
+class BusUnreachable(Exception):
+    """The bus does not answer; whether the last append was written is unknown until it does."""
+
+
+class BusFull(Exception):
+    """The stream is at its limit and refuses to drop history."""
+
+
+@dataclass(frozen=True)
+class Envelope:
+    """A bundle of high-volume lines of one run: model calls, agent steps, training steps, log lines.
+
+    `key` groups lines that are read back together (for model calls: the attempt). `lines` are JSON objects.
+    """
+
+    run: str
+    kind: Literal["model_call", "step", "training", "log"]
+    key: str
+    lines: tuple[bytes, ...]
+
+
+@dataclass(frozen=True)
+class Feed:
+    """One batch for the recorder: `first`..`last` are stream sequences, the same on every redelivery of the batch."""
+
+    stream: Literal["SIA", "SIA_TRACE"]
+    first: int
+    last: int
+    records: tuple[Record, ...]
+    envelopes: tuple[tuple[int, Envelope], ...]
+    ack: Callable[[], Awaitable[None]]
+
+
+class Log(Protocol):
+    """The queryable copy of the streams (ClickHouse). Writes are idempotent; a write returns when it is on disk."""
+
+    async def append(self, records: Sequence[Record], token: str) -> None:
+        """Insert `records`; the same `token` again inserts nothing."""
+        ...
+
+    async def append_traces(self, envelopes: Sequence[tuple[int, Envelope]], token: str) -> None:
+        """Insert envelopes, each with its stream sequence; model calls become rows of `model_calls`, the rest of `trace`."""
+        ...
+
+    async def records(self, run: str) -> Sequence[Record]:
+        """The run's own records (not its parent's) in position order, each once."""
+        ...
+
+    async def runs(self) -> Sequence[str]:
+        """Names of all runs, by the time of their first record."""
+        ...
+
+    async def query(self, sql: str, parameters: Mapping[str, Any] | None = None) -> Sequence[Mapping[str, Any]]:
+        """Rows of a read-only statement, as mappings."""
+        ...
+
+    async def clear(self) -> None:
+        """Empty the tables, so that they can be rebuilt from the stream."""
+        ...
+
+    async def close(self) -> None: ...
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What one job may use; every figure is a hard limit."""
+
+    wall_s: float = 600.0
+    cpu_s: float = 600.0
+    memory_mb: int = 512
+    processes: int = 64
+    file_mb: int = 64
+    open_files: int = 256
+    output_bytes: int = 1_000_000
+
+
+@dataclass(frozen=True)
+class Job:
+    """One program to run away from everything else.
+
+    `argv[0]` "python" means the platform's interpreter. `reads` maps a path inside to a host path, read-only;
+    `work` is the one writable host folder, seen inside as /work, where the program starts. `socket` is the host
+    path of the gateway's unix socket; inside it is reached as http://127.0.0.1:8080. `env` is the whole environment
+    beside PATH, HOME and LANG.
+    """
+
+    argv: tuple[str, ...]
+    work: Path
+    reads: Mapping[str, Path] = field(default_factory=dict)
+    env: Mapping[str, str] = field(default_factory=dict)
+    socket: Path | None = None
+    limits: Limits = field(default_factory=Limits)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a job ended. `status` names the limit that ended it, if one did; output is cut at the limit's size."""
+
+    status: Literal["ok", "crash", "timeout", "cpu", "memory", "processes", "disk"]
+    exit_code: int | None
+    stdout: bytes
+    stderr: bytes
+    truncated: bool
+    seconds: float
+
+
+class Sandbox(Protocol):
+    async def run(self, job: Job) -> Outcome:
+        """Run the job to its end or to its limit; when this returns no process of it is left.
+
+        Cancelling kills the whole tree. Raises SandboxUnavailable when the box cannot be built.
+        """
+        ...
+
+
+class SandboxUnavailable(Exception):
+    """The box cannot be built on this machine; the message says why and how to mend it."""
+
+
+@dataclass(frozen=True)
+class Chat:
+    """One chat completion. `messages` are OpenAI's; a trailing assistant message is continued."""
+
+    model: str
+    adapter: str | None
+    messages: Sequence[Mapping[str, Any]]
+    temperature: float = 0.0
+    top_p: float = 1.0
+    max_tokens: int = 128
+    stop: Sequence[str] = ()
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One choice call: which of `choices` continues the conversation (each may carry an additive bias, in nats)."""
+
+    model: str
+    adapter: str | None
+    messages: Sequence[Mapping[str, Any]]
+    choices: Sequence[str]
+    bias: Sequence[float] | None = None
+    temperature: float = 0.0
+    seed: int = 0
+
+
+class Models(Protocol):
+    """Whatever answers model calls. `adapter` is the digest of a LoRA adapter's blob, or None for the base."""
+
+    async def chat(self, call: Chat) -> Mapping[str, Any]:
+        """OpenAI's chat.completion object, with `prompt_token_ids`, and per choice `token_ids` and log-probs."""
+        ...
+
+    async def choose(self, call: Choice) -> Mapping[str, Any]:
+        """{choice, index, logprobs, raw, prompt_token_ids, choice_token_ids, usage}."""
+        ...
+
+
+class ModelFailed(Exception):
+    """The model could not answer. `status` is an HTTP status: 4xx the request's fault, 5xx the provider's."""
+
+    def __init__(self, status: int, message: str) -> None:
+        super().__init__(message)
+        self.status = status
+
+
+class Door(Protocol):
+    """Where the gateway can be reached by an attempt, and the tokens it takes."""
+
+    @property
+    def socket(self) -> Path: ...
+
+    def token(self, claims: Mapping[str, Any]) -> str:
+        """A signed token for one attempt; the gateway trusts its claims and nothing else."""
+        ...
+
+
+@dataclass(frozen=True)
+class Ports:
+    """What `app.py` hands a service. `private` is None for every service but the evaluator."""
+
+    bus: Bus
+    blobs: Blobs
+    sandbox: Sandbox
+    clock: Clock
+    door: Door
+    home: Path
+    private: Blobs | None = None
+    threads: int = 2

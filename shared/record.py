@@ -1,0 +1,171 @@
+"""The record: an event with its place in a run, its derived id and its link in the hash chain; the wire form."""
+
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any
+from uuid import UUID, uuid5
+
+import msgspec
+from pydantic import ValidationError
+
+from sia_events.shared.events import EVENTS, Event
+
+NAMESPACE = UUID("5f4c9e52-2f0d-5b3a-9d3e-6b1f6f0f51a0")
+SCHEMA = 1
+GENESIS = "0" * 64
+
+
+class UnreadableRecord(Exception):
+    """Bytes on the stream that are no record this release can read; the message says why."""
+
+
+@dataclass(frozen=True)
+class Draft:
+    """An event about to be recorded: everything of its record but the place."""
+
+    event: Event
+    producer: str
+    cause: UUID | None
+    correlation: UUID
+    id: UUID
+
+
+@dataclass(frozen=True)
+class Record:
+    """A fact and where it stands. `cause` is None for the first record of a run only."""
+
+    id: UUID
+    run: str
+    position: int
+    producer: str
+    cause: UUID | None
+    correlation: UUID
+    time: datetime
+    schema: int
+    chain: str
+    event: Event
+
+    @property
+    def type(self) -> str:
+        return type(self.event).__name__
+
+
+def derived_id(run: str, cause: UUID | None, producer: str, index: int | str) -> UUID:
+    """The id of the `index`-th event that `producer` answers to `cause` in `run`: the same on every redelivery."""
+    return uuid5(NAMESPACE, f"{run}/{cause}/{producer}/{index}")
+
+
+def opening(run: str, events: Sequence[Event], producer: str = "cli") -> list[Draft]:
+    """Drafts of the records that open a run: the first has no cause, the others follow from it."""
+    first = derived_id(run, None, producer, 0)
+    return [
+        Draft(event, producer, None if i == 0 else first, first, derived_id(run, None, producer, i))
+        for i, event in enumerate(events)
+    ]
+
+
+def answers(run: str, cause: Record, producer: str, events: Sequence[Event]) -> list[Draft]:
+    """Drafts of what `producer` answers to `cause`."""
+    return [
+        Draft(event, producer, cause.id, cause.correlation, derived_id(run, cause.id, producer, i))
+        for i, event in enumerate(events)
+    ]
+
+
+def place(draft: Draft, run: str, position: int, previous_chain: str, time: datetime) -> Record:
+    """Put a draft at its position behind the record whose chain is `previous_chain`."""
+    time = time.astimezone(UTC)
+    unchained = Record(
+        draft.id, run, position, draft.producer, draft.cause, draft.correlation, time, SCHEMA, "", draft.event
+    )
+    chain = link(previous_chain, unchained)
+    return Record(
+        draft.id, run, position, draft.producer, draft.cause, draft.correlation, time, SCHEMA, chain, draft.event
+    )
+
+
+def link(previous_chain: str, record: Record) -> str:
+    """SHA-256 over the previous record's chain and this record's canonical bytes without its own chain."""
+    body = cloud_event(record)
+    body.pop("chain")
+    return hashlib.sha256(previous_chain.encode() + msgspec.json.encode(body, order="sorted")).hexdigest()
+
+
+def cloud_event(record: Record) -> dict[str, Any]:
+    """The record as a CloudEvents 1.0 object in JSON's terms (https://github.com/cloudevents/spec)."""
+    body: dict[str, Any] = {
+        "specversion": "1.0",
+        "id": str(record.id),
+        "type": record.type,
+        "source": record.producer,
+        "subject": record.run,
+        "time": record.time.isoformat(timespec="microseconds").replace("+00:00", "Z"),
+        "datacontenttype": "application/json",
+        "run": record.run,
+        "position": record.position,
+        "producer": record.producer,
+        "correlation": str(record.correlation),
+        "schema": record.schema,
+        "chain": record.chain,
+        "data": record.event.model_dump(mode="json", exclude={"type"}),
+    }
+    if record.cause is not None:
+        body["cause"] = str(record.cause)
+    return body
+
+
+def to_wire(record: Record) -> bytes:
+    """Canonical bytes: one JSON object, keys sorted, no spaces."""
+    return msgspec.json.encode(cloud_event(record), order="sorted")
+
+
+def parse_record(wire: bytes) -> Record:
+    """Read a record of this or any earlier schema; the one door where old records are mended.
+
+    Raises UnreadableRecord for anything else: not JSON, not a record, an unknown type, a newer schema.
+    """
+    try:
+        body = msgspec.json.decode(wire)
+        schema = body["schema"]
+        if schema > SCHEMA:
+            raise UnreadableRecord(f"record of schema {schema}; this release reads up to {SCHEMA}: use a newer one")
+        data = body["data"]
+        for version in range(schema, SCHEMA):
+            data = UPCASTS.get((body["type"], version), _unchanged)(data)
+        kind = EVENTS.get(body["type"])
+        if kind is None:
+            raise UnreadableRecord(f"unknown event type {body['type']!r}")
+        return Record(
+            id=UUID(body["id"]),
+            run=body["run"],
+            position=body["position"],
+            producer=body["producer"],
+            cause=UUID(body["cause"]) if "cause" in body else None,
+            correlation=UUID(body["correlation"]),
+            time=datetime.fromisoformat(body["time"]),
+            schema=schema,
+            chain=body["chain"],
+            event=kind.model_validate_json(msgspec.json.encode(data)),
+        )
+    except (msgspec.DecodeError, KeyError, TypeError, ValueError, ValidationError) as error:
+        raise UnreadableRecord(f"not a record: {type(error).__name__}: {error}") from error
+
+
+Upcast = Callable[[Mapping[str, Any]], Mapping[str, Any]]
+# (type, schema it was written under) -> the same data one schema later. Empty until a first event changes shape.
+UPCASTS: dict[tuple[str, int], Upcast] = {}
+
+
+def _unchanged(data: Mapping[str, Any]) -> Mapping[str, Any]:
+    return data
+
+
+def broken_link(records: Sequence[Record], previous_chain: str = GENESIS) -> Record | None:
+    """The first record whose chain does not follow from the one before it, or None when the chain is whole."""
+    for record in records:
+        if link(previous_chain, record) != record.chain:
+            return record
+        previous_chain = record.chain
+    return None

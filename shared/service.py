@@ -1,0 +1,118 @@
+"""A service is a value: a name and two tables. The live runner, replay and the tests take the same value."""
+
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+from uuid import UUID
+
+from sia_events.shared.events import Event, RunBranched, ServiceFailed
+from sia_events.shared.ports import Bus, Ports
+from sia_events.shared.record import Record, answers
+from sia_events.shared.run import Run, evolve
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a perform is given: the state up to and including its cause, the cause, and the ports."""
+
+    run: Run
+    cause: Record
+    ports: Ports
+
+
+Decide = Callable[[Run, Any], Sequence[Event]]
+Perform = Callable[[Work, Any], Awaitable[Sequence[Event]]]
+
+
+@dataclass(frozen=True)
+class Service:
+    """`decides` is pure: (state, event) -> events. `performs` touches the world and reports what came back.
+
+    An event type stands in one of the two tables at most, so that (cause, service) names one answer.
+    """
+
+    name: str
+    decides: Mapping[type[Event], Decide] = field(default_factory=dict)
+    performs: Mapping[type[Event], Perform] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        both = self.decides.keys() & self.performs.keys()
+        if both:
+            raise ValueError(f"{self.name} both decides and performs {sorted(kind.__name__ for kind in both)}")
+
+    @property
+    def types(self) -> tuple[type[Event], ...]:
+        """The event types it answers, and RunBranched: a branch inherits what its parent left unanswered."""
+        return tuple(dict.fromkeys([*self.decides, *self.performs, RunBranched]))
+
+
+class Lineage:
+    """The records of a run with the state after each, a branch's parents first; extended as records arrive.
+
+    A decide sees the state up to and including its cause, never more. The one thing a branch adds to a state it
+    inherits is its own opening: its overrides hold for every cause it answers, also for its parent's.
+    """
+
+    def __init__(self, records: Sequence[Record] = ()) -> None:
+        self.records: list[Record] = []
+        self._states: list[Run] = []
+        self._given: dict[tuple[UUID | None, str], list[Record]] = {}
+        self._forks: dict[str, Record] = {}
+        self.extend(records)
+
+    def extend(self, records: Sequence[Record]) -> None:
+        """Take over the records behind those already known; `records` is the whole history."""
+        for record in records[len(self.records) :]:
+            self._states.append(evolve(self.latest, record))
+            self.records.append(record)
+            self._given.setdefault((record.cause, record.producer), []).append(record)
+            if isinstance(record.event, RunBranched):
+                self._forks[record.run] = record
+
+    @property
+    def latest(self) -> Run:
+        return self._states[-1] if self._states else Run()
+
+    def state(self, cause: Record, run: str) -> Run:
+        """The fold on which `run` decides its answer to `cause`."""
+        state = self._states[cause.position - 1]
+        fork = self._forks.get(run)
+        return state if fork is None or fork.position <= cause.position else evolve(state, fork)
+
+    def given(self, service: Service, cause: Record) -> list[Record]:
+        """What the service answered to `cause`; a dead letter is no answer."""
+        return [r for r in self._given.get((cause.id, service.name), []) if not isinstance(r.event, ServiceFailed)]
+
+    def inherited(self, service: Service, fork: Record) -> list[Record]:
+        """Records before `fork` that the service handles and had not answered there."""
+        handled = {*service.decides, *service.performs}
+        return [r for r in self.records[: fork.position - 1] if type(r.event) in handled and not self.given(service, r)]
+
+
+async def answer(service: Service, lineage: Lineage, cause: Record, run: str, ports: Ports) -> None:
+    """Answer one record: decide or perform, and append what comes of it. A second time changes nothing."""
+    lineage.extend(await ports.bus.history(run))
+    causes = lineage.inherited(service, cause) if isinstance(cause.event, RunBranched) else []
+    if type(cause.event) in {*service.decides, *service.performs}:
+        causes.append(cause)
+    for one in causes:
+        if lineage.given(service, one):
+            continue
+        state = lineage.state(one, run)
+        if decide := service.decides.get(type(one.event)):
+            events = decide(state, one.event)
+        else:
+            events = await service.performs[type(one.event)](Work(state, one, ports), one.event)
+        if events:
+            await ports.bus.append(run, answers(run, one, service.name, events))
+
+
+async def serve(service: Service, bus: Bus, ports: Ports, run: str | None = None) -> None:
+    """Answer records from the bus until cancelled; of one run, or of all."""
+    lineages: dict[str, Lineage] = {}
+
+    async def handle(record: Record) -> None:
+        lineage = lineages.setdefault(record.run, Lineage())
+        await answer(service, lineage, record, record.run, ports)
+
+    await bus.serve(service.name, [kind.__name__ for kind in service.types], handle, run)

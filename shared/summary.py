@@ -1,0 +1,99 @@
+"""A run told in a few figures, for people and for programs; drawn from its records alone."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from sia_events.shared.events import Estimate, ExecutionLogged, Scored, VersionAccepted
+from sia_events.shared.record import Record
+from sia_events.shared.run import Run, fold
+
+
+def row(records: Sequence[Record]) -> dict[str, Any]:
+    """One line of `sia runs`: {run, task, status, generations, best, …}; `generations` counts those begun, the first apart."""
+    run = fold(records)
+    return {
+        "run": run.name,
+        "parent": run.parent,
+        "task": run.task.task if run.task else None,
+        "status": run.status,
+        "generations": run.generation,
+        "best": run.incumbent,
+        "outcome": run.finished.outcome if run.finished else None,
+        "records": len(records),
+        "started": records[0].time.isoformat() if records else None,
+        "lever": run.settings.lever,
+    }
+
+
+def whole(records: Sequence[Record]) -> dict[str, Any]:
+    """`sia show`: every version with its scores and verdict, the sealed test, what it cost.
+
+    `generations` has an entry a version, candidates that were refused included; `scores` maps a split to
+    {value, low, high, n}; `accepted` is None while the verdict is out.
+    """
+    run = fold(records)
+    sealed = run.finished.sealed if run.finished else None
+    return {
+        **row(records),
+        "settings": run.settings.model_dump(mode="json"),
+        "generations": [_version(run, name) for name in run.versions],
+        "sealed": sealed
+        and {
+            "first": sealed.first.model_dump(),
+            "final": sealed.final.model_dump(),
+            "gain": sealed.comparison.gain,
+            "low": sealed.comparison.low,
+            "high": sealed.comparison.high,
+            "p_value": sealed.comparison.p_value,
+        },
+        "levers": lever_gains(run),
+        "cost": cost(records),
+        "reason": run.finished.reason if run.finished else None,
+        "service_failures": [f.model_dump(mode="json") for f in run.service_failures],
+    }
+
+
+def lever_gains(run: Run) -> dict[str, dict[str, Any]]:
+    """What each lever gave on the gate: accepted versions, tried versions, summed gain."""
+    gains: dict[str, dict[str, Any]] = {}
+    for lever in ("harness", "weights"):
+        versions = [v for v in run.versions.values() if v.lever == lever]
+        accepted = [run.verdicts[v.name] for v in versions if isinstance(run.verdicts.get(v.name), VersionAccepted)]
+        total = sum(verdict.comparison.gain for verdict in accepted if verdict.comparison)
+        gains[lever] = {"tried": len(versions), "accepted": len(accepted), "gain": round(total, 6)}
+    return gains
+
+
+def cost(records: Sequence[Record]) -> dict[str, Any]:
+    """Model calls, tokens, money and wall seconds, of the records' own runs together."""
+    logged = [r.event for r in records if isinstance(r.event, ExecutionLogged)]
+    seconds = (records[-1].time - records[0].time).total_seconds() if records else 0.0
+    return {
+        "model_calls": sum(e.calls for e in logged),
+        "tokens": sum(e.prompt_tokens + e.completion_tokens for e in logged),
+        "usd": 0.0,
+        "seconds": round(seconds, 3),
+    }
+
+
+def _version(run: Run, name: str) -> dict[str, Any]:
+    version, verdict = run.versions[name], run.verdicts.get(name)
+    last: dict[str, Scored] = {s.split: s for s in run.scores.values() if s.version == name}
+    return {
+        "generation": version.generation,
+        "version": name,
+        "parent": version.parent,
+        "lever": version.lever,
+        "accepted": None if verdict is None else isinstance(verdict, VersionAccepted),
+        "scores": {split: scored.score.model_dump() for split, scored in last.items()},
+        "edits": list(version.edits),
+        "verdict": verdict.reason if verdict else None,
+        "harness": version.harness,
+        "adapter": version.weights.adapter,
+    }
+
+
+def shown(estimate: Estimate | Mapping[str, Any]) -> str:
+    """"0.715 [0.669, 0.757]": a value with its 95 % interval."""
+    e = estimate.model_dump() if isinstance(estimate, Estimate) else estimate
+    return f"{e['value']:.3f} [{e['low']:.3f}, {e['high']:.3f}]"

@@ -1,0 +1,56 @@
+"""A tree of files as content: a manifest blob {path: digest} over one blob a file, so that trees share and compare."""
+
+from collections.abc import Mapping
+from pathlib import Path, PurePosixPath
+
+import msgspec
+
+from sia_events.shared.ports import Blobs
+
+
+class TreeRefused(Exception):
+    """A folder that cannot be taken as a tree; the message names the file and the rule it breaks."""
+
+
+async def store_tree(blobs: Blobs, files: Mapping[str, bytes]) -> str:
+    """Store every file and the manifest; returns the manifest's digest."""
+    manifest = {path: await blobs.put(body) for path, body in sorted(files.items())}
+    return await blobs.put(msgspec.json.encode(manifest))
+
+
+async def load_tree(blobs: Blobs, digest: str) -> dict[str, bytes]:
+    """The files of a tree, by path."""
+    manifest = msgspec.json.decode(await blobs.get(digest), type=dict[str, str])
+    return {path: await blobs.get(body) for path, body in manifest.items()}
+
+
+def write_tree(files: Mapping[str, bytes], folder: Path) -> None:
+    """Lay the files down under `folder`, which is made."""
+    for path, body in files.items():
+        target = folder / _checked(path)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_bytes(body)
+
+
+def read_tree(folder: Path, max_files: int = 1000, max_bytes: int = 64_000_000) -> dict[str, bytes]:
+    """The regular files under `folder`. What untrusted code left there is data: links and devices are refused."""
+    files: dict[str, bytes] = {}
+    size = 0
+    for path in sorted(folder.rglob("*")):
+        name = path.relative_to(folder).as_posix()
+        if path.is_symlink() or not (path.is_file() or path.is_dir()):
+            raise TreeRefused(f"{name} is a link or no plain file; only plain files are taken over")
+        if path.is_dir():
+            continue
+        size += path.stat().st_size
+        if len(files) == max_files or size > max_bytes:
+            raise TreeRefused(f"more than {max_files} files or {max_bytes:,} bytes, at {name}")
+        files[name] = path.read_bytes()
+    return files
+
+
+def _checked(path: str) -> PurePosixPath:
+    pure = PurePosixPath(path)
+    if pure.is_absolute() or ".." in pure.parts or not pure.parts:
+        raise TreeRefused(f"{path!r} leads out of its tree")
+    return pure
