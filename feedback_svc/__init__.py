@@ -1,0 +1,1 @@
+"""Accepts or refuses a candidate, picks the lever, makes the next harness."""

@@ -1,0 +1,52 @@
+"""The gate: whether a candidate's gain over the incumbent, item by item, is real. Pure."""
+
+from collections.abc import Sequence
+from math import sqrt
+
+from scipy import stats
+
+from sia_events.shared.events import Comparison
+
+DIGITS = 9
+
+
+def compare(before: Sequence[float], after: Sequence[float]) -> Comparison:
+    """A paired comparison of per-item scores on the same items, in the same order.
+
+    The interval of the mean gain is Student's t on the differences at 95 %. The p-value is two-sided and exact: the
+    sign test on the items that differ, which for right-or-wrong scores is McNemar's exact test.
+    Raises ValueError when the two do not score the same number of items.
+    """
+    if len(before) != len(after) or not before:
+        raise ValueError(f"paired scores need the same items: {len(before)} before, {len(after)} after")
+    differences = [b - a for a, b in zip(before, after, strict=True)]
+    n = len(differences)
+    gain = sum(differences) / n
+    better, worse = sum(d > 0 for d in differences), sum(d < 0 for d in differences)
+    spread = sqrt(sum((d - gain) ** 2 for d in differences) / (n - 1) / n) if n > 1 else 0.0
+    reach = float(stats.t.ppf(0.975, n - 1)) * spread if n > 1 else 1.0
+    p_value = float(stats.binomtest(better, better + worse).pvalue) if better + worse else 1.0
+    return Comparison(
+        gain=round(gain, DIGITS),
+        low=round(gain - reach, DIGITS),
+        high=round(gain + reach, DIGITS),
+        p_value=float(f"{p_value:.6g}"),
+        n=n,
+        better=better,
+        worse=worse,
+    )
+
+
+def proven(comparison: Comparison, alpha: float) -> bool:
+    """Accept: the whole interval lies above zero, and the exact test agrees at `alpha`."""
+    return comparison.low > 0 and comparison.p_value < alpha
+
+
+def hopeless(comparison: Comparison) -> bool:
+    """No look at the gate is spent on a candidate that is plainly worse already."""
+    return comparison.high < 0
+
+
+def undecided(comparison: Comparison) -> bool:
+    """Better so far, but not yet beyond chance: more repeats could tell."""
+    return comparison.gain > 0

@@ -1,0 +1,89 @@
+"""What the feedback agent does without an LLM: reads the log's figures, picks a lever, makes harness candidates."""
+
+from collections.abc import Sequence
+from string import ascii_lowercase
+
+from sia_events.feedback_svc import proposer, template
+from sia_events.feedback_svc.lever import choose_lever, gather
+from sia_events.shared.events import (
+    Event,
+    FeedbackGiven,
+    FeedbackRequested,
+    HarnessPatched,
+    HarnessPatchRequested,
+    ProposalFailed,
+)
+from sia_events.shared.registration import decode_task
+from sia_events.shared.run import Run
+from sia_events.shared.service import Work
+from sia_events.shared.task import Task
+from sia_events.shared.tree import load_tree, store_tree
+
+
+async def give_feedback(work: Work, asked: FeedbackRequested) -> Sequence[Event]:
+    """Pick the lever of the next generation; the choice, its reasons and its evidence go into the record."""
+    choice = choose_lever(work.run)
+    return [
+        FeedbackGiven(
+            generation=asked.generation,
+            incumbent=asked.incumbent,
+            lever=choice.lever,
+            algorithm=work.run.settings.algorithm if choice.lever == "weights" else None,
+            reasons=choice.reasons,
+            evidence=choice.evidence,
+        )
+    ]
+
+
+async def patch(work: Work, asked: HarnessPatchRequested) -> Sequence[Event]:
+    """K candidates from the built-in proposer: typed edits of the parent's harness that this run has not tried."""
+    run, blobs = work.run, work.ports.blobs
+    assert run.task is not None
+    task = decode_task(await blobs.get(run.task.spec))
+    specs = {v.name: await _spec(work, v.harness, task) for v in run.versions.values()}
+    parent = run.versions[asked.parent]
+    # What was tried under other weights may be tried again: a harness fits the weights it was tried with.
+    tried = {template.digest(specs[v.name]) for v in run.versions.values() if v.weights == parent.weights}
+    proposals = proposer.propose(specs[parent.name], _evidence(run), tried, asked.candidates, asked.seed + asked.generation)
+    if not proposals:
+        reason = f"every edit of {parent.name}'s harness has been tried"
+        return [ProposalFailed(generation=asked.generation, parent=parent.name, lever="harness", reason=reason)]
+    return [
+        HarnessPatched(
+            version=f"g{asked.generation}{ascii_lowercase[i]}",
+            generation=asked.generation,
+            candidate=i,
+            parent=parent.name,
+            harness=await store_tree(blobs, template.render(proposal.spec, task)),
+            weights=parent.weights,
+            edits=proposal.edits,
+            reason=proposal.reason,
+        )
+        for i, proposal in enumerate(proposals)
+    ]
+
+
+async def _spec(work: Work, harness: str, task: Task) -> template.Spec:
+    """The harness as a template spec; one that is not from the template starts from the plain question."""
+    tree = await load_tree(work.ports.blobs, harness)
+    return template.read(tree) if template.SPEC in tree else template.naive_spec(task)
+
+
+def _evidence(run: Run) -> proposer.Evidence:
+    seen = gather(run)
+    assert run.incumbent is not None
+    last = run.scored(run.incumbent, "dev")[-1]
+    return proposer.Evidence(
+        invalid=seen.invalid_rate, skew=seen.skew, score=last.score.value, n=last.score.n, gains=_gains_by_edit(run)
+    )
+
+
+def _gains_by_edit(run: Run) -> dict[str, float]:
+    """What each edit last gained on dev over its parent, alone or in company."""
+    gains: dict[str, float] = {}
+    for version in run.versions.values():
+        mine = run.scored(version.name, "dev")
+        theirs = run.scored(version.parent, "dev") if version.parent else ()
+        if mine and theirs:
+            gains.update(dict.fromkeys(version.edits, mine[-1].score.value - theirs[-1].score.value))
+    return gains

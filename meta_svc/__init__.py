@@ -1,0 +1,1 @@
+"""Writes the first versions of an agent."""

@@ -1,0 +1,1 @@
+"""Runs a version of the agent in a sandbox."""

@@ -1,0 +1,125 @@
+"""Runs one attempt: lays down harness and data, starts the agent in the sandbox, takes over what it wrote."""
+
+import secrets
+import shutil
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from sia_events.shared.calls import ModelCall, decode_call, encode_call, journal_key
+from sia_events.shared.events import AttemptFailed, AttemptRequested, Event, ExecutionLogged, FailureKind
+from sia_events.shared.ports import Job, Limits, Outcome
+from sia_events.shared.service import Work
+from sia_events.shared.registration import decode_task, repeated
+from sia_events.shared.tree import TreeRefused, load_tree, read_tree, store_tree, write_tree
+
+ENTRY = "target_agent.py"
+DATA_LEFT_IN_WORK = 64_000_000
+
+
+async def attempt(work: Work, asked: AttemptRequested) -> Sequence[Event]:
+    """Start the version's agent on the split; its outputs and every model call it made go into the record.
+
+    The agent gets its harness and the split's public data read-only, one writable folder, the gateway and a token
+    for this attempt. Nothing it says about itself is evidence: calls and exit are recorded by the platform.
+    """
+    run, ports = work.run, work.ports
+    version, task = run.versions[asked.version], run.task
+    assert task is not None, "an attempt is asked behind its task"
+    limits = decode_task(await ports.blobs.get(task.spec)).limits
+    harness = await load_tree(ports.blobs, version.harness)
+    if ENTRY not in harness:
+        return [_failed(asked, "crash", f"the harness has no {ENTRY}")]
+    data = await load_tree(ports.blobs, task.datasets[asked.split])
+    if asked.samples > 1 or asked.items:
+        data["items.jsonl"] = repeated(data["items.jsonl"], asked.samples, asked.items)
+    token = ports.door.token(
+        {
+            "run": run.name,
+            "attempt": asked.attempt,
+            "start": secrets.token_hex(8),
+            "version": version.name,
+            "model": version.weights.model,
+            "adapter": version.weights.adapter,
+            "sample": asked.samples > 1,
+            "seed": asked.seed + 7919 * asked.repeat,
+        }
+    )
+    scratch = ports.home / "tmp"
+    scratch.mkdir(parents=True, exist_ok=True)
+    folder = Path(tempfile.mkdtemp(prefix="attempt-", dir=scratch))
+    try:
+        for name, files in (("agent", harness), ("data", data), ("work", {})):
+            (folder / name).mkdir()
+            write_tree(files, folder / name)
+        outcome = await ports.sandbox.run(_job(folder, ports.door.socket, token, version.weights.model, limits))
+        calls = await recorded_calls(work, asked.attempt)
+        if trouble := _trouble(asked, outcome, calls):
+            detail = await ports.blobs.put(outcome.stderr[-20_000:]) if outcome.stderr else None
+            return [trouble.model_copy(update={"detail": detail})]
+        try:
+            outputs = read_tree(folder / "work", max_bytes=DATA_LEFT_IN_WORK)
+        except TreeRefused as refused:
+            return [_failed(asked, "invalid_output", str(refused))]
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    if not outputs:
+        return [_failed(asked, "empty_reply", "the agent ended well and wrote nothing")]
+    return [
+        ExecutionLogged(
+            attempt=asked.attempt,
+            version=asked.version,
+            split=asked.split,
+            outputs=await store_tree(ports.blobs, outputs),
+            trajectory=await ports.blobs.put(b"\n".join(encode_call(call) for call in calls if call.reply is not None)),
+            calls=len(calls),
+            prompt_tokens=sum(call.prompt_tokens for call in calls),
+            completion_tokens=sum(call.completion_tokens for call in calls),
+            seconds=round(outcome.seconds, 3),
+        )
+    ]
+
+
+async def recorded_calls(work: Work, attempt: str) -> list[ModelCall]:
+    """The attempt's model calls, earlier tries' too, in an order that does not depend on which reply came first."""
+    envelopes = await work.ports.bus.traces(work.run.name, "model_call", journal_key(attempt))
+    calls = [decode_call(line) for envelope in envelopes for line in envelope.lines]
+    return sorted(calls, key=lambda call: (call.item or "", call.digest, call.n))
+
+
+def _job(folder: Path, socket: Path, token: str, model: str, limits: Limits) -> Job:
+    base = "http://127.0.0.1:8080"
+    env: Mapping[str, str] = {
+        "OPENAI_BASE_URL": f"{base}/v1",
+        "OPENAI_API_KEY": token,
+        "ANTHROPIC_BASE_URL": base,
+        "ANTHROPIC_API_KEY": token,
+        "SIA_MODEL": model,
+    }
+    return Job(
+        argv=("python", f"/agent/{ENTRY}", "--dataset_dir", "/data", "--working_dir", "/work"),
+        work=folder / "work",
+        reads={"/agent": folder / "agent", "/data": folder / "data"},
+        env=env,
+        socket=socket,
+        limits=limits,
+    )
+
+
+def _trouble(asked: AttemptRequested, outcome: Outcome, calls: Sequence[ModelCall]) -> AttemptFailed | None:
+    """What went wrong, if anything; a model that could not answer is our failure, whatever the agent made of it."""
+    answered = {(call.digest, call.n) for call in calls if call.reply is not None}
+    refused = [c for c in calls if c.error and c.attempt == asked.attempt and (c.digest, c.n) not in answered]
+    if refused:
+        return _failed(asked, "infrastructure", f"{len(refused)} model calls had no answer: {refused[0].error}")
+    if outcome.status == "ok":
+        return None
+    if outcome.status == "timeout":
+        return _failed(asked, "timeout", f"still running after {outcome.seconds:.0f} s; ended")
+    last = outcome.stderr.decode(errors="replace").strip().splitlines()[-1:] or [""]
+    named = f"exit status {outcome.exit_code}" if outcome.status == "crash" else f"its {outcome.status} limit"
+    return _failed(asked, "crash", f"ended by {named}: {last[0][:300]}")
+
+
+def _failed(asked: AttemptRequested, kind: FailureKind, message: str) -> AttemptFailed:
+    return AttemptFailed(attempt=asked.attempt, version=asked.version, split=asked.split, kind=kind, message=message)

@@ -1,0 +1,286 @@
+"""The loop's policy, event by event."""
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from given import given, recorded
+from story import (
+    ACCEPTED,
+    FIRST,
+    OPENING,
+    SECOND,
+    accepted,
+    asked,
+    failed,
+    fed_back,
+    feedback_asked,
+    logged,
+    patched,
+    proposed,
+    registered,
+    scored,
+    started,
+    trained,
+)
+
+from sia_events.feedback_svc.lever import choose_lever
+from sia_events.feedback_svc.service import feedback_svc
+from sia_events.shared.events import (
+    AttemptRequested,
+    FeedbackRequested,
+    HarnessPatchRequested,
+    ProposalFailed,
+    RunFinished,
+    VersionAccepted,
+    VersionRejected,
+    WeightUpdateRequested,
+)
+from sia_events.shared.run import fold
+from sia_events.target_runner.service import target_runner
+
+D = "a" * 64
+RIGHT, WRONG = "1" * 40, "0" * 40
+
+
+def test_every_new_version_owes_the_dev_split_first():
+    given(target_runner, *OPENING[:2]).when(proposed()).then(asked("g0a", "dev"))
+    given(target_runner, *ACCEPTED).when(patched("g1a")).then(asked("g1a", "dev"))
+    given(target_runner, *ACCEPTED).when(trained("g1a", "g0a")).then(asked("g1a", "dev"))
+
+
+def test_what_the_platform_broke_is_tried_again_and_then_no_more():
+    past = (*OPENING, asked("g0a", "dev"))
+    given(target_runner, *past).when(failed("g0a", "dev", "infrastructure")).then(asked("g0a", "dev", tries=1))
+    last = (*past, failed("g0a", "dev", "infrastructure"), asked("g0a", "dev", tries=1), asked("g0a", "dev", tries=2))
+    given(target_runner, *last).when(failed("g0a", "dev", "infrastructure", tries=2)).then()
+
+
+def test_what_the_candidate_broke_is_not_tried_again():
+    given(target_runner, *OPENING, asked("g0a", "dev")).when(failed("g0a", "dev", "crash")).then()
+
+
+def test_the_first_agent_meets_the_gate_alone_and_is_accepted():
+    given(feedback_svc, *FIRST[:-2]).when(scored("g0a", "dev", "1000")).then(asked("g0a", "gate"))
+    given(feedback_svc, *FIRST, logged("g0a", "gate")).when(scored("g0a", "gate", "10000000")).then(
+        VersionAccepted(version="g0a", over=None, comparison=None, reason="the first agent")
+    )
+
+
+def test_a_run_whose_first_agent_does_not_run_ends_as_failed():
+    past = (*OPENING, asked("g0a", "dev"))
+    rejected = given(feedback_svc, *past).when(failed("g0a", "dev")).then_types(VersionRejected)[0]
+    end = given(feedback_svc, *past, failed("g0a", "dev")).when(rejected).then_types(RunFinished)[0]
+    assert isinstance(end, RunFinished) and end.outcome == "failed" and "boom" in end.reason
+
+
+def test_the_dev_round_waits_for_every_candidate():
+    given(feedback_svc, *SECOND).when(scored("g1a", "dev", "1100")).then()
+
+
+def test_the_best_on_dev_meets_the_gate_and_the_others_are_out():
+    past = (*SECOND, scored("g1a", "dev", "1100"))
+    out, gate = given(feedback_svc, *past).when(scored("g1b", "dev", "1110")).then_types(VersionRejected, AttemptRequested)
+    assert isinstance(out, VersionRejected) and out.version == "g1a"
+    assert gate == asked("g1b", "gate")
+
+
+def test_a_tie_on_dev_goes_to_the_first():
+    past = (*SECOND, scored("g1a", "dev", "1100"))
+    out, gate = given(feedback_svc, *past).when(scored("g1b", "dev", "0011")).then_types(VersionRejected, AttemptRequested)
+    assert gate == asked("g1a", "gate") and isinstance(out, VersionRejected)
+
+
+def test_a_failed_candidate_is_out_and_the_other_goes_on():
+    past = (*SECOND, scored("g1a", "dev", "1100"))
+    out, gate = given(feedback_svc, *past).when(failed("g1b", "dev")).then_types(VersionRejected, AttemptRequested)
+    assert isinstance(out, VersionRejected) and out.version == "g1b" and gate == asked("g1a", "gate")
+
+
+def test_a_plainly_worse_candidate_gets_no_look_at_the_gate():
+    past = [replace_items(e, RIGHT) for e in ACCEPTED]
+    past += [feedback_asked(1), fed_back(1), patched("g1a"), asked("g1a", "dev")]
+    given(feedback_svc, *past).when(scored("g1a", "dev", WRONG)).then_types(VersionRejected)
+
+
+def replace_items(event: Any, items: str) -> Any:
+    return scored(event.version, event.split, items) if type(event).__name__ == "Scored" else event
+
+
+def gate_round(candidate: str, **settings: Any) -> given:
+    past = [replace_items(e, WRONG) for e in ACCEPTED]
+    past[1] = started(**settings)
+    past += [feedback_asked(1), fed_back(1), patched("g1a"), asked("g1a", "dev"), scored("g1a", "dev", candidate), asked("g1a", "gate")]
+    return given(feedback_svc, *past)
+
+
+def test_the_gate_accepts_a_real_gain():
+    event = gate_round(RIGHT).when(scored("g1a", "gate", RIGHT)).then_types(VersionAccepted)[0]
+    assert isinstance(event, VersionAccepted) and event.comparison and event.comparison.gain == 1 and event.over == "g0a"
+
+
+def test_the_gate_refuses_a_gain_that_may_be_luck():
+    lucky = "111" + "0" * 37
+    event = gate_round(lucky).when(scored("g1a", "gate", lucky)).then_types(VersionRejected)[0]
+    assert isinstance(event, VersionRejected) and event.comparison and event.comparison.gain > 0
+
+
+def test_a_tie_changes_nothing():
+    gate_round(WRONG).when(scored("g1a", "gate", WRONG)).then_types(VersionRejected)
+
+
+def test_the_error_allowed_is_shared_by_all_generations():
+    seven = "1" * 7 + "0" * 33  # exact p = 2 / 2^7 = 0.0156
+    gate_round(seven, generations=2).when(scored("g1a", "gate", seven)).then_types(VersionAccepted)
+    gate_round(seven, generations=10).when(scored("g1a", "gate", seven)).then_types(VersionRejected)
+
+
+def test_an_undecided_gate_asks_both_for_another_repeat():
+    lucky = "111" + "0" * 37
+    decided = gate_round(lucky, gate_repeats=2).when(scored("g1a", "gate", lucky))
+    decided.then(asked("g1a", "gate", repeat=1), asked("g0a", "gate", repeat=1))
+
+
+def test_a_less_is_better_metric_turns_the_comparison_round():
+    past = [replace_items(e, RIGHT) for e in ACCEPTED]
+    past[0] = registered(maximize=False)
+    past += [feedback_asked(1), fed_back(1), patched("g1a"), asked("g1a", "dev"), scored("g1a", "dev", WRONG), asked("g1a", "gate")]
+    given(feedback_svc, *past).when(scored("g1a", "gate", WRONG)).then_types(VersionAccepted)
+
+
+def test_a_closed_generation_asks_for_feedback():
+    given(feedback_svc, *ACCEPTED[:-1]).when(accepted("g0a")).then(FeedbackRequested(generation=1, incumbent="g0a"))
+
+
+def test_a_verdict_of_a_generation_still_open_asks_for_nothing():
+    rejected = VersionRejected(version="g1a", over="g0a", comparison=None, reason="not the best")
+    given(feedback_svc, *SECOND, scored("g1a", "dev", "0000"), scored("g1b", "dev", "1111")).when(rejected).then()
+
+
+def test_the_last_generation_opens_the_sealed_test_for_first_and_final():
+    past = (*SECOND, feedback_asked(2, "g1a"), fed_back(2, incumbent="g1a"), patched("g2a", "g1a"))
+    past = tuple(e for e in past if getattr(e, "version", "") != "g1b")
+    verdict = accepted("g1a", "g0a")
+    rejected = VersionRejected(version="g2a", over="g1a", comparison=None, reason="no gain")
+    given(feedback_svc, *past[:-3], verdict, *past[-3:]).when(rejected).then(asked("g0a", "test"), asked("g1a", "test"))
+
+
+def test_a_generation_without_a_candidate_is_closed_too():
+    barren = ProposalFailed(generation=1, parent="g0a", lever="harness", reason="used up")
+    given(feedback_svc, *ACCEPTED, feedback_asked(1), fed_back(1)).when(barren).then(FeedbackRequested(generation=2, incumbent="g0a"))
+
+
+def test_the_harness_lever_asks_for_patches():
+    given(feedback_svc, *ACCEPTED, feedback_asked(1)).when(fed_back(1)).then(
+        HarnessPatchRequested(generation=1, parent="g0a", candidates=2, seed=0)
+    )
+
+
+def test_the_weights_lever_asks_for_rollouts_and_then_for_learning():
+    settings = fold(recorded(*ACCEPTED)).settings
+    rollout = asked("g0a", "train", items=settings.rollout_items, samples=settings.rollout_samples, seed=1, attempt="g0a.train.g1")
+    past = (*ACCEPTED, feedback_asked(1))
+    given(feedback_svc, *past).when(fed_back(1, "weights")).then(rollout)
+    ran = logged("g0a", "train").model_copy(update={"attempt": "g0a.train.g1"})
+    event = (
+        given(feedback_svc, *past, fed_back(1, "weights"), rollout, ran)
+        .when(scored("g0a", "train", "10", attempt="g0a.train.g1", rewards=D))
+        .then_types(WeightUpdateRequested)[0]
+    )
+    assert isinstance(event, WeightUpdateRequested) and event.trajectory == D and event.parent == "g0a"
+
+
+def test_rollouts_that_fail_leave_the_generation_barren():
+    past = (*ACCEPTED, feedback_asked(1), fed_back(1, "weights"), asked("g0a", "train"))
+    given(feedback_svc, *past).when(failed("g0a", "train")).then_types(ProposalFailed)
+
+
+def sealed_test(final_items: str) -> RunFinished:
+    past = (*SECOND, accepted("g1b", "g0a"), asked("g0a", "test"), asked("g1b", "test"), scored("g0a", "test", WRONG))
+    given(feedback_svc, *past[:-1]).when(scored("g0a", "test", WRONG)).then()
+    event = given(feedback_svc, *past).when(scored("g1b", "test", final_items)).then_types(RunFinished)[0]
+    assert isinstance(event, RunFinished)
+    return event
+
+
+def test_the_run_ends_with_the_sealed_scores_of_first_and_final():
+    end = sealed_test(RIGHT)
+    assert end.outcome == "improved" and end.best == "g1b" and end.sealed
+    assert (end.sealed.first.value, end.sealed.final.value) == (0, 1) and end.sealed.comparison.p_value < 0.001
+
+
+def test_a_run_without_a_proven_gain_says_so():
+    end = sealed_test(WRONG)
+    assert end.outcome == "no proven gain" and "no gain could be shown" in end.reason
+
+
+def test_a_sealed_test_that_fails_ends_the_run_as_failed():
+    past = (*ACCEPTED, asked("g0a", "test"))
+    end = given(feedback_svc, *past).when(failed("g0a", "test", "timeout")).then_types(RunFinished)[0]
+    assert isinstance(end, RunFinished) and end.outcome == "failed"
+
+
+def lever_after(*levers_and_gains: tuple[str, float | None], policy: str = "auto", generations: int = 9, **dev: Any) -> Any:
+    """The lever chosen behind generations that pulled these levers and gained this much (None: refused)."""
+    past: list[Any] = [registered(), started(lever=policy, generations=generations), proposed(), asked("g0a", "dev")]
+    past += [scored("g0a", "dev", "1100", **dev), asked("g0a", "gate"), scored("g0a", "gate", "10000000"), accepted("g0a")]
+    incumbent = "g0a"
+    for generation, (lever, gain) in enumerate(levers_and_gains, start=1):
+        name = f"g{generation}a"
+        made = patched(name, incumbent) if lever == "harness" else trained(name, incumbent)
+        past += [feedback_asked(generation, incumbent), fed_back(generation, lever, incumbent), made, asked(name, "dev"), scored(name, "dev", "1100", **dev)]
+        if gain is None:
+            past.append(VersionRejected(version=name, over=incumbent, comparison=None, reason="no"))
+        else:
+            from sia_events.shared.events import Comparison
+
+            comparison = Comparison(gain=gain, low=gain, high=gain, p_value=0.001, n=8, better=1, worse=0)
+            past.append(VersionAccepted(version=name, over=incumbent, comparison=comparison, reason="yes"))
+            incumbent = name
+    past.append(feedback_asked(len(levers_and_gains) + 1, incumbent))
+    return choose_lever(fold(recorded(*past)))
+
+
+def test_the_harness_is_turned_first_because_edits_are_cheap():
+    assert lever_after().lever == "harness"
+
+
+def test_the_harness_goes_on_while_it_pays():
+    assert lever_after(("harness", 0.4)).lever == "harness"
+
+
+@pytest.mark.parametrize("gain", [None, 0.01])
+def test_a_plateau_of_the_harness_turns_to_the_weights(gain: float | None):
+    choice = lever_after(("harness", 0.4), ("harness", gain))
+    assert choice.lever == "weights" and "plateau" in choice.reasons[0]
+    assert choice.evidence.last_harness_gain == (gain or 0.0) and choice.evidence.harness_tries == 2
+
+
+def test_the_last_generation_tries_the_lever_that_was_never_tried():
+    assert lever_after(("harness", 0.4), generations=2).lever == "weights"
+
+
+def test_weights_that_stall_turn_back_to_the_harness():
+    assert lever_after(("harness", None), ("weights", None)).lever == "harness"
+    assert lever_after(("harness", None), ("weights", 0.2)).lever == "weights"
+
+
+def test_many_invalid_answers_keep_the_harness_lever():
+    choice = lever_after(("harness", None), failures={"invalid": 3})
+    assert choice.lever == "weights" or "invalid" in choice.reasons[0]
+    assert "invalid" in lever_after(failures={"invalid": 3}).reasons[0]
+
+
+def test_the_controls_ignore_the_evidence():
+    assert [lever_after(policy=p).lever for p in ("harness", "weights")] == ["harness", "weights"]
+    assert lever_after(policy="alternate").lever == "harness"
+    assert lever_after(("harness", 0.4), policy="alternate").lever == "weights"
+    assert lever_after(policy="random") == lever_after(policy="random")
+
+
+def test_an_earlier_state_is_not_changed_by_a_later_record():
+    records = recorded(*ACCEPTED)
+    before = fold(records[:-1])
+    copy = replace(before)
+    fold(records[-1:], before)
+    assert before == copy and before.incumbent is None
