@@ -1,0 +1,71 @@
+"""What the inside of a box is made of, as bubblewrap's options: runtime, masks, scratch, and what the job names."""
+
+import os
+import sys
+import sysconfig
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from sia_events.shared.ports import Job, Limits
+
+RELAY = Path(__file__).with_name("relay.py")
+PYTHON = Path(getattr(sys, "_base_executable", sys.executable)).resolve()
+PREFIX = Path(sys.base_prefix).resolve()
+RUNTIME = ("/usr", "/bin", "/sbin", "/lib", "/lib32", "/lib64", "/libx32", "/etc/ld.so.cache", "/etc/alternatives")
+PYTHON_INSIDE, RELAY_INSIDE, SOCKET_INSIDE = "/run/bin/python", "/run/relay.py", "/run/gateway.sock"
+
+
+def box(hidden: Sequence[Path], limits: Limits) -> Iterator[str]:
+    """bubblewrap's options for the empty box: namespaces, runtime, masks and scratch; read-only but for the scratch."""
+    yield from ("--unshare-user", "--unshare-all", "--disable-userns", "--cap-drop", "ALL", "--die-with-parent")
+    yield from ("--new-session", "--hostname", "box", "--uid", "1000", "--gid", "1000")
+    bound = [Path(path) for path in RUNTIME if os.path.exists(path) and not os.path.islink(path)]
+    for path in RUNTIME:
+        if os.path.islink(path):
+            yield from ("--symlink", os.readlink(path), path)
+    if not any(PREFIX.is_relative_to(path) for path in bound):
+        bound.append(PREFIX)
+    for path in bound:
+        yield from ("--ro-bind", str(path), str(path))
+    for path in masks(bound, [*hidden, *own_folders()]):
+        yield from ("--size", "4096", "--tmpfs", str(path), "--remount-ro", str(path))
+    # Read-only /proc, because to host root its sysctls are writable, capabilities or not: core_pattern is a way out.
+    yield from ("--proc", "/proc", "--remount-ro", "/proc")
+    scratch = str(limits.file_mb << 20)
+    yield from ("--dev", "/dev", "--size", scratch, "--tmpfs", "/dev/shm", "--remount-ro", "/dev")
+    yield from ("--size", scratch, "--tmpfs", "/tmp")
+    for name in ("python", "python3"):
+        yield from ("--symlink", str(PYTHON), f"/run/bin/{name}")
+    yield from ("--ro-bind", str(RELAY), RELAY_INSIDE)
+
+
+def contents(job: Job) -> Iterator[str]:
+    """bubblewrap's options for what one job finds in its box."""
+    for inside, path in job.reads.items():
+        yield from ("--ro-bind", str(path.resolve()), inside)
+    if job.socket:
+        yield from ("--ro-bind", str(job.socket.resolve()), SOCKET_INSIDE)
+    yield from ("--bind", str(job.work.resolve()), "/work", "--chdir", "/work", "--remount-ro", "/")
+    for name, value in environment(job, "/run/bin").items():
+        yield from ("--setenv", name, value)
+
+
+def masks(bound: Sequence[Path], hidden: Sequence[Path]) -> list[Path]:
+    """Those of the `hidden` folders that can be seen through the `bound` ones, the outermost of each nest."""
+    folders = {path.resolve() for path in hidden if path.is_dir()}
+    seen = {path for path in folders if any(path.is_relative_to(folder) for folder in bound)}
+    return sorted(path for path in seen if not seen.intersection(path.parents))
+
+
+def own_folders() -> list[Path]:
+    """Where this package and its environment live: it carries private data, and a job gets the bare interpreter."""
+    found = [RELAY.parents[1]]
+    if sys.prefix != sys.base_prefix:
+        found.append(Path(sys.prefix))
+    for variables in ({}, {"base": sys.base_prefix, "platbase": sys.base_prefix}):
+        found += [Path(sysconfig.get_path(name, vars=variables)) for name in ("purelib", "platlib")]
+    return found
+
+
+def environment(job: Job, programs: str) -> dict[str, str]:
+    return {"PATH": f"{programs}:/usr/bin:/bin", "HOME": "/work", "LANG": "C.UTF-8", **job.env}

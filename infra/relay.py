@@ -1,0 +1,209 @@
+"""The first program inside a box: starts the job under its limits and carries 127.0.0.1 to the gateway's socket.
+
+Run by path under a bare `python -I -S`: it sees none of the package, and imports only what loads in milliseconds.
+
+    relay.py [socket=PATH] [port=N] [lifeline=1] [cpu=S] [fsize=BYTES] [data=BYTES] [nofile=N] -- ARGV…
+
+One thread and one epoll carry every connection, because a thread per connection would be charged to the job's
+process limit. The exit status is the job's, 128 + N when signal N ended it.
+"""
+
+import os
+import resource
+import select
+import signal
+import socket
+import sys
+
+CHUNK = 65536
+CONNECTIONS = 256
+ADDRESS = "127.0.0.1:8080"
+SUBREAPER = 36  # PR_SET_CHILD_SUBREAPER, linux/prctl.h
+
+
+class Half:
+    """One direction of a connection. It holds one chunk at most, so a slow reader slows its writer."""
+
+    __slots__ = ("chunk", "ended", "other", "sink", "source")
+
+    other: "Half"
+
+    def __init__(self, source: socket.socket, sink: socket.socket) -> None:
+        self.source, self.sink = source, sink
+        self.chunk, self.ended = b"", False
+
+    def fill(self) -> None:
+        if self.chunk or self.ended:
+            return
+        self.chunk = self.source.recv(CHUNK)
+        if not self.chunk:
+            self.ended = True
+            self.sink.shutdown(socket.SHUT_WR)
+
+    def flush(self) -> None:
+        if self.chunk:
+            self.chunk = self.chunk[self.sink.send(self.chunk) :]
+
+
+class Relay:
+    """Carries every connection of `listener` to the unix socket at `path`, byte for byte, half-closes included."""
+
+    def __init__(self, poll: select.epoll, listener: socket.socket, path: str) -> None:
+        self.poll, self.listener, self.path = poll, listener, path
+        self.halves: dict[int, Half] = {}  # by the descriptor that is read
+        self.masks: dict[int, int] = {}
+        listener.setblocking(False)
+        self.watch(listener.fileno(), select.EPOLLIN)
+
+    def handle(self, fd: int, events: int) -> None:
+        """Move what can be moved for a descriptor that epoll named."""
+        if fd == self.listener.fileno():
+            self.accept()
+        elif half := self.halves.get(fd):
+            try:
+                if events & select.EPOLLOUT:
+                    half.other.flush()
+                if events & ~select.EPOLLOUT:
+                    half.fill()
+                    half.flush()
+            except BlockingIOError:
+                pass
+            except OSError:
+                self.close(half)
+                return
+            self.settle(half)
+
+    def accept(self) -> None:
+        try:
+            client, _ = self.listener.accept()
+        except OSError:
+            return
+        gateway = socket.socket(socket.AF_UNIX)
+        # Waiting is right while the gateway's backlog is full, and bounded because everything else waits too.
+        gateway.settimeout(1.0)
+        try:
+            gateway.connect(self.path)
+        except OSError:
+            # The job sees a closed connection, as it would from a server that is down, and may try again.
+            client.close()
+            gateway.close()
+            return
+        client.setblocking(False)
+        gateway.setblocking(False)
+        there, back = Half(client, gateway), Half(gateway, client)
+        there.other, back.other = back, there
+        self.halves |= {client.fileno(): there, gateway.fileno(): back}
+        self.settle(there)
+
+    def settle(self, half: Half) -> None:
+        """Wait for exactly what the connection can use next; close it when both directions have ended."""
+        back = half.other
+        if half.ended and back.ended and not half.chunk and not back.chunk:
+            self.close(half)
+            return
+        for this in (half, back):
+            readable = 0 if this.chunk or this.ended else select.EPOLLIN
+            writable = select.EPOLLOUT if this.other.chunk else 0
+            self.watch(this.source.fileno(), readable | writable)
+        self.watch(self.listener.fileno(), select.EPOLLIN if len(self.halves) < 2 * CONNECTIONS else 0)
+
+    def watch(self, fd: int, mask: int) -> None:
+        # A hang-up is reported whatever the mask, for ever, so a descriptor without business is taken out.
+        before = self.masks.get(fd, 0)
+        if mask and not before:
+            self.poll.register(fd, mask)
+        elif before and not mask:
+            self.poll.unregister(fd)
+        elif mask != before:
+            self.poll.modify(fd, mask)
+        self.masks[fd] = mask
+
+    def close(self, half: Half) -> None:
+        for end in (half.source, half.sink):
+            self.watch(end.fileno(), 0)
+            del self.halves[end.fileno()], self.masks[end.fileno()]
+            end.close()
+        self.watch(self.listener.fileno(), select.EPOLLIN)
+
+
+def start(argv: list[str], options: dict[str, str]) -> int:
+    """Start the job with its limits on; returns its process id."""
+    child = os.fork()
+    if child:
+        return child
+    try:
+        # Python ignores these two, and what is ignored stays ignored across exec.
+        for ignored in (signal.SIGPIPE, signal.SIGXFSZ):
+            signal.signal(ignored, signal.SIG_DFL)
+        os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+        for name in ("fsize", "data", "nofile"):
+            if value := options.get(name):
+                resource.setrlimit(getattr(resource, f"RLIMIT_{name.upper()}"), (int(value), int(value)))
+        if "cpu" in options:
+            # The soft limit's SIGXCPU names the limit; the hard one is for a job that ignores it.
+            resource.setrlimit(resource.RLIMIT_CPU, (int(options["cpu"]), int(options["cpu"]) + 1))
+        os.execvp(argv[0], argv)
+    except (OSError, ValueError) as error:
+        os.write(2, f"cannot start {argv[0]}: {error}\n".encode())
+    finally:
+        os._exit(127)
+
+
+def adopt_orphans() -> None:
+    """Become the parent of every descendant that loses its own, so that none is out of reach at the end."""
+    import ctypes
+
+    if ctypes.CDLL(None, use_errno=True).prctl(SUBREAPER, 1, 0, 0, 0):
+        raise OSError(ctypes.get_errno(), "prctl(PR_SET_CHILD_SUBREAPER) failed")
+
+
+def end_descendants() -> None:
+    """Kill children until there are none; grandchildren become children as their parents die."""
+    while True:
+        with open(f"/proc/self/task/{os.getpid()}/children") as children:
+            for pid in children.read().split():
+                os.kill(int(pid), signal.SIGKILL)
+        try:
+            os.waitpid(-1, 0)
+        except ChildProcessError:
+            return
+
+
+def main(words: list[str]) -> int:
+    split = words.index("--")
+    options, argv = dict(word.split("=", 1) for word in words[:split]), words[split + 1 :]
+    poll = select.epoll()
+    relay = None
+    if "socket" in options:
+        listener = socket.create_server(("127.0.0.1", int(options["port"])), backlog=CONNECTIONS)
+        relay = Relay(poll, listener, options["socket"])
+        address = f"127.0.0.1:{listener.getsockname()[1]}"
+        for name, value in os.environ.items():
+            os.environ[name] = value.replace(ADDRESS, address)
+    # bubblewrap adds it, and a job's environment is what was asked for.
+    os.environ.pop("PWD", None)
+    lifeline = "lifeline" in options
+    if lifeline:
+        adopt_orphans()
+        if not os.read(0, 1):
+            return 1
+        poll.register(0, select.EPOLLIN)
+    child = start(argv, options)
+    done = os.pidfd_open(child)
+    poll.register(done, select.EPOLLIN)
+    while True:
+        for fd, events in poll.poll():
+            if fd == done or (lifeline and fd == 0):
+                if fd == 0:
+                    os.kill(child, signal.SIGKILL)
+                code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+                if lifeline:
+                    end_descendants()
+                return code if code >= 0 else 128 - code
+            if relay:
+                relay.handle(fd, events)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
