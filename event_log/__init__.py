@@ -1,0 +1,1 @@
+"""The recorder: stream to ClickHouse, and the tables rebuilt from the stream."""

@@ -1,0 +1,154 @@
+-- The log's tables and views, as ordered migrations: a line `-- migration N` opens each.
+-- A migration that was ever released is never edited; the next change is a new one at the end.
+-- Every statement can run twice, so one that was cut off half-way is simply run again.
+
+-- migration 1
+
+-- One row a record. `record` holds its canonical bytes and is the truth; the engine reads every other column from it.
+-- A write is fsynced before it is acknowledged. A batch sent again is dropped by its token within the window, and a row
+-- that slips through is collapsed by (run, position): readers use FINAL or LIMIT 1 BY, as merges come when they like.
+-- Merged parts are fsynced too, so the many small ones they replace need not be kept for eight minutes.
+-- After a power cut, parts that were never acknowledged may be torn; the store must set them aside and open all the same.
+CREATE TABLE IF NOT EXISTS events
+(
+    record      String CODEC(ZSTD(3)),
+    run         LowCardinality(String)  DEFAULT JSONExtractString(record, 'run'),
+    position    UInt64                  DEFAULT JSONExtractUInt(record, 'position'),
+    id          UUID                    DEFAULT toUUID(JSONExtractString(record, 'id')),
+    type        LowCardinality(String)  DEFAULT JSONExtractString(record, 'type'),
+    producer    LowCardinality(String)  DEFAULT JSONExtractString(record, 'producer'),
+    cause       Nullable(UUID)          DEFAULT toUUIDOrNull(JSONExtractString(record, 'cause')),
+    correlation UUID                    DEFAULT toUUID(JSONExtractString(record, 'correlation')),
+    time        DateTime64(6, 'UTC')    DEFAULT parseDateTime64BestEffort(JSONExtractString(record, 'time'), 6, 'UTC'),
+    schema      UInt16                  DEFAULT JSONExtractUInt(record, 'schema'),
+    version     String                  DEFAULT JSONExtractString(record, 'data', 'version'),
+    attempt     String                  DEFAULT JSONExtractString(record, 'data', 'attempt'),
+    chain       String                  ALIAS JSONExtractString(record, 'chain'),
+    data        String                  ALIAS JSONExtractRaw(record, 'data')
+)
+ENGINE = ReplacingMergeTree
+ORDER BY (run, position)
+SETTINGS non_replicated_deduplication_window = 10000, fsync_after_insert = 1, fsync_part_directory = 1,
+    min_rows_to_fsync_after_merge = 1, old_parts_lifetime = 10,
+    max_suspicious_broken_parts = 1000000, max_suspicious_broken_parts_bytes = 1000000000000;
+
+-- One row a model call: `body` is the line as the gateway recorded it (shared/calls.py), `sequence` and `line` say where
+-- on the stream it stands, `key` is what an attempt's tries share.
+CREATE TABLE IF NOT EXISTS model_calls
+(
+    run               LowCardinality(String),
+    key               String,
+    sequence          UInt64,
+    line              UInt32,
+    body              String CODEC(ZSTD(3)),
+    time              DateTime64(6, 'UTC')   DEFAULT
+        toDateTime64OrZero(replaceRegexpOne(JSONExtractString(body, 'time'), '^(.{10})T(.*)Z$', '\\1 \\2'), 6, 'UTC'),
+    call              String                 DEFAULT JSONExtractString(body, 'call'),
+    attempt           String                 DEFAULT JSONExtractString(body, 'attempt'),
+    version           String                 DEFAULT JSONExtractString(body, 'version'),
+    item              String                 DEFAULT JSONExtractString(body, 'item'),
+    role              LowCardinality(String) DEFAULT if(JSONHas(body, 'role'), JSONExtractString(body, 'role'), 'target'),
+    kind              LowCardinality(String) DEFAULT JSONExtractString(body, 'kind'),
+    model             LowCardinality(String) DEFAULT JSONExtractString(body, 'model'),
+    adapter           String                 DEFAULT JSONExtractString(body, 'adapter'),
+    digest            String                 DEFAULT JSONExtractString(body, 'digest'),
+    error             String                 DEFAULT JSONExtractString(body, 'error'),
+    prompt_tokens     UInt64                 DEFAULT JSONExtractUInt(body, 'prompt_tokens'),
+    completion_tokens UInt64                 DEFAULT JSONExtractUInt(body, 'completion_tokens'),
+    usd               Float64                DEFAULT JSONExtractFloat(body, 'usd'),
+    seconds           Float64                DEFAULT JSONExtractFloat(body, 'seconds')
+)
+ENGINE = ReplacingMergeTree
+ORDER BY (run, key, sequence, line)
+SETTINGS non_replicated_deduplication_window = 10000, fsync_after_insert = 1, fsync_part_directory = 1,
+    min_rows_to_fsync_after_merge = 1, old_parts_lifetime = 10,
+    max_suspicious_broken_parts = 1000000, max_suspicious_broken_parts_bytes = 1000000000000;
+
+-- One row a line of everything else that comes in volume: agent steps, training steps, log lines.
+CREATE TABLE IF NOT EXISTS trace
+(
+    run      LowCardinality(String),
+    kind     LowCardinality(String),
+    key      String,
+    sequence UInt64,
+    line     UInt32,
+    body     String CODEC(ZSTD(3)),
+    time     DateTime64(6, 'UTC') DEFAULT
+        toDateTime64OrZero(replaceRegexpOne(JSONExtractString(body, 'time'), '^(.{10})T(.*)Z$', '\\1 \\2'), 6, 'UTC')
+)
+ENGINE = ReplacingMergeTree
+ORDER BY (run, kind, key, sequence, line)
+SETTINGS non_replicated_deduplication_window = 10000, fsync_after_insert = 1, fsync_part_directory = 1,
+    min_rows_to_fsync_after_merge = 1, old_parts_lifetime = 10,
+    max_suspicious_broken_parts = 1000000, max_suspicious_broken_parts_bytes = 1000000000000;
+
+-- Every version: where it comes from, which lever made it, what the gate said of it.
+CREATE OR REPLACE VIEW lineage AS
+SELECT
+    made.run AS run,
+    JSONExtractUInt(made.data, 'generation') AS generation,
+    made.version AS version,
+    JSONExtractString(made.data, 'parent') AS parent,
+    transform(made.type, ['HarnessPatched', 'WeightsUpdated'], ['harness', 'weights'], 'first') AS lever,
+    multiIf(judged.last = 'VersionAccepted', 'accepted', judged.last = 'VersionRejected', 'rejected', 'open') AS verdict,
+    JSONExtractString(made.data, 'harness') AS harness,
+    JSONExtractString(made.data, 'weights', 'model') AS model,
+    JSONExtractString(made.data, 'weights', 'adapter') AS adapter,
+    JSONExtract(made.data, 'edits', 'Array(String)') AS edits,
+    made.position AS position,
+    made.time AS time
+FROM (SELECT run, type, version, position, time, data FROM events FINAL
+      WHERE type IN ('AgentProposed', 'HarnessPatched', 'WeightsUpdated')) AS made
+LEFT JOIN (SELECT run, version, argMax(type, position) AS last FROM events FINAL
+           WHERE type IN ('VersionAccepted', 'VersionRejected') GROUP BY run, version) AS judged
+    ON judged.run = made.run AND judged.version = made.version;
+
+-- Every score with its interval, by generation and version.
+CREATE OR REPLACE VIEW scores AS
+SELECT
+    scored.run AS run,
+    lineage.generation AS generation,
+    scored.version AS version,
+    lineage.lever AS lever,
+    lineage.verdict AS verdict,
+    JSONExtractString(scored.data, 'split') AS split,
+    JSONExtractFloat(scored.data, 'score', 'value') AS value,
+    JSONExtractFloat(scored.data, 'score', 'low') AS low,
+    JSONExtractFloat(scored.data, 'score', 'high') AS high,
+    JSONExtractUInt(scored.data, 'score', 'n') AS n,
+    scored.attempt AS attempt,
+    scored.position AS position,
+    scored.time AS time
+FROM (SELECT run, version, attempt, position, time, data FROM events FINAL WHERE type = 'Scored') AS scored
+LEFT JOIN lineage ON lineage.run = scored.run AND lineage.version = scored.version;
+
+-- What each role spent on each model.
+CREATE OR REPLACE VIEW costs AS
+SELECT
+    run, role, model,
+    count() AS calls,
+    sum(prompt_tokens) AS prompt_tokens,
+    sum(completion_tokens) AS completion_tokens,
+    sum(usd) AS usd,
+    sum(seconds) AS seconds
+FROM model_calls FINAL
+GROUP BY run, role, model;
+
+-- Every run at a glance, by its own records: a branch's task is its parent's.
+CREATE OR REPLACE VIEW runs AS
+SELECT
+    run,
+    anyIf(JSONExtractString(data, 'task'), type = 'TaskRegistered') AS task,
+    anyIf(JSONExtractString(data, 'parent'), type = 'RunBranched') AS parent,
+    transform(
+        argMaxIf(type, position, type IN ('RunFinished', 'RunCancelled', 'RunPaused', 'RunResumed', 'BudgetExhausted')),
+        ['RunFinished', 'RunCancelled', 'RunPaused', 'BudgetExhausted'],
+        ['finished', 'cancelled', 'paused', 'stopped by budget'],
+        'running') AS status,
+    maxIf(JSONExtractUInt(data, 'generation'), type IN ('HarnessPatched', 'WeightsUpdated')) AS generations,
+    argMaxIf(version, position, type = 'VersionAccepted') AS best,
+    max(position) AS records,
+    min(time) AS started,
+    max(time) AS updated
+FROM events FINAL
+GROUP BY run;

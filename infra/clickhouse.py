@@ -1,0 +1,211 @@
+"""The log in ClickHouse: one class and one SQL for chDB in this process, its owner process, and a server."""
+
+import asyncio
+import re
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from importlib.resources import files
+from pathlib import Path
+from typing import Any, TypeVar
+from urllib.parse import unquote, urlsplit
+
+import clickhouse_connect
+from clickhouse_connect.driver.client import Client
+from clickhouse_connect.driver.exceptions import DatabaseError, OperationalError, ProgrammingError
+from sia_events.infra.chdb_engine import ENGINE_OPTIONS
+from sia_events.infra.store_lock import StoreHeld, claim
+from sia_events.shared.ports import Envelope
+from sia_events.shared.record import Record, parse_record, to_wire
+
+TABLES = ("events", "model_calls", "trace")
+# Servers differ in their defaults, and the defaults have changed between releases: nothing is left to them.
+# Without async_insert=0 an insert may be acknowledged from memory.
+SETTINGS = {"async_insert": "0", "wait_for_async_insert": "1", "insert_deduplicate": "1", "max_threads": "2"}
+TABLE_SETTINGS = ("fsync_after_insert = 1", "fsync_part_directory = 1", "non_replicated_deduplication_window = 10000")
+NO_SPACE = 243  # ClickHouse's NOT_ENOUGH_SPACE
+
+T = TypeVar("T")
+
+
+class StoreTooNew(Exception):
+    """The store was written by a later release."""
+
+
+class StoreUnsafe(Exception):
+    """The server or the tables lack a setting without which an acknowledged row could be lost."""
+
+
+class LogUnavailable(Exception):
+    """The log does not answer; the stream keeps everything until it does."""
+
+
+class LogFull(Exception):
+    """The disk under the log is full; the batch was not stored and comes again."""
+
+
+class QueryRefused(Exception):
+    """The engine refused a statement; the message is its own."""
+
+
+def connect(dsn: str) -> "ClickHouseLog":
+    """Open the log and bring its schema up to date. Blocking: it opens files or sockets.
+
+    `chdb:///path` is the embedded store: opened in this process, or, when an owner process holds it, asked through
+    that. `clickhouse://user:password@host:port/database` is a server, or an owner named directly.
+    Raises StoreHeld, StoreTooNew, StoreUnsafe, LogUnavailable, LogFull.
+    """
+    url = urlsplit(dsn)
+    if url.scheme != "chdb":
+        local = url.hostname in ("127.0.0.1", "localhost", "::1")
+        # Compression costs more than it saves on loopback. Without a session any thread may use the client.
+        remote = {"dsn": dsn, "compress": not local, "autogenerate_session_id": False}
+        return _open(lambda **more: clickhouse_connect.get_client(**remote, **more), ExitStack())
+    path = Path(unquote(url.path))
+    held = ExitStack()
+    try:
+        held.enter_context(claim(path))
+    except StoreHeld as error:
+        if error.owner is None or error.owner.dsn is None:
+            raise
+        return connect(error.owner.dsn)
+    options = {"interface": "chdb", "path": str(path), "chdb_options": ENGINE_OPTIONS}
+    return _open(lambda **more: clickhouse_connect.get_client(**options, **more), held)
+
+
+class ClickHouseLog:
+    """The `Log` port. Calls run in threads; closing waits for none of them."""
+
+    def __init__(self, writer: Client, reader: Client, held: ExitStack) -> None:
+        self._writer = writer
+        self._reader = reader
+        self._held = held
+
+    async def append(self, records: Sequence[Record], token: str) -> None:
+        await self._insert("events", {"record": "String"}, [(to_wire(record),) for record in records], token)
+
+    async def append_traces(self, envelopes: Sequence[tuple[int, Envelope]], token: str) -> None:
+        calls: list[tuple[Any, ...]] = []
+        rest: list[tuple[Any, ...]] = []
+        for sequence, envelope in envelopes:
+            for line, body in enumerate(envelope.lines):
+                if envelope.kind == "model_call":
+                    calls.append((envelope.run, envelope.key, sequence, line, body))
+                else:
+                    rest.append((envelope.run, envelope.kind, envelope.key, sequence, line, body))
+        place = {"sequence": "UInt64", "line": "UInt32", "body": "String"}
+        name = "LowCardinality(String)"
+        await self._insert("model_calls", {"run": name, "key": "String", **place}, calls, token)
+        await self._insert("trace", {"run": name, "kind": name, "key": "String", **place}, rest, token)
+
+    async def records(self, run: str) -> Sequence[Record]:
+        # LIMIT 1 BY: a batch stored twice is collapsed only when parts are merged.
+        sql = "SELECT record FROM events WHERE run = {run:String} ORDER BY position LIMIT 1 BY position"
+        return await self._call(lambda: [parse_record(row[0]) for row in self._bytes(sql, {"run": run})])
+
+    async def runs(self) -> Sequence[str]:
+        sql = "SELECT run FROM events GROUP BY run ORDER BY min(time), run"
+        return [row["run"] for row in await self.query(sql)]
+
+    async def query(self, sql: str, parameters: Mapping[str, Any] | None = None) -> Sequence[Mapping[str, Any]]:
+        return await self._call(
+            lambda: list(self._reader.query(sql, parameters=dict(parameters or {})).named_results())
+        )
+
+    async def clear(self) -> None:
+        # TRUNCATE forgets the tokens too, so the same batches can be inserted again.
+        for table in TABLES:
+            await self._call(lambda table=table: self._writer.command(f"TRUNCATE TABLE {table}"))
+
+    async def close(self) -> None:
+        await asyncio.to_thread(self._held.close)
+
+    async def _insert(self, table: str, columns: Mapping[str, str], rows: list[tuple[Any, ...]], token: str) -> None:
+        if not rows:
+            return
+        await self._call(
+            lambda: self._writer.insert(
+                table,
+                rows,
+                column_names=list(columns),
+                column_type_names=list(columns.values()),
+                settings={"insert_deduplication_token": token},
+            )
+        )
+
+    def _bytes(self, sql: str, parameters: dict[str, Any]) -> Sequence[Sequence[bytes]]:
+        return self._reader.query(sql, parameters=parameters, query_formats={"String": "bytes"}).result_rows
+
+    async def _call(self, work: Callable[[], T]) -> T:
+        return await asyncio.to_thread(_translated, work)
+
+
+def migrations() -> list[tuple[int, list[str]]]:
+    """The schema's migrations in order: number and statements."""
+    text = files("sia_events.event_log").joinpath("schema.sql").read_text()
+    parts = re.split(r"^-- migration (\d+)$", text, flags=re.MULTILINE)[1:]
+    return [
+        (int(number), [sql.strip() for sql in re.split(r";[^\S\n]*$", body, flags=re.MULTILINE) if sql.strip()])
+        for number, body in zip(parts[::2], parts[1::2], strict=True)
+    ]
+
+
+def _open(client: Callable[..., Client], held: ExitStack) -> ClickHouseLog:
+    """Two clients on one store: one writes, the other is held to reading by the engine itself."""
+    with held:
+        writer = _translated(lambda: client(settings=SETTINGS, tz_mode="aware"))
+        held.callback(writer.close)
+        _translated(lambda: _migrate(writer))
+        _check(writer)
+        reader = _translated(lambda: client(settings={**SETTINGS, "readonly": "2"}, tz_mode="aware"))
+        held.callback(reader.close)
+        return ClickHouseLog(writer, reader, held.pop_all())
+
+
+def _migrate(client: Client) -> None:
+    """Apply what the store has not seen. Raises StoreTooNew before anything is touched."""
+    client.command(
+        "CREATE TABLE IF NOT EXISTS schema_version (version UInt32, applied DateTime DEFAULT now()) "
+        "ENGINE = ReplacingMergeTree ORDER BY version SETTINGS fsync_after_insert = 1, fsync_part_directory = 1"
+    )
+    ours = migrations()
+    found = int(client.query("SELECT max(version) FROM schema_version").result_rows[0][0])
+    if found > ours[-1][0]:
+        raise StoreTooNew(
+            f"the event log is of schema {found}; this release knows schemas up to {ours[-1][0]}. "
+            "Nothing was changed. Use the release that wrote it, or set SIA_HOME to another folder."
+        )
+    for version, statements in ours:
+        if version > found:
+            for statement in statements:
+                client.command(statement)
+            client.insert("schema_version", [(version,)], column_names=["version"], column_type_names=["UInt32"])
+
+
+def _check(client: Client) -> None:
+    """Read back what durability rests on. Raises StoreUnsafe."""
+    names = ", ".join(f"'{name}'" for name in SETTINGS)
+    rows = client.query(f"SELECT name, value FROM system.settings WHERE name IN ({names})").result_rows
+    for name, value in rows:
+        if value != SETTINGS[name]:
+            raise StoreUnsafe(f"the log's server insists on {name} = {value}; it has to be {SETTINGS[name]}")
+    tables = client.query(
+        "SELECT name, engine_full FROM system.tables "
+        "WHERE database = currentDatabase() AND name IN {names:Array(String)}",
+        parameters={"names": list(TABLES)},
+    ).result_rows
+    for name, engine in tables:
+        for setting in TABLE_SETTINGS:
+            if setting not in engine:
+                raise StoreUnsafe(f"the log's table {name} was made without `{setting}`; rebuild it from the stream")
+
+
+def _translated(work: Callable[[], T]) -> T:
+    """Run `work` with the vendor's exceptions turned into ours."""
+    try:
+        return work()
+    except (OperationalError, ProgrammingError) as error:
+        raise LogUnavailable(f"the event log cannot be opened or does not answer: {error}") from error
+    except DatabaseError as error:
+        if error.code == NO_SPACE or "No space left on device" in str(error):
+            raise LogFull(f"the disk under the event log is full, nothing of this batch was stored: {error}") from error
+        raise QueryRefused(str(error)) from error

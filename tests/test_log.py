@@ -1,0 +1,325 @@
+"""The Log port's contract on memory, on chDB in this process and on its owner; then what only ClickHouse does."""
+
+import asyncio
+import os
+import subprocess
+import sys
+from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import ExitStack
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import clickhouse_connect
+import pytest
+from sia_events.infra.clickhouse import (
+    ClickHouseLog,
+    LogFull,
+    LogUnavailable,
+    QueryRefused,
+    StoreTooNew,
+    StoreUnsafe,
+    connect,
+    migrations,
+)
+from sia_events.infra.memory import MemoryLog
+from sia_events.infra.store_lock import StoreHeld
+from sia_events.shared.calls import ModelCall, encode_call
+from sia_events.shared.events import (
+    AgentProposed,
+    Estimate,
+    Event,
+    HarnessPatched,
+    RunFinished,
+    RunResumed,
+    Scored,
+    VersionAccepted,
+    VersionRejected,
+    Weights,
+)
+from sia_events.shared.ports import Envelope, Log
+from sia_events.shared.record import GENESIS, Record, opening, place
+from store_owner import owner
+
+START = datetime(2026, 1, 2, 3, 4, 5, 678901, tzinfo=UTC)
+HARNESS = "a" * 64
+WEIGHTS = Weights(model="tiny")
+
+
+def records(run: str, events: Sequence[Event], start: datetime = START) -> list[Record]:
+    """The events as the opening records of a run, a second apart."""
+    placed: list[Record] = []
+    for i, draft in enumerate(opening(run, events)):
+        chain = placed[-1].chain if placed else GENESIS
+        placed.append(place(draft, run, i + 1, chain, start + timedelta(seconds=i)))
+    return placed
+
+
+def resumed(count: int) -> list[Event]:
+    return [RunResumed(reason=f"{i}: 'quoted' \\ \t\n; é \U0001f642") for i in range(count)]
+
+
+def call(name: str, **fields: object) -> bytes:
+    known = {"call": name, "attempt": "a1", "version": "v1", "kind": "chat", "model": "tiny", "digest": "d", "n": 0}
+    return encode_call(ModelCall(**{**known, "seed": 0, "request": {}, **fields}))  # pyright: ignore[reportArgumentType]
+
+
+def statement(dsn: str, sql: str) -> None:
+    with clickhouse_connect.get_client(dsn=dsn) as client:
+        client.command(sql)
+
+
+def empty_files(folder: Path) -> None:
+    for file in folder.iterdir():
+        os.truncate(file, 0)
+
+
+@pytest.fixture(params=["memory", "chdb", "chdb owner"])
+async def log(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[Log]:
+    with ExitStack() as stack:
+        if request.param == "memory":
+            opened: Log = MemoryLog()
+        elif request.param == "chdb":
+            opened = connect(f"chdb://{tmp_path}/log")
+        else:
+            opened = connect(stack.enter_context(owner(tmp_path / "log")).dsn)
+        yield opened
+        await opened.close()
+
+
+@pytest.fixture
+async def embedded(tmp_path: Path) -> AsyncIterator[ClickHouseLog]:
+    opened = connect(f"chdb://{tmp_path}/log")
+    yield opened
+    await opened.close()
+
+
+async def test_records_come_back_as_they_were_whatever_order_they_arrive_in(log: Log):
+    written = records("r1", resumed(30))
+    await log.append(written[20:], "second")
+    await log.append(written[:20], "first")
+    assert list(await log.records("r1")) == written
+
+
+async def test_a_batch_sent_again_adds_nothing(log: Log):
+    written = records("r1", resumed(10))
+    for token in ("t", "t", "another token for the same batch"):
+        await log.append(written, token)
+    assert list(await log.records("r1")) == written
+
+
+async def test_a_run_has_its_own_records_only_and_an_unknown_one_has_none(log: Log):
+    await log.append(records("r1", resumed(3)) + records("r2", resumed(2)), "t")
+    assert [record.run for record in await log.records("r2")] == ["r2", "r2"]
+    assert list(await log.records("r3")) == []
+
+
+async def test_runs_are_listed_by_their_first_record(log: Log):
+    await log.append(records("late", resumed(1), START + timedelta(days=1)), "1")
+    await log.append(records("early", resumed(1)), "2")
+    assert list(await log.runs()) == ["early", "late"]
+
+
+async def test_a_cleared_log_takes_the_same_batches_again(log: Log):
+    written = records("r1", resumed(5))
+    traces = [(1, Envelope("r1", "log", "k", (b'{"a":1}',)))]
+    await log.append(written, "t")
+    await log.append_traces(traces, "t")
+    await log.clear()
+    assert list(await log.runs()) == []
+    await log.append(written, "t")
+    await log.append_traces(traces, "t")
+    assert list(await log.records("r1")) == written
+
+
+async def test_empty_batches_are_nothing(log: Log):
+    await log.append([], "t")
+    await log.append_traces([], "t")
+    assert list(await log.runs()) == []
+
+
+async def test_many_writers_and_readers_at_once_lose_nothing(log: Log):
+    written = {f"r{i}": records(f"r{i}", resumed(20)) for i in range(8)}
+    await asyncio.gather(*(log.append(batch, run) for run, batch in written.items()), *(log.runs() for _ in range(8)))
+    for run, batch in written.items():
+        assert list(await log.records(run)) == batch
+
+
+async def test_the_columns_are_read_from_the_record(embedded: ClickHouseLog):
+    first, second = records(
+        "r1", [AgentProposed(version="v1", candidate=0, harness=HARNESS, weights=WEIGHTS, reason="x")] * 2
+    )
+    await embedded.append([first, second], "t")
+    rows = await embedded.query("SELECT *, chain FROM events ORDER BY position")
+    for row, record in zip(rows, (first, second), strict=True):
+        for column in ("run", "position", "id", "type", "producer", "cause", "correlation", "time", "schema", "chain"):
+            assert row[column] == getattr(record, column), column
+        assert row["version"] == "v1"
+
+
+async def test_model_calls_and_trace_lines_become_rows_once(embedded: ClickHouseLog):
+    calls = Envelope(
+        "r1", "model_call", "a1", (call("c1", prompt_tokens=5, usd=0.5, time="2026-01-02T03:04:05Z"), call("c2"))
+    )
+    steps = Envelope("r1", "step", "a1", (b'{"time":"not a time"}', b"not JSON at all \xff"))
+    for token in ("t", "t", "u"):
+        await embedded.append_traces([(7, calls), (8, steps)], token)
+    rows = await embedded.query("SELECT * FROM model_calls FINAL ORDER BY sequence, line")
+    assert [(r["sequence"], r["line"], r["call"], r["role"], r["attempt"]) for r in rows] == [
+        (7, 0, "c1", "target", "a1"),
+        (7, 1, "c2", "target", "a1"),
+    ]
+    assert rows[0]["time"] == datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC)
+    assert (await embedded.query("SELECT count() AS n FROM trace FINAL"))[0]["n"] == 2
+    costs = await embedded.query("SELECT calls, prompt_tokens, usd FROM costs WHERE run = {run:String}", {"run": "r1"})
+    assert costs == [{"calls": 2, "prompt_tokens": 5, "usd": 0.5}]
+
+
+async def test_the_views_tell_lineage_scores_and_state(embedded: ClickHouseLog):
+    score = Estimate(value=0.5, low=0.4, high=0.6, n=100)
+    events: list[Event] = [
+        AgentProposed(version="v0", candidate=0, harness=HARNESS, weights=WEIGHTS, reason="first"),
+        VersionAccepted(version="v0", over=None, comparison=None, reason="first"),
+        HarnessPatched(
+            version="v1",
+            generation=1,
+            candidate=0,
+            parent="v0",
+            harness=HARNESS,
+            weights=WEIGHTS,
+            edits=("votes",),
+            reason="x",
+        ),
+        Scored(attempt="a", version="v1", split="dev", score=score, items=(0.5,), failures={}, skew=0.1),
+        VersionRejected(version="v1", over="v0", comparison=None, reason="no gain"),
+        RunFinished(outcome="no proven gain", best="v0", sealed=None, reason="done"),
+    ]
+    await embedded.append(records("r1", events), "t")
+    lineage = await embedded.query("SELECT generation, version, parent, lever, verdict FROM lineage ORDER BY position")
+    assert [tuple(row.values()) for row in lineage] == [
+        (0, "v0", "", "first", "accepted"),
+        (1, "v1", "v0", "harness", "rejected"),
+    ]
+    scores = await embedded.query("SELECT generation, version, lever, split, value, low, high, n FROM scores")
+    assert [tuple(row.values()) for row in scores] == [(1, "v1", "harness", "dev", 0.5, 0.4, 0.6, 100)]
+    runs = await embedded.query("SELECT run, status, generations, best, records FROM runs")
+    assert [tuple(row.values()) for row in runs] == [("r1", "finished", 1, "v0", 6)]
+
+
+@pytest.mark.parametrize(
+    "sql", ["DROP TABLE events", "INSERT INTO trace (run) VALUES ('x')", "SELEC", "SET readonly = 0"]
+)
+async def test_a_query_only_reads(embedded: ClickHouseLog, sql: str):
+    with pytest.raises(QueryRefused):
+        await embedded.query(sql)
+
+
+async def test_what_was_appended_is_there_after_reopening(tmp_path: Path):
+    written = records("r1", resumed(10))
+    for _ in range(2):
+        log = connect(f"chdb://{tmp_path}/log")
+        await log.append(written, "t")
+        await log.close()
+    log = connect(f"chdb://{tmp_path}/log")
+    assert (await log.query("SELECT count() AS n FROM events"))[0]["n"] == 10
+    await log.close()
+
+
+async def test_another_process_is_answered_through_the_owner(tmp_path: Path):
+    with owner(tmp_path / "log") as running:
+        log = connect(running.dsn)
+        await log.append(records("r1", resumed(1)), "t")
+        await log.close()
+        code = f"import asyncio; from sia_events.infra.clickhouse import connect; print(asyncio.run(connect('chdb://{tmp_path}/log').runs()))"
+        other = await asyncio.to_thread(subprocess.run, [sys.executable, "-c", code], capture_output=True, text=True)
+    assert other.stdout.strip() == "['r1']", other.stderr
+
+
+async def test_a_store_held_by_a_process_that_takes_no_questions_names_it(embedded: ClickHouseLog, tmp_path: Path):
+    code = f"from sia_events.infra.clickhouse import connect; connect('chdb://{tmp_path}/log')"
+    other = await asyncio.to_thread(subprocess.run, [sys.executable, "-c", code], capture_output=True, text=True)
+    assert "StoreHeld" in other.stderr and f"process {os.getpid()}" in other.stderr
+    with pytest.raises(StoreHeld):
+        connect(f"chdb://{tmp_path}/log")
+
+
+async def test_a_store_of_a_newer_schema_is_left_alone(tmp_path: Path):
+    with owner(tmp_path / "log") as running:
+        log = connect(running.dsn)
+        await log.close()
+        statement(running.dsn, "INSERT INTO schema_version (version) VALUES (99)")
+        with pytest.raises(StoreTooNew, match=r"schema 99; this release knows schemas up to \d+"):
+            connect(running.dsn)
+
+
+async def test_a_table_without_its_durability_is_refused(tmp_path: Path):
+    with owner(tmp_path / "log") as running:
+        log = connect(running.dsn)
+        await log.close()
+        statement(running.dsn, "ALTER TABLE events MODIFY SETTING fsync_after_insert = 0")
+        with pytest.raises(StoreUnsafe, match="fsync_after_insert"):
+            connect(running.dsn)
+
+
+async def test_a_torn_part_is_set_aside_and_the_rest_is_there(tmp_path: Path):
+    whole, torn = records("whole", resumed(3)), records("torn", resumed(3))
+    log = connect(f"chdb://{tmp_path}/log")
+    await log.append(whole, "1")
+    await log.append(torn, "2")
+    [part] = await log.query("SELECT path FROM system.parts WHERE table = 'events' AND active AND min_block_number = 2")
+    await log.close()
+    empty_files(Path(part["path"]))
+    log = connect(f"chdb://{tmp_path}/log")
+    assert list(await log.records("whole")) == whole
+    assert list(await log.runs()) == ["whole"]
+    await log.close()
+
+
+async def test_a_log_whose_owner_was_killed_says_so_and_goes_on_with_the_next_owner(tmp_path: Path):
+    first, second = records("r1", resumed(3)), records("r2", resumed(3))
+    with owner(tmp_path / "log") as running:
+        log = connect(running.dsn)
+        await log.append(first, "1")
+    with pytest.raises(LogUnavailable):
+        await log.append(second, "2")
+    with owner(tmp_path / "log"):
+        await log.append(second, "2")
+        assert [list(await log.records(run)) for run in ("r1", "r2")] == [first, second]
+        await log.close()
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    command = ["mount", "-t", "tmpfs", "-o", "size=8m", "none", str(tmp_path)]
+    if subprocess.run(command, capture_output=True).returncode:
+        pytest.skip("mounting a small disk takes root")
+    yield tmp_path
+    subprocess.run(["umount", "-l", str(tmp_path)], check=True)
+
+
+async def test_a_full_disk_is_named_and_what_was_acknowledged_stays(small_disk: Path):
+    log = connect(f"chdb://{small_disk}/log")
+    acknowledged = 0
+    with pytest.raises(LogFull, match="disk under the event log is full"):
+        for batch in range(1000):
+            noise = [RunResumed(reason=os.urandom(500).hex()) for _ in range(200)]
+            await log.append(records(f"r{batch}", noise), f"t{batch}")
+            acknowledged += 200
+    assert (await log.query("SELECT count() AS n FROM events"))[0]["n"] == acknowledged > 0
+    await log.close()
+
+
+async def test_an_insert_is_on_disk_when_it_returns(embedded: ClickHouseLog):
+    async def synced() -> dict[str, int]:
+        rows = await embedded.query(
+            "SELECT event, value FROM system.events WHERE event IN ('FileSync', 'DirectorySync')"
+        )
+        return {row["event"]: row["value"] for row in rows}
+
+    before = await synced()
+    await embedded.append(records("r1", resumed(1)), "t")
+    after = await synced()
+    assert after["FileSync"] > before.get("FileSync", 0) and after["DirectorySync"] > before.get("DirectorySync", 0)
+
+
+def test_migrations_are_numbered_from_one_without_gaps():
+    assert [number for number, _ in migrations()] == list(range(1, len(migrations()) + 1))
