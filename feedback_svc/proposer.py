@@ -10,7 +10,7 @@ from math import prod
 from sia_events.feedback_svc.template import Spec, digest
 
 # Ranking. The exponents and factors only order proposals; the gate, not this file, decides what is kept.
-COST_AVERSION = 0.3
+COST_AVERSION = 0.6
 DEPENDENT_PAIR = 0.9  # one edit needs the other; still more can go wrong than with one
 UNRELATED_PAIR = 0.5  # two edits that each work alone: their pair does not tell which of them helped
 SAME_FAMILY_AGAIN = 0.3  # candidates tried side by side should differ in kind
@@ -145,11 +145,11 @@ EDITS = (
          "one label is answered far more often than it occurs"),
     Edit("calibrate_longer", "scoring", calibrate_longer, lambda invalid, skew: 0.02 + 0.1 * skew, 2.0,
          "the bias is estimated on few items"),
-    Edit("few_shot", "examples", few_shot, lambda invalid, skew: 0.15 + 0.2 * invalid, 1.2,
+    Edit("few_shot", "examples", few_shot, lambda invalid, skew: 0.15 + 0.2 * invalid, 3.0,
          "solved examples show the form and the meaning of the labels"),
-    Edit("more_examples", "examples", more_examples, lambda invalid, skew: 0.05, 1.3,
+    Edit("more_examples", "examples", more_examples, lambda invalid, skew: 0.05, 2.0,
          "more solved examples, where some are there"),
-    Edit("nearest_examples", "examples", nearest_examples, lambda invalid, skew: 0.2, 5.0,
+    Edit("nearest_examples", "examples", nearest_examples, lambda invalid, skew: 0.15, 7.0,
          "examples like the item at hand; every prompt is its own, so it is slow"),
     Edit("open_answer", "wording", open_answer, lambda invalid, skew: 0.05 + 0.3 * invalid, 1.0,
          "an opened answer leaves no room for prose"),

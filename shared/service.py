@@ -6,6 +6,7 @@ from typing import Any
 from uuid import UUID
 
 from sia_events.shared.events import Event, RunBranched, ServiceFailed
+from sia_events.shared.failpoints import reach
 from sia_events.shared.ports import Bus, Ports
 from sia_events.shared.record import Record, answers
 from sia_events.shared.run import Run, evolve
@@ -104,7 +105,9 @@ async def answer(service: Service, lineage: Lineage, cause: Record, run: str, po
         else:
             events = await service.performs[type(one.event)](Work(state, one, ports), one.event)
         if events:
+            reach(f"{service.name} before publishing on {one.type}")
             await ports.bus.append(run, answers(run, one, service.name, events))
+            reach(f"{service.name} after publishing on {one.type}")
 
 
 async def serve(service: Service, bus: Bus, ports: Ports, run: str | None = None) -> None:
