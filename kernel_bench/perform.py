@@ -1,0 +1,37 @@
+"""Measures the kernel that an attempt wrote."""
+
+import asyncio
+from collections.abc import Sequence
+
+from sia_events.kernel_bench.measure import measure
+from sia_events.kernel_bench.problems import PROBLEMS
+from sia_events.shared.events import Event, ExecutionLogged, KernelMeasured
+from sia_events.shared.registration import decode_task
+from sia_events.shared.service import Work
+from sia_events.shared.tree import load_tree
+
+KERNEL = "kernel.py"
+
+
+async def measure_kernel(work: Work, logged: ExecutionLogged) -> Sequence[Event]:
+    """For a task that names a kernel problem: check and time the attempt's kernel.py. Of other tasks it says nothing."""
+    assert work.run.task is not None
+    task = decode_task(await work.ports.blobs.get(work.run.task.spec))
+    if task.kernel is None:
+        return []
+    outputs = await load_tree(work.ports.blobs, logged.outputs)
+    source = outputs.get(KERNEL, b"").decode(errors="replace")
+    found = await asyncio.to_thread(measure, source, PROBLEMS[task.kernel])
+    return [
+        KernelMeasured(
+            attempt=logged.attempt,
+            version=logged.version,
+            problem=found.problem,
+            correct=found.correct,
+            speedup=round(found.speedup or 0.0, 6),
+            low=round(found.low or 0.0, 6),
+            high=round(found.high or 0.0, 6),
+            flagged=found.flagged,
+            reason=found.reason[-500:],
+        )
+    ]
