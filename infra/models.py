@@ -1,0 +1,94 @@
+"""The local model as a `Models` port: an HTTP client of the model server, which holds adapters by name."""
+
+import asyncio
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+from sia_events.shared.ports import Blobs, Chat, Choice, ModelFailed
+from sia_events.shared.tree import load_tree, write_tree
+
+
+class LocalModels:
+    """Calls the server at `url` (or on the unix socket `socket`). An adapter is loaded under its digest when first named.
+
+    The server's own API is vLLM's, so a vLLM server answers here too, the choice call apart.
+    """
+
+    def __init__(self, blobs: Blobs, adapters: Path, socket: Path) -> None:
+        self._blobs = blobs
+        self._adapters = adapters
+        transport = httpx.AsyncHTTPTransport(uds=str(socket), limits=httpx.Limits(max_connections=256))
+        self._http = httpx.AsyncClient(transport=transport, base_url="http://model", timeout=300)
+        self._loading = asyncio.Lock()
+
+    async def chat(self, call: Chat) -> Mapping[str, Any]:
+        body = {
+            "model": _name(call.model, call.adapter),
+            "messages": list(call.messages),
+            "temperature": call.temperature,
+            "top_p": call.top_p,
+            "max_tokens": call.max_tokens,
+            "stop": list(call.stop) or None,
+            "seed": call.seed,
+            "logprobs": True,
+        }
+        return await self._post("/v1/chat/completions", body, call.adapter)
+
+    async def choose(self, call: Choice) -> Mapping[str, Any]:
+        body = {
+            "model": _name(call.model, call.adapter),
+            "messages": list(call.messages),
+            "choices": list(call.choices),
+            "bias": None if call.bias is None else list(call.bias),
+            "temperature": call.temperature,
+            "seed": call.seed,
+        }
+        return await self._post("/v1/choice", body, call.adapter)
+
+    async def close(self) -> None:
+        await self._http.aclose()
+
+    async def _post(self, path: str, body: Mapping[str, Any], adapter: str | None) -> Mapping[str, Any]:
+        response = await self._send(path, body)
+        if response.status_code == 404 and adapter:
+            # The server does not know the name: it is new, or the server was started again. Load it and ask once more.
+            await self._load(adapter)
+            response = await self._send(path, body)
+        if response.status_code != 200:
+            raise ModelFailed(response.status_code, response.text[:500])
+        return response.json()
+
+    async def _send(self, path: str, body: Mapping[str, Any]) -> httpx.Response:
+        try:
+            return await self._http.post(path, json=body)
+        except httpx.HTTPError as error:
+            raise ModelFailed(503, f"the model server does not answer: {type(error).__name__}: {error}") from error
+
+    async def _load(self, adapter: str) -> None:
+        async with self._loading:
+            listed = await self._send_get("/v1/models")
+            if any(model["id"] == adapter for model in listed["data"]):
+                return
+            folder = self._adapters / adapter
+            if not folder.exists():
+                half = folder.with_suffix(".tmp")
+                shutil.rmtree(half, ignore_errors=True)
+                write_tree(await load_tree(self._blobs, adapter), half)
+                half.rename(folder)
+            loaded = await self._send("/v1/load_lora_adapter", {"lora_name": adapter, "lora_path": str(folder)})
+            if loaded.status_code != 200:
+                raise ModelFailed(loaded.status_code, f"adapter {adapter[:12]} was refused: {loaded.text[:500]}")
+
+    async def _send_get(self, path: str) -> Any:
+        try:
+            return (await self._http.get(path)).json()
+        except httpx.HTTPError as error:
+            raise ModelFailed(503, f"the model server does not answer: {type(error).__name__}: {error}") from error
+
+
+def _name(model: str, adapter: str | None) -> str:
+    return adapter or model.partition("/")[2]

@@ -1,0 +1,76 @@
+"""The journal of model calls: written to the trace stream before a reply is given, read when a handler runs again."""
+
+import asyncio
+from collections import OrderedDict, defaultdict
+
+from sia_events.shared.calls import ModelCall, decode_call, encode_call, journal_key
+from sia_events.shared.ports import Bus, Envelope
+
+GATHER_S = 0.01
+LINES = 128
+KEPT = 32
+
+
+class Journal:
+    """Recorded replies by run, attempt, request digest and count. One flush is in flight at a time; calls gather behind it."""
+
+    def __init__(self, bus: Bus) -> None:
+        self._bus = bus
+        self._known: OrderedDict[tuple[str, str], dict[tuple[str, int], ModelCall]] = OrderedDict()
+        self._sent: OrderedDict[tuple[str, str], dict[str, int]] = OrderedDict()
+        self._waiting: list[tuple[str, ModelCall, asyncio.Future[None]]] = []
+        self._flusher: asyncio.Task[None] | None = None
+        self._opening = asyncio.Lock()
+
+    async def open(self, run: str, attempt: str) -> dict[tuple[str, int], ModelCall]:
+        """What is recorded of the attempt, by (request digest, count); read from the stream the first time."""
+        key = (run, journal_key(attempt))
+        async with self._opening:
+            if key in self._known:
+                self._known.move_to_end(key)
+                return self._known[key]
+            found: dict[tuple[str, int], ModelCall] = {}
+            for envelope in await self._bus.traces(run, "model_call", key[1]):
+                for call in map(decode_call, envelope.lines):
+                    if call.reply is not None:
+                        found[(call.digest, call.n)] = call
+            self._known[key] = found
+            while len(self._known) > KEPT:
+                self._known.popitem(last=False)
+            return found
+
+    def number(self, run: str, start: str, digest: str) -> int:
+        """The how-manieth sending of this request since the attempt's program was started this time, from 0."""
+        sent = self._sent.setdefault((run, start), defaultdict(int))
+        self._sent.move_to_end((run, start))
+        while len(self._sent) > KEPT:
+            self._sent.popitem(last=False)
+        sent[digest] += 1
+        return sent[digest] - 1
+
+    async def record(self, run: str, call: ModelCall) -> None:
+        """Returns when the call is on disk; only then may its reply be given away."""
+        done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._waiting.append((run, call, done))
+        if self._flusher is None or self._flusher.done():
+            self._flusher = asyncio.create_task(self._flush())
+        await done
+        if call.reply is not None:
+            (await self.open(run, call.attempt))[(call.digest, call.n)] = call
+
+    async def _flush(self) -> None:
+        await asyncio.sleep(GATHER_S)
+        while self._waiting:
+            batch, self._waiting = self._waiting[:LINES], self._waiting[LINES:]
+            bundles: dict[tuple[str, str], list[tuple[ModelCall, asyncio.Future[None]]]] = defaultdict(list)
+            for run, call, done in batch:
+                bundles[(run, journal_key(call.attempt))].append((call, done))
+            for (run, key), calls in bundles.items():
+                try:
+                    await self._bus.trace(Envelope(run, "model_call", key, tuple(encode_call(call) for call, _ in calls)))
+                except Exception as error:
+                    for _, done in calls:
+                        done.set_exception(error)
+                else:
+                    for _, done in calls:
+                        done.set_result(None)

@@ -1,0 +1,67 @@
+"""Attempt tokens: what a gateway believes of a caller, signed, so that it need not remember anybody."""
+
+import secrets
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import msgspec
+from itsdangerous import BadData, URLSafeTimedSerializer
+
+LIFETIME_S = 24 * 3600
+
+
+class Claims(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """For whom a call is made and with what.
+
+    `start` tells one start of the attempt's program from the next; `sample`: replies are drawn at temperature 1,
+    whatever is asked for.
+    """
+
+    run: str
+    attempt: str
+    start: str
+    version: str
+    model: str
+    adapter: str | None
+    sample: bool
+    seed: int
+
+
+class TokenRefused(Exception):
+    """Not a token of ours, or one whose time is up."""
+
+
+@dataclass(frozen=True)
+class TokenDoor:
+    """The `Door` port: the gateway's socket, and tokens signed with a secret that only gateway and runner share."""
+
+    socket: Path
+    secret: str
+
+    def token(self, claims: Mapping[str, Any]) -> str:
+        return _serializer(self.secret).dumps(msgspec.to_builtins(msgspec.convert(claims, Claims)))
+
+
+def read_token(token: str, secret: str) -> Claims:
+    """The claims of a token. Raises TokenRefused."""
+    try:
+        return msgspec.convert(_serializer(secret).loads(token, max_age=LIFETIME_S), Claims)
+    except (BadData, msgspec.ValidationError) as error:
+        raise TokenRefused(f"this token opens nothing: {error}") from error
+
+
+def keep_secret(home: Path, given: str | None) -> str:
+    """The signing secret: the one given, or one drawn once for this home and kept readable by its owner only."""
+    if given:
+        return given
+    file = home / "gateway.secret"
+    if not file.exists():
+        file.touch(mode=0o600)
+        file.write_text(secrets.token_urlsafe(32))
+    return file.read_text()
+
+
+def _serializer(secret: str) -> URLSafeTimedSerializer:
+    return URLSafeTimedSerializer(secret, salt="sia-attempt")
