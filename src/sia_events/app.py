@@ -1,0 +1,307 @@
+"""The composition root: which services there are, and the adapters they are given on this machine."""
+
+import asyncio
+import hashlib
+import json
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Mapping, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager, suppress
+from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, TypeVar
+
+import uvicorn
+from filelock import FileLock, Timeout
+
+from sia_events.errors import NodeHeld
+from sia_events.evaluator.service import evaluator
+from sia_events.event_log.recorder import record
+from sia_events.feedback_svc.service import feedback_svc
+from sia_events.infra import clickhouse
+from sia_events.infra.blobs import open_blobs
+from sia_events.infra.child import Child
+from sia_events.infra.instant import InstantModels
+from sia_events.infra.models import LocalModels
+from sia_events.infra.nats import connect
+from sia_events.infra.nats_server import running as nats_running
+from sia_events.infra.sandbox import Bubblewrap, UnsafeProcess, check
+from sia_events.infra.store_lock import owner
+from sia_events.kernel_bench.service import kernel_bench
+from sia_events.local_model.weights import prepare
+from sia_events.meta_svc.service import meta_svc
+from sia_events.model_gateway.door import gateway
+from sia_events.model_gateway.token import TokenDoor, keep_secret
+from sia_events.shared.ports import Blobs, Bus, Log, ModelFailed, Models, Ports, SandboxUnavailable
+from sia_events.shared.record import Record
+from sia_events.shared.service import Service, serve
+from sia_events.shared.settings import Settings
+from sia_events.target_runner.service import target_runner
+from sia_events.trainer.service import trainer
+
+T = TypeVar("T")
+
+SERVICES: Mapping[str, Service] = {
+    service.name: service for service in (meta_svc, target_runner, evaluator, kernel_bench, feedback_svc, trainer)
+}
+# These two answer no single record: one serves HTTP, the other copies whole batches.
+LOOPS = ("model_gateway", "recorder")
+POLL_S = 0.1
+
+
+class SystemClock:
+    """The `Clock` port."""
+
+    def now(self) -> datetime:
+        return datetime.now(UTC)
+
+
+@dataclass(frozen=True)
+class Node:
+    """The parts a verb works with, and the services it may have running. `names` are those that `answering` starts."""
+
+    settings: Settings
+    bus: Bus
+    blobs: Blobs
+    private: Blobs
+    names: tuple[str, ...] = ()
+    sandbox: str = "bubblewrap"
+    local_model: bool = True
+    tasks: list[asyncio.Task[None]] = field(default_factory=list)
+
+    @asynccontextmanager
+    async def answering(self, run: str | None) -> AsyncIterator[None]:
+        """Have the services answer records, of `run` or of every run, until the block ends."""
+        try:
+            for name in self.names:
+                self.tasks.append(asyncio.create_task(_run_service(name, self, run), name=name))
+            yield
+        finally:
+            for task in self.tasks:
+                task.cancel()
+            await asyncio.gather(*self.tasks, return_exceptions=True)
+            self.tasks.clear()
+
+    async def guard(self, work: Coroutine[Any, Any, T]) -> T:
+        """Await `work`; a service that ends meanwhile ends it too, with that service's error."""
+        main = asyncio.ensure_future(work)
+        try:
+            done, _ = await asyncio.wait({main, *self.tasks}, return_when=asyncio.FIRST_COMPLETED)
+        except asyncio.CancelledError:
+            main.cancel()
+            raise
+        if main in done:
+            return main.result()
+        main.cancel()
+        for task in done:
+            task.result()
+        raise RuntimeError(f"service {next(iter(done)).get_name()} ended by itself")
+
+
+def log_dsn(settings: Settings) -> str:
+    return settings.log_dsn or f"chdb://{settings.home / 'log'}"
+
+
+@asynccontextmanager
+async def open_log(settings: Settings) -> AsyncIterator[Log]:
+    """The log, for reading: the embedded store's owner is asked when there is one, else the store is opened here."""
+    log = await asyncio.to_thread(clickhouse.connect, log_dsn(settings))
+    try:
+        yield log
+    finally:
+        await log.close()
+
+
+@asynccontextmanager
+async def hold(settings: Settings, purpose: str) -> AsyncIterator[None]:
+    """Be the one process that runs this home's services. Raises NodeHeld."""
+    settings.home.mkdir(parents=True, exist_ok=True)
+    lock, note = FileLock(settings.home / "node.lock"), settings.home / "node.json"
+    try:
+        lock.acquire(timeout=0)
+    except Timeout as error:
+        running = running_node(settings) or {"pid": "?", "purpose": "?"}
+        raise NodeHeld(
+            f"{describe(running, settings.home)}; nothing was written. Wait for it, set SIA_HOME to another folder, "
+            "or have runs share services: sia up"
+        ) from error
+    try:
+        note.write_text(json.dumps({"pid": os.getpid(), "purpose": purpose}))
+        for left in (settings.home / "tmp").glob("*-*"):
+            shutil.rmtree(left, ignore_errors=True)
+        yield
+    finally:
+        note.unlink(missing_ok=True)
+        lock.release()
+
+
+def running_node(settings: Settings) -> Mapping[str, object] | None:
+    """{pid, purpose} of the process that runs this home's services, or None."""
+    try:
+        FileLock(settings.home / "node.lock").acquire(timeout=0).lock.release()
+    except Timeout:
+        with suppress(OSError, ValueError):
+            return json.loads((settings.home / "node.json").read_text())
+    except OSError:
+        return None
+    return None
+
+
+def own_nats_url(settings: Settings) -> str:
+    """The URL of the bus server that another process of this home runs."""
+    found = owner(settings.home / "nats")
+    if found is None or found.dsn is None:
+        raise NodeHeld(f"the process that runs the services of {settings.home} has no bus yet; try again in a moment")
+    return found.dsn
+
+
+def describe(running: Mapping[str, object], home: Path) -> str:
+    return f"process {running['pid']} (sia {running['purpose']}) runs the services of {home}"
+
+
+@asynccontextmanager
+async def stores(settings: Settings) -> AsyncIterator[Node]:
+    """Bus and blobs without any service; a bus server of our own is started when none is named."""
+    blobs, private = open_public_blobs(settings), open_blobs(str(settings.home / "private"))
+    async with AsyncExitStack() as stack:
+        url = settings.nats_url
+        if url is None:
+            url = await stack.enter_async_context(nats_running(settings.home / "nats"))
+        bus = await stack.enter_async_context(connect(url, blobs, SystemClock()))
+        yield Node(settings, bus, blobs, private)
+
+
+def with_services(
+    node: Node, sandbox: str, names: Sequence[str] = (*SERVICES, *LOOPS), local_model: bool = True
+) -> Node:
+    """The node with these services to start; without `local_model` the gateway has no model server behind it."""
+    return replace(node, names=tuple(names), sandbox=sandbox, local_model=local_model)
+
+
+def open_public_blobs(settings: Settings) -> Blobs:
+    return open_blobs(settings.blobs_url or str(settings.home / "blobs"))
+
+
+async def ready(settings: Settings, sandbox: str, local_model: bool = True) -> None:
+    """Whether runs can be driven here: the box can be built and the model is laid down (converted once, ten seconds).
+
+    Raises SandboxUnavailable or ModelNotReady before anything is written.
+    """
+    if sandbox == "bubblewrap" and (why := await asyncio.to_thread(check)):
+        raise SandboxUnavailable(why)
+    if local_model:
+        await asyncio.to_thread(prepare, settings.home)
+
+
+async def _run_service(name: str, node: Node, run: str | None) -> None:
+    match name:
+        case "model_gateway":
+            await _serve_gateway(node)
+        case "recorder":
+            await _record(node)
+        case _:
+            await serve(SERVICES[name], node.bus, _ports(name, node), run)
+
+
+def _ports(name: str, node: Node) -> Ports:
+    secret = keep_secret(node.settings.home, node.settings.gateway_secret)
+    return Ports(
+        bus=node.bus,
+        blobs=node.blobs,
+        sandbox=UnsafeProcess() if node.sandbox == "process" else Bubblewrap(),
+        clock=SystemClock(),
+        door=TokenDoor(socket_folder(node.settings) / "gateway.sock", secret),
+        home=node.settings.home,
+        private=node.private if name == "evaluator" else None,
+        threads=node.settings.model_threads,
+    )
+
+
+def socket_folder(settings: Settings) -> Path:
+    """A folder of ours for unix sockets, whose names must stay under 108 bytes however deep the home lies."""
+    mark = hashlib.sha256(str(settings.home).encode()).hexdigest()[:12]
+    folder = Path(tempfile.gettempdir()) / f"sia-{os.getuid()}-{mark}"
+    folder.mkdir(mode=0o700, exist_ok=True)
+    if folder.stat().st_uid != os.getuid():
+        raise PermissionError(f"{folder} belongs to somebody else; remove it or set TMPDIR")
+    return folder
+
+
+async def _serve_gateway(node: Node) -> None:
+    """The door on its socket, and behind it the model server as a child process."""
+    settings = node.settings
+    folder = socket_folder(settings)
+    inner, outer = folder / "model.sock", folder / "gateway.sock"
+    threads = str(settings.model_threads)
+    command = ("-m", "sia_events.local_model.server", "--home", str(settings.home), "--socket", str(inner))
+    server = Child(
+        "the model server",
+        (sys.executable, *command, "--threads", threads, "--die-with-parent"),
+        {"OMP_NUM_THREADS": threads, "OMP_WAIT_POLICY": "PASSIVE", "TOKENIZERS_PARALLELISM": "false"},
+    )
+    local = LocalModels(node.blobs, settings.home / "models" / "adapters", inner)
+    app = gateway(node.bus, _model_finder({"local": local, "instant": InstantModels()}), keep_secret(settings.home, settings.gateway_secret), SystemClock())
+    outer.unlink(missing_ok=True)
+    config = uvicorn.Config(app, uds=str(outer), log_level="error", lifespan="off", timeout_graceful_shutdown=1)
+    door = _Door(config)
+    try:
+        async with asyncio.TaskGroup() as group:
+            group.create_task(door.serve())
+            if node.local_model:
+                group.create_task(server.start())
+    finally:
+        await server.close()
+        await local.close()
+
+
+class _Door(uvicorn.Server):
+    """Uvicorn without its own signal handling: the process around it decides when to end."""
+
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
+def _model_finder(providers: Mapping[str, Models]) -> Callable[[str], Models]:
+    def find(model: str) -> Models:
+        provider = model.partition("/")[0]
+        if provider not in providers:
+            raise ModelFailed(404, f"no provider {provider!r} for model {model!r}; there are: {', '.join(providers)}")
+        return providers[provider]
+
+    return find
+
+
+async def _record(node: Node) -> None:
+    """The recorder; the embedded store gets an owner process, so that other processes can ask it meanwhile."""
+    keeper: Child | None = None
+    if node.settings.log_dsn is None:
+        command = ("-m", "sia_events.infra.chdb_server", "--path", str(node.settings.home / "log"), "--die-with-parent")
+        keeper = Child("the log's owner", (sys.executable, *command))
+        await keeper.start()
+    try:
+        while True:
+            try:
+                log = await asyncio.to_thread(clickhouse.connect, log_dsn(node.settings))
+                try:
+                    await record(node.bus, log)
+                finally:
+                    await log.close()
+            except clickhouse.LogUnavailable:
+                # The stream keeps everything; the owner is being started again.
+                await asyncio.sleep(0.5)
+    finally:
+        if keeper:
+            await keeper.close()
+
+
+async def follow(bus: Bus, run: str, after: int = 0) -> AsyncIterator[Record]:
+    """The run's records behind position `after`, and then each new one as it comes."""
+    while True:
+        for new in (await bus.history(run))[after:]:
+            after = new.position
+            yield new
+        await asyncio.sleep(POLL_S)

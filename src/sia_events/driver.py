@@ -1,0 +1,342 @@
+"""What the verbs do: start, resume, branch and follow runs; read them back from the log."""
+
+import asyncio
+import difflib
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import asynccontextmanager
+from importlib.metadata import version as installed
+from importlib.util import find_spec
+from typing import Any
+
+from pydantic import ValidationError
+
+from sia_events import app, views
+from sia_events.errors import Unusable
+from sia_events.local_model.weights import prepare
+from sia_events.shared.events import RunBranched, RunFinished, RunSettings, RunStarted, ServiceFailed
+from sia_events.shared.ports import Log
+from sia_events.shared.record import Record, opening
+from sia_events.shared.registration import register
+from sia_events.shared.run import Run, fold
+from sia_events.shared.settings import Settings
+from sia_events.shared.summary import row, whole
+from sia_events.shared.task import Task, find_task
+from sia_events.shared.tree import load_tree
+
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
+CATCH_UP_S = 30.0
+
+
+def merged(settings: RunSettings, changes: Mapping[str, Any]) -> RunSettings:
+    """`settings` with some changed. Raises Unusable naming the setting that is unknown or out of range."""
+    if unknown := sorted(changes.keys() - RunSettings.model_fields.keys()):
+        near = difflib.get_close_matches(unknown[0], RunSettings.model_fields, n=1)
+        hint = f"; did you mean {near[0]}?" if near else f"; there are: {', '.join(RunSettings.model_fields)}"
+        raise Unusable(f"no setting {unknown[0]!r}{hint}")
+    try:
+        return RunSettings.model_validate({**settings.model_dump(), **changes})
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise Unusable(f"setting {'.'.join(map(str, first['loc']))}: {first['msg']}, not {first['input']!r}") from error
+
+
+async def run(
+    settings: Settings, task: str | None, name: str | None, wanted: RunSettings, resume: bool, as_json: bool
+) -> int:
+    """Start a run, or go on with an unfinished one, and follow it to its end; returns the exit status."""
+    if name is not None and not NAME.fullmatch(name):
+        raise Unusable(f"a run's name is letters, digits, - and _, 64 at most, not {name!r}")
+    chosen = find_task(task) if task else None
+    async with _services(settings, wanted, name or "", "run") as node:
+        known = await node.bus.runs()
+        name = name or _free_name(known)
+        if name not in known:
+            if chosen is None:
+                raise Unusable(f"no run {name!r} to resume; sia runs lists them")
+            await _open(node, name, chosen, wanted)
+        else:
+            state = fold(await node.bus.history(name))
+            if state.finished:
+                raise Unusable(f"run {name} exists and is finished; take another name, or sia show {name}")
+            if chosen and state.task and chosen.name != state.task.task:
+                raise Unusable(f"run {name} exists, for task {state.task.task}; take another name")
+        return await _drive(node, settings, name, as_json)
+
+
+async def branch(
+    settings: Settings, parent: str, at: int, overrides: Mapping[str, Any], name: str | None, go: bool, as_json: bool
+) -> int:
+    """Open a branch of `parent` behind the verdict of generation `at`, and go on with it."""
+    async with app.open_log(settings) as log:
+        parent = await _resolve(log, parent)
+        history = await _lineage(log, parent)
+    position, state = fork_point(history, at)
+    changed = merged(state.settings, overrides)
+    if at >= changed.generations:
+        changed = merged(changed, {"generations": at + 1})
+    async with _services(settings, changed, name or "", "branch") as node:
+        known = await node.bus.runs()
+        name = name or _free_name(known)
+        if name in known or not NAME.fullmatch(name):
+            raise Unusable(f"run {name} exists or is no name for a run; take another with --run")
+        opened = RunBranched(
+            parent=parent, at=position, generation=at, overrides=dict(overrides), settings=changed, code=_code()
+        )
+        await node.bus.append(name, opening(name, [opened]))
+        if not go:
+            print(json.dumps({"run": name, "parent": parent, "at": position}) if as_json else f"{name}: sia run --resume {name} goes on")
+            return 0
+        return await _drive(node, settings, name, as_json)
+
+
+def fork_point(history: Sequence[Record], generation: int) -> tuple[int, Run]:
+    """The position of the verdict that closed `generation`, and the state there. Raises Unusable."""
+    run, found, closed = Run(), None, -1
+    for record in history:
+        run = fold([record], run)
+        versions = run.of_generation(run.generation)
+        barren = any(failed.generation == run.generation for failed in run.barren)
+        if run.incumbent and run.generation > closed and (barren or versions) and all(v.name in run.verdicts for v in versions):
+            closed = run.generation
+            if closed == generation:
+                found = record.position, run
+    if found is None:
+        have = f"0 to {closed}" if closed >= 0 else "none yet"
+        raise Unusable(f"run {run.name} has no closed generation {generation}; there are: {have}")
+    return found
+
+
+async def _open(node: app.Node, name: str, task: Task, wanted: RunSettings) -> None:
+    registered = await register(task, node.blobs, node.private, wanted.rollout_items)
+    await node.bus.append(name, opening(name, [registered, RunStarted(settings=wanted, code=_code())]))
+
+
+@asynccontextmanager
+async def _services(settings: Settings, wanted: RunSettings, run: str, verb: str) -> AsyncIterator[app.Node]:
+    """Services that will answer: those that sia up started, or our own, in this process, for the runs it drives."""
+    running = app.running_node(settings)
+    if settings.nats_url or (running and running.get("purpose") == "serve"):
+        url = settings.nats_url or app.own_nats_url(settings)
+        async with app.stores(settings.model_copy(update={"nats_url": url})) as node:
+            yield node
+        return
+    local = wanted.target_model.startswith("local/")
+    await app.ready(settings, wanted.sandbox, local)
+    async with app.hold(settings, f"{verb} {run}".strip()), app.stores(settings) as node:
+        yield app.with_services(node, wanted.sandbox, local_model=local)
+
+
+async def _drive(node: app.Node, settings: Settings, name: str, as_json: bool) -> int:
+    """Follow the run to its end, and say what it came to."""
+    started = time.monotonic()
+    try:
+        with views.progress(name, quiet=as_json) as tell:
+            async with node.answering(name):
+                end = await node.guard(_until_over(node, name, tell))
+                await _recorded(settings, node, name)
+        history = await node.bus.history(name)
+    except asyncio.CancelledError:
+        print(f"\nstopped; nothing is lost. Go on with: sia run --resume {name}", file=sys.stderr)
+        raise
+    summary = {**whole(history), "took": round(time.monotonic() - started, 1)}
+    if isinstance(end, ServiceFailed):
+        print(f"sia: {end.service} gave up after {end.tries} tries: {end.error}", file=sys.stderr)
+        print(f"everything so far is kept; mend the cause and: sia run --resume {name}", file=sys.stderr)
+    print(json.dumps(summary) if as_json else views.ending_text(summary, settings.home))
+    return 0 if isinstance(end, RunFinished) and end.outcome != "failed" else 1
+
+
+async def _until_over(node: app.Node, name: str, tell: views.Tell) -> RunFinished | ServiceFailed:
+    state = Run()
+    stuck: ServiceFailed | None = None
+    began = len(await node.bus.history(name))
+    async for record in app.follow(node.bus, name):
+        state = fold([record], state)
+        tell(record, state)
+        if isinstance(record.event, RunFinished) and record.run == name:
+            return record.event
+        if isinstance(record.event, ServiceFailed) and record.event.failed and record.position > began:
+            stuck = record.event
+        if stuck:
+            return stuck
+    raise AssertionError("a run is followed to its end")
+
+
+async def _recorded(settings: Settings, node: app.Node, name: str) -> None:
+    """Wait until the log holds all of the run's own records, so that the next verb finds them."""
+    own = sum(record.run == name for record in await node.bus.history(name))
+    deadline = time.monotonic() + CATCH_UP_S
+    while time.monotonic() < deadline:
+        async with app.open_log(settings) as log:
+            while time.monotonic() < deadline:
+                if len(await log.records(name)) >= own:
+                    return
+                await asyncio.sleep(app.POLL_S)
+
+
+async def all_runs(settings: Settings) -> list[dict[str, Any]]:
+    """A row a run, oldest first."""
+    running = app.running_node(settings)
+    async with app.open_log(settings) as log:
+        rows = [row(await _lineage(log, name)) for name in await log.runs()]
+    for each in rows:
+        # A run is under way only while some process runs the services; else it waits to be resumed.
+        if each["status"] == "running" and not running and not settings.nats_url:
+            each["status"] = "interrupted"
+    return rows
+
+
+async def records(settings: Settings, run: str) -> Sequence[Record]:
+    """The run's whole lineage as the log holds it."""
+    async with app.open_log(settings) as log:
+        return await _lineage(log, await _resolve(log, run))
+
+
+async def each_record(settings: Settings, run: str, follow: bool) -> AsyncIterator[Record]:
+    """The run's records; with `follow` also those to come, to the run's end."""
+    async with app.open_log(settings) as log:
+        name, seen = await _resolve(log, run), 0
+        while True:
+            history = await _lineage(log, name)
+            for record in history[seen:]:
+                yield record
+            seen = len(history)
+            if not follow or fold(history).status in ("finished", "cancelled"):
+                return
+            await asyncio.sleep(0.5)
+
+
+async def diff(settings: Settings, run: str, before: str, after: str) -> dict[str, Any]:
+    """{files: {path: unified diff}, adapter: [before, after], scores: {version: {split: …}}} of two versions."""
+    history = await records(settings, run)
+    state = fold(history)
+    for name in (before, after):
+        if name not in state.versions:
+            raise Unusable(f"run {state.name} has no version {name!r}; there are: {', '.join(state.versions)}")
+    blobs = app.open_public_blobs(settings)
+    old, new = [await load_tree(blobs, state.versions[name].harness) for name in (before, after)]
+    files: dict[str, str] = {}
+    for path in sorted(old.keys() | new.keys()):
+        was, now = (tree.get(path, b"").decode(errors="replace").splitlines() for tree in (old, new))
+        if was != now:
+            files[path] = "\n".join(difflib.unified_diff(was, now, f"{before}/{path}", f"{after}/{path}", lineterm=""))
+    scores = {v["version"]: v["scores"] for v in whole(history)["generations"] if v["version"] in (before, after)}
+    adapters = [state.versions[name].weights.adapter for name in (before, after)]
+    return {"run": state.name, "before": before, "after": after, "files": files, "adapters": adapters, "scores": scores}
+
+
+async def compare(settings: Settings, names: Sequence[str]) -> list[dict[str, Any]]:
+    """A summary a run, in the order asked for; those with a common parent say where they part."""
+    async with app.open_log(settings) as log:
+        histories = [await _lineage(log, await _resolve(log, name)) for name in names]
+    shared = _common(histories) if len(histories) > 1 else 0
+    return [{**whole(history), "shared_records": shared} for history in histories]
+
+
+def _common(histories: Sequence[Sequence[Record]]) -> int:
+    count = 0
+    for column in zip(*histories, strict=False):
+        if len({record.id for record in column}) > 1:
+            break
+        count += 1
+    return count
+
+
+async def serve(settings: Settings, names: Sequence[str], sandbox: str, as_json: bool) -> int:
+    """Run services for every run on the stream until interrupted."""
+    if "target_runner" in names:
+        await app.ready(settings, sandbox, local_model=False)
+    local = "model_gateway" in names and find_spec("torch") is not None
+    if local:
+        await asyncio.to_thread(prepare, settings.home)
+    alone = settings.nats_url or (app.own_nats_url(settings) if app.running_node(settings) else None)
+    if alone:
+        async with app.stores(settings.model_copy(update={"nats_url": alone})) as node:
+            return await _serving(app.with_services(node, sandbox, names, local), names, as_json)
+    async with app.hold(settings, "serve"), app.stores(settings) as node:
+        return await _serving(app.with_services(node, sandbox, names, local), names, as_json)
+
+
+async def _serving(node: app.Node, names: Sequence[str], as_json: bool) -> int:
+    stop = asyncio.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        asyncio.get_running_loop().add_signal_handler(number, stop.set)
+    async with node.answering(None):
+        told = {"serving": list(names), "pid": os.getpid()}
+        print(json.dumps(told) if as_json else f"serving {', '.join(names)}; interrupt to stop", flush=True)
+        await node.guard(stop.wait())
+    return 0
+
+
+def up(settings: Settings) -> dict[str, Any]:
+    """Start `sia serve` in the background and wait until it serves."""
+    if running := app.running_node(settings):
+        raise Unusable(f"{app.describe(running, settings.home)} already; sia down stops what sia up started")
+    settings.home.mkdir(parents=True, exist_ok=True)
+    with (settings.home / "serve.log").open("ab") as talk:
+        child = subprocess.Popen(
+            [sys.executable, "-m", "sia_events", "serve", "--json"],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=talk,
+            start_new_session=True,
+            env={**os.environ, "SIA_HOME": str(settings.home)},
+        )
+    assert child.stdout
+    line = child.stdout.readline()
+    if not line:
+        raise Unusable(f"the services did not start; see {settings.home / 'serve.log'}")
+    return json.loads(line)
+
+
+def down(settings: Settings) -> dict[str, Any]:
+    """End what `sia up` started and wait until it is gone."""
+    running = app.running_node(settings)
+    if not running:
+        return {"pid": None}
+    if running.get("purpose") != "serve":
+        raise Unusable(f"{app.describe(running, settings.home)}, which sia up did not start; interrupt it where it runs")
+    pid = int(str(running["pid"]))
+    os.kill(pid, signal.SIGTERM)
+    while app.running_node(settings):
+        time.sleep(app.POLL_S)
+    return {"pid": pid}
+
+
+async def _resolve(log: Log, given: str) -> str:
+    names = await log.runs()
+    if given in names:
+        return given
+    near = [name for name in names if name.startswith(given)]
+    if len(near) == 1:
+        return near[0]
+    if near:
+        raise Unusable(f"{given!r} may be {', '.join(near[:5])}: write more of it")
+    raise Unusable(f"no run {given!r}; there are: {', '.join(names) or 'none yet (sia run words starts one)'}")
+
+
+async def _lineage(log: Log, run: str) -> list[Record]:
+    """A run's records behind those of its parents up to the fork."""
+    own = list(await log.records(run))
+    if own and isinstance(own[0].event, RunBranched):
+        fork = own[0].event
+        return [*(await _lineage(log, fork.parent))[: fork.at], *own]
+    return own
+
+
+def _free_name(known: Sequence[str]) -> str:
+    number = 1
+    while f"r{number}" in known:
+        number += 1
+    return f"r{number}"
+
+
+def _code() -> str:
+    return f"sia-events {installed('sia-events')}"

@@ -1,0 +1,318 @@
+"""What people see: a run as it goes, and as it ended; tables, fixed width, times UTC."""
+
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console, Group
+from rich.live import Live
+from rich.panel import Panel
+from rich.table import Table
+from rich.text import Text
+
+from sia_events.shared.events import (
+    AgentProposed,
+    AttemptFailed,
+    AttemptRequested,
+    Event,
+    ExecutionLogged,
+    FeedbackGiven,
+    HarnessPatched,
+    ProposalFailed,
+    RunBranched,
+    RunFinished,
+    RunStarted,
+    Scored,
+    ServiceFailed,
+    TaskRegistered,
+    VersionAccepted,
+    VersionRejected,
+    WeightsUpdated,
+    WeightUpdateRequested,
+)
+from sia_events.shared.record import Record
+from sia_events.shared.replay import Replayed
+from sia_events.shared.run import Run
+from sia_events.shared.summary import shown
+
+Tell = Callable[[Record, Run], None]
+CONTROL = {c: None for c in (*range(32), 127, *range(128, 160)) if c not in (9, 10)}
+
+
+@contextmanager
+def progress(name: str, quiet: bool) -> Iterator[Tell]:
+    """On a terminal one live panel, elsewhere one line a change; both on stderr."""
+    console = Console(stderr=True)
+    if quiet:
+        yield lambda record, run: None
+    elif console.is_terminal:
+        told: list[str] = []
+        started = time.monotonic()
+        with Live(console=console, refresh_per_second=4, transient=True) as live:
+
+            def tell(record: Record, run: Run) -> None:
+                told.append(record_line(record))
+                live.update(_panel(name, run, told[-8:], started), refresh=True)
+
+            yield tell
+    else:
+
+        def line(record: Record, run: Run) -> None:
+            if said := _change(record.event):
+                print(f"{record.time:%H:%M:%S}  {said}", file=sys.stderr, flush=True)
+
+        yield line
+
+
+def record_line(record: Record) -> str:
+    """One record on one line: position, time, producer, type, what it says."""
+    said = _change(record.event) or _rest(record.event)
+    return clean(f"{record.position:>5}  {record.time:%H:%M:%S}.{record.time.microsecond // 1000:03d}  {record.producer:<14}{record.type:<22}{said}")
+
+
+def clean(text: str) -> str:
+    """Text from models and agents without the characters that steer a terminal."""
+    return text.translate(CONTROL)
+
+
+def _change(event: Event) -> str:
+    """What a person following a run is told of an event; empty for what is of no news."""
+    match event:
+        case TaskRegistered():
+            sizes = ", ".join(f"{split} {n}" for split, n in event.sizes.items())
+            return f"task {event.task}: {event.title} ({event.metric}; {sizes})"
+        case RunStarted():
+            s = event.settings
+            return f"started: {s.generations} generations, {s.candidates} candidates, lever {s.lever}, seed {s.seed}, {s.target_model}"
+        case RunBranched():
+            return f"branch of {event.parent} behind generation {event.generation}: {event.overrides or 'nothing changed'}"
+        case AgentProposed():
+            return f"{event.version}: {event.reason}"
+        case HarnessPatched():
+            return f"{event.version} from {event.parent}: {' + '.join(event.edits)}"
+        case WeightUpdateRequested():
+            return f"learning from {event.parent}'s rollouts ({event.algorithm})"
+        case WeightsUpdated():
+            return f"{event.version} from {event.parent}: adapter learned on {event.rollouts} rollouts, {event.seconds:.0f} s"
+        case Scored():
+            return f"{event.version} on {event.split}: {shown(event.score)}"
+        case AttemptFailed():
+            return f"{event.version} on {event.split} failed: {event.kind}: {event.message}"
+        case VersionAccepted():
+            return f"{event.version} accepted: {event.reason}"
+        case VersionRejected():
+            return f"{event.version} rejected: {event.reason}"
+        case FeedbackGiven():
+            return f"generation {event.generation}: {event.lever}: {'; '.join(event.reasons)}"
+        case ProposalFailed():
+            return f"generation {event.generation}: no {event.lever} candidate: {event.reason}"
+        case ServiceFailed():
+            return f"{event.service} gave up after {event.tries} tries: {event.error}"
+        case RunFinished():
+            return f"finished: {event.outcome}: {event.reason}"
+        case _:
+            return ""
+
+
+def _rest(event: Event) -> str:
+    match event:
+        case AttemptRequested():
+            return f"{event.attempt}" + (f", {event.samples} samples an item" if event.samples > 1 else "")
+        case ExecutionLogged():
+            return f"{event.attempt}: {event.calls} calls, {event.prompt_tokens + event.completion_tokens} tokens, {event.seconds:.1f} s"
+        case _:
+            return ", ".join(f"{k} {v}" for k, v in event.model_dump(exclude={"type"}).items() if isinstance(v, str | int))
+
+
+def _panel(name: str, run: Run, told: Sequence[str], started: float) -> Panel:
+    elapsed = time.monotonic() - started
+    closed = max(0, run.generation - 1) + (run.finished is not None)
+    total = run.settings.generations
+    left = f", about {elapsed / closed * (total - closed):.0f} s left" if closed else ""
+    lever = run.feedback[-1].lever if run.feedback else "first agent"
+    calls = sum(e.calls for e in run.executions.values())
+    head = f"generation {run.generation} of {total}   lever {lever}   {calls:,} calls, 0.00 USD   {elapsed:.0f} s{left}"
+    table = Table(box=None, pad_edge=False)
+    for column in ("version", "lever", "dev", "gate", "verdict"):
+        table.add_column(column)
+    for version in list(run.versions.values())[-10:]:
+        verdict = run.verdicts.get(version.name)
+        mark = "" if verdict is None else ("accepted" if isinstance(verdict, VersionAccepted) else "rejected")
+        cells = [_last(run, version.name, split) for split in ("dev", "gate")]
+        style = "bold" if version.name == run.incumbent else ""
+        table.add_row(version.name, version.lever or "-", *cells, mark, style=style)
+    return Panel(Group(head, "", table, "", Text("\n".join(told), style="dim", no_wrap=True)), title=f"sia run {name}")
+
+
+def _last(run: Run, version: str, split: str) -> str:
+    scored = run.scored(version, split)
+    return shown(scored[-1].score) if scored else ""
+
+
+def ending_text(summary: Mapping[str, Any], home: Path) -> str:
+    """How a run ended: sealed scores, what each lever gave, where it is, what to do next."""
+    run, sealed = summary["run"], summary["sealed"]
+    lines = ["", f"run {run}: {summary['outcome'] or summary['status']}"]
+    if sealed:
+        lines += [
+            f"  sealed test, {sealed['final']['n']} items, scored once:",
+            f"    first   {shown(sealed['first'])}   {summary['generations'][0]['version']}",
+            f"    final   {shown(sealed['final'])}   {summary['best']}",
+            f"    gain    {sealed['gain']:+.3f} [{sealed['low']:+.3f}, {sealed['high']:+.3f}]   p = {sealed['p_value']:.2g}",
+        ]
+    if summary["outcome"] == "no proven gain":
+        lines.append("  No gain could be shown. The final agent is no worse than the first by the gate, and no better by proof.")
+    if summary["outcome"] == "failed":
+        lines.append(f"  {summary['reason']}")
+    for lever, gave in summary["levers"].items():
+        if gave["tried"]:
+            lines.append(f"  {lever:<8} {gave['accepted']} of {gave['tried']} versions accepted, {gave['gain']:+.3f} on the gate")
+    cost = summary["cost"]
+    lines += [
+        f"  {cost['model_calls']:,} model calls, {cost['tokens']:,} tokens, {cost['usd']:.2f} USD, {cost['seconds']:.0f} s, {summary['records']} records",
+        f"  kept in {home}",
+        "",
+        "next:",
+        f"  sia show {run}                              every version, its scores and its verdict",
+        f"  sia replay {run}                            decide it all again from the log, calling nothing",
+        f"  sia branch {run} --at 1 --set lever=weights  go on from generation 1 under the other lever",
+        f"  sia diff {run} {summary['generations'][0]['version'] if summary['generations'] else 'A'} {summary['best'] or 'B'}                      what changed between first and best",
+    ]
+    return "\n".join(lines)
+
+
+def runs_table(rows: Sequence[Mapping[str, Any]]) -> str:
+    if not rows:
+        return "no runs yet: sia run words starts one"
+    cells = [(r["run"], r["task"], r["status"], r["generations"], r["best"], r["outcome"], r["records"], r["started"][:19]) for r in rows]
+    return _table(("run", "task", "status", "generation", "best", "outcome", "records", "started (UTC)"), cells)
+
+
+def tasks_table(rows: Sequence[Mapping[str, Any]]) -> str:
+    cells = [(r["task"], r["title"], r["metric"], ", ".join(f"{s} {n}" for s, n in r["splits"].items())) for r in rows]
+    return _table(("task", "title", "metric", "items"), cells)
+
+
+def summary_text(summary: Mapping[str, Any]) -> str:
+    """`sia show` for people."""
+    head = f"run {summary['run']}   task {summary['task']}   {summary['status']}   {summary['records']} records"
+    if summary["parent"]:
+        head += f"   branch of {summary['parent']}"
+    cells = [
+        (v["generation"], v["version"], v["parent"], v["lever"], _score(v, "dev"), _score(v, "gate"), _score(v, "test"), _verdict(v))
+        for v in summary["generations"]
+    ]
+    lines = [head, "", _table(("gen", "version", "from", "lever", "dev", "gate", "sealed test", "verdict"), cells)]
+    if summary["outcome"]:
+        lines += ["", f"{summary['outcome']}: {summary['reason']}"]
+    for failure in summary["service_failures"]:
+        lines += [f"{failure['service']} gave up: {failure['error']} (payload {failure['payload'][:12]})"]
+    cost = summary["cost"]
+    lines += ["", f"{cost['model_calls']:,} model calls, {cost['tokens']:,} tokens, {cost['usd']:.2f} USD, {cost['seconds']:.0f} s"]
+    return clean("\n".join(lines))
+
+
+def compare_text(compared: Sequence[Mapping[str, Any]]) -> str:
+    """`sia compare` for people: a row a run, then the incumbent's gate score by generation."""
+    cells = [
+        (s["run"], s["lever"], s["status"], s["best"], *((shown(s["sealed"]["first"]), shown(s["sealed"]["final"]), f"{s['sealed']['p_value']:.2g}") if s["sealed"] else ("", "", "")), f"{s['cost']['model_calls']:,}", f"{s['cost']['seconds']:.0f}")
+        for s in compared
+    ]
+    table = _table(("run", "lever", "status", "best", "first, sealed", "final, sealed", "p", "calls", "seconds"), cells)
+    paths = [_path(s) for s in compared]
+    depth = max((len(path) for path in paths), default=0)
+    rows = [(g, *(path[g] if g < len(path) else "" for path in paths)) for g in range(depth)]
+    by_generation = _table(("gen", *(str(s["run"]) for s in compared)), rows)
+    shared = compared[0]["shared_records"]
+    note = f"the first {shared} records are shared" if shared else "nothing is shared: these are separate runs"
+    return f"{table}\n\naccepted version and its gate score, by generation; {note}\n{by_generation}"
+
+
+def _path(summary: Mapping[str, Any]) -> list[str]:
+    path: list[str] = []
+    for version in summary["generations"]:
+        while len(path) <= version["generation"]:
+            path.append(path[-1] if path else "")
+        if version["accepted"]:
+            lever = f" {version['lever']}" if version["lever"] else ""
+            path[version["generation"]] = f"{version['version']}{lever} {_score(version, 'gate')}"
+    return path
+
+
+def diff_text(changes: Mapping[str, Any]) -> str:
+    lines = [f"run {changes['run']}: {changes['before']} -> {changes['after']}"]
+    for name, scores in changes["scores"].items():
+        lines.append(f"  {name:<6}" + "  ".join(f"{split} {shown(score)}" for split, score in scores.items()))
+    old, new = changes["adapters"]
+    lines.append(f"  adapter {(old or 'none')[:12]} -> {(new or 'none')[:12]}" if old != new else f"  same adapter: {(old or 'none')[:12]}")
+    for text in changes["files"].values():
+        lines += ["", text]
+    if not changes["files"]:
+        lines.append("  same harness")
+    return clean("\n".join(lines))
+
+
+def replay_summary(found: Replayed) -> dict[str, Any]:
+    """{records, decisions, performed, pending, diverged, first_divergence}."""
+    first = found.divergence
+    return {
+        "records": found.records,
+        "decisions": found.decisions,
+        "performed": found.performed,
+        "pending": found.pending,
+        "diverged": first is not None,
+        "first_divergence": first
+        and {
+            "position": first.cause.position,
+            "cause": str(first.cause.id),
+            "type": first.cause.type,
+            "service": first.service,
+            "reason": first.reason,
+            "recorded": [event.model_dump(mode="json") for event in first.recorded],
+            "decided": [event.model_dump(mode="json") for event in first.decided],
+        },
+    }
+
+
+def replay_text(found: Replayed) -> str:
+    first = found.divergence
+    if first is None:
+        owed = f", {found.pending} still owed by an unfinished run" if found.pending else ""
+        return f"{found.records} records, {found.decisions} decisions agree, {found.performed} performances read from the log{owed}"
+    lines = [f"record {first.cause.position} of {found.records}: {first.service} about {first.cause.type}: {first.reason}"]
+    lines += [f"  recorded  {_event(event)}" for event in first.recorded] or ["  recorded  nothing"]
+    lines += [f"  decided   {_event(event)}" for event in first.decided] or ["  decided   nothing"]
+    return clean("\n".join(lines))
+
+
+def doctor_text(checks: Sequence[Any]) -> str:
+    marks = {"ok": "ok  ", "warn": "warn", "fail": "FAIL"}
+    lines: list[str] = []
+    for check in checks:
+        lines.append(f"{marks[check.status]}  {check.name:<18}{check.detail}")
+        if check.fix:
+            lines.append(f"{'':<24}mend: {check.fix}")
+    return "\n".join(lines)
+
+
+def _event(event: Event) -> str:
+    return f"{type(event).__name__} {event.model_dump_json(exclude={'type'})}"
+
+
+def _score(version: Mapping[str, Any], split: str) -> str:
+    return shown(version["scores"][split]) if split in version["scores"] else ""
+
+
+def _verdict(version: Mapping[str, Any]) -> str:
+    if version["accepted"] is None:
+        return "open"
+    return ("accepted: " if version["accepted"] else "rejected: ") + version["verdict"]
+
+
+def _table(heads: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+    text = [[("" if cell is None else str(cell)) for cell in row] for row in (heads, *rows)]
+    widths = [max(len(row[i]) for row in text) for i in range(len(heads))]
+    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in text)

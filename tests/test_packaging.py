@@ -1,0 +1,43 @@
+"""The map in pyproject.toml is the folders on disk, and the wheel holds what runs need."""
+
+import subprocess
+import sys
+import tomllib
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+SETUP = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
+APART = {"tests", "docs", "scripts", "build", "dist", "dashboard"}
+
+
+def test_every_folder_with_code_is_a_package():
+    on_disk = {path.parent.name for path in ROOT.glob("*/*.py")} - APART
+    mapped = {Path(folder).name for name, folder in SETUP["package-dir"].items() if name != "sia_events"}
+    assert on_disk == mapped
+    assert set(SETUP["packages"]) == set(SETUP["package-dir"])
+
+
+def test_no_package_has_a_package_inside():
+    inner = [path for folder in SETUP["package-dir"].values() for path in (ROOT / folder).glob("*/__init__.py")]
+    assert not inner
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> zipfile.ZipFile:
+    folder = tmp_path_factory.mktemp("wheel")
+    command = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "-w", str(folder), str(ROOT)]
+    subprocess.run(command, check=True, capture_output=True)
+    return zipfile.ZipFile(next(folder.glob("*.whl")))
+
+
+def test_the_wheel_holds_every_module_and_data_file(wheel: zipfile.ZipFile):
+    held = set(wheel.namelist())
+    for name, folder in SETUP["package-dir"].items():
+        for path in (ROOT / folder).glob("*.py"):
+            assert f"{name.replace('.', '/')}/{path.name}" in held
+    for data in ("event_log/schema.sql", "tasks/words/task.toml", "tasks/words/NOTICE", "tasks/words/data/private/items.jsonl", "py.typed"):
+        assert f"sia_events/{data}" in held
+    assert not [name for name in held if name.endswith(".pth") or name.split("/")[0] in ("tests", "docs", "shared")]
