@@ -1,0 +1,86 @@
+"""The engine: one thread that gathers waiting requests into batches and hands each its reply."""
+
+import queue
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import dataclass
+from time import monotonic
+from typing import Any
+
+from sia_events.local_model.policy import ChoiceRequest, Chosen, Policy, Sampled, TextRequest
+
+BATCH = 64
+GATHER_S = 0.002
+"""How long the first request of a batch waits for company, at most."""
+WAITING = 4096
+
+
+class EngineBusy(Exception):
+    """More requests are waiting than the engine takes on; nothing was queued."""
+
+
+@dataclass(frozen=True)
+class _Job:
+    ask: ChoiceRequest | TextRequest | Callable[[Policy], Any]
+    reply: Future
+
+
+class Engine:
+    """All work on the policy, in one thread: requests in batches, changes of adapters between them."""
+
+    def __init__(self, policy: Policy) -> None:
+        self._policy = policy
+        self._jobs: queue.Queue[_Job] = queue.Queue(WAITING)
+        threading.Thread(target=self._work, name="engine", daemon=True).start()
+
+    def choose(self, request: ChoiceRequest) -> "Future[Chosen]":
+        return self._put(request)
+
+    def generate(self, request: TextRequest) -> "Future[Sampled]":
+        return self._put(request)
+
+    def call(self, change: Callable[[Policy], Any]) -> "Future[Any]":
+        """Run `change` on the policy between two batches, after all that was asked before it."""
+        return self._put(change)
+
+    def _put(self, ask: ChoiceRequest | TextRequest | Callable[[Policy], Any]) -> Future:
+        job = _Job(ask, Future())
+        try:
+            self._jobs.put_nowait(job)
+        except queue.Full:
+            raise EngineBusy(f"{WAITING} requests are waiting already. Try again later.") from None
+        return job.reply
+
+    def _work(self) -> None:
+        while True:
+            jobs = [job for job in self._gather() if job.reply.set_running_or_notify_cancel()]
+            _answer([job for job in jobs if isinstance(job.ask, ChoiceRequest)], self._policy.choose)
+            _answer([job for job in jobs if isinstance(job.ask, TextRequest)], self._policy.generate)
+            for job in jobs:
+                if callable(job.ask):
+                    _answer([job], lambda changes: [change(self._policy) for change in changes])
+
+    def _gather(self) -> list[_Job]:
+        """What is waiting, up to a batch; a change of adapters ends it, so that no request overtakes one."""
+        jobs = [self._jobs.get()]
+        until = monotonic() + GATHER_S
+        while len(jobs) < BATCH and not callable(jobs[-1].ask):
+            try:
+                jobs.append(self._jobs.get(timeout=max(0.0, until - monotonic())))
+            except queue.Empty:
+                break
+        return jobs
+
+
+def _answer(jobs: list[_Job], work: Callable[[list[Any]], list[Any]]) -> None:
+    if not jobs:
+        return
+    try:
+        replies = work([job.ask for job in jobs])
+    except Exception as error:  # the requesters get it; the engine lives on for the next batch
+        for job in jobs:
+            job.reply.set_exception(error)
+        return
+    for job, reply in zip(jobs, replies, strict=True):
+        job.reply.set_result(reply)

@@ -1,0 +1,380 @@
+"""The embedded model: its arithmetic against the reference library, its distributions, its adapters, its server."""
+
+import importlib
+import json
+import math
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import torch
+from tiny import make_model, stirred
+
+from sia_events.local_model import adapter, network, weights
+from sia_events.local_model.policy import ChoiceRequest, Policy, TextRequest, common_length
+
+CHOICES = ((3,), (4,), (5, 6, 7), (5, 8))
+PROMPTS = [(1, 2, 9, 9, 10), (1, 2, 9, 11), (1, 2, 9, 12, 13, 14, 15), (20, 21)]
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_model(tmp_path_factory.mktemp("model") / "tiny")
+
+
+def policy(tiny: Path, end_token: int = 0) -> Policy:
+    return Policy(network.load(tiny), end_token)
+
+
+def choice(
+    prompt: tuple[int, ...], temperature: float = 0.0, seed: int = 0, bias: Any = None, model: str | None = None
+) -> ChoiceRequest:
+    return ChoiceRequest(model, prompt, CHOICES, bias, temperature, seed)
+
+
+def text(
+    prompt: tuple[int, ...], seed: int = 0, temperature: float = 1.0, top_p: float = 1.0, tokens: int = 6
+) -> TextRequest:
+    return TextRequest(None, prompt, tokens, temperature, top_p, seed, lambda _: False)
+
+
+def full_pass(net: network.Network, tokens: tuple[int, ...], lora: adapter.Adapter | None = None) -> Any:
+    """Log-probs after every token, in one pass with nothing shared or padded: the plain reference."""
+    hidden, _ = net.extend(net.empty(), [tokens], lora)
+    return torch.log_softmax(net.logits(hidden[0]), dim=-1)
+
+
+def test_the_network_computes_what_the_reference_library_does(tiny: Path) -> None:
+    transformers = importlib.import_module("transformers")
+    tokens = (1, 2, 9, 9, 10, 30, 31)
+    reference = transformers.LlamaForCausalLM.from_pretrained(tiny)
+    with torch.inference_mode():
+        expected = torch.log_softmax(reference(torch.tensor([tokens])).logits[0], dim=-1)
+    assert torch.allclose(full_pass(network.load(tiny), tokens), expected, atol=1e-4)
+
+
+def test_an_adapter_written_here_is_read_alike_by_peft_and_by_us(tiny: Path, tmp_path: Path) -> None:
+    peft, transformers = importlib.import_module("peft"), importlib.import_module("transformers")
+    net, folder = network.load(tiny), weights.opened(tiny)
+    made = stirred(net, seed=1)
+    adapter.write(made, tmp_path / "a", "tiny", folder.digest)
+    again = adapter.read(tmp_path / "a", net.modules, "tiny", folder.digest)
+    reference = peft.PeftModel.from_pretrained(transformers.LlamaForCausalLM.from_pretrained(tiny), tmp_path / "a")
+    tokens = (1, 2, 9, 9, 10)
+    with torch.inference_mode():
+        expected = torch.log_softmax(reference(torch.tensor([tokens])).logits[0], dim=-1)
+    assert torch.allclose(full_pass(net, tokens, again), expected, atol=1e-4)
+    assert not torch.allclose(full_pass(net, tokens), expected, atol=1e-1)
+
+
+def test_choices_score_as_in_a_plain_pass_whatever_is_shared_and_padded(tiny: Path) -> None:
+    model = policy(tiny)
+    net = network.load(tiny)
+    for _ in range(2):
+        replies = model.choose([choice(prompt) for prompt in PROMPTS])
+        model._scores.clear()  # the second round computes again, on prefixes kept from the first
+        for prompt, reply in zip(PROMPTS, replies, strict=True):
+            for continuation, raw in zip(CHOICES, reply.raw, strict=True):
+                after = full_pass(net, prompt + continuation)
+                expected = sum(float(after[len(prompt) - 1 + at, token]) for at, token in enumerate(continuation))
+                assert raw == pytest.approx(expected, abs=1e-4)
+
+
+def test_choice_logprobs_are_normalised_with_bias_and_temperature(tiny: Path) -> None:
+    bias = (0.5, -1.0, 2.0, 0.0)
+    reply = policy(tiny).choose([choice(PROMPTS[0], temperature=0.7, bias=bias)])[0]
+    scaled = [(raw + b) / 0.7 for raw, b in zip(reply.raw, bias, strict=True)]
+    total = math.log(sum(math.exp(s) for s in scaled))
+    assert reply.logprobs == pytest.approx([s - total for s in scaled])
+    assert sum(map(math.exp, reply.logprobs)) == pytest.approx(1)
+
+
+def test_at_temperature_zero_the_likeliest_choice_is_taken(tiny: Path) -> None:
+    plain, pushed = policy(tiny).choose([choice(PROMPTS[0]), choice(PROMPTS[0], bias=(0, 50, 0, 0))])
+    assert plain.index == max(range(4), key=lambda i: plain.raw[i])
+    assert pushed.index == 1
+
+
+def test_choices_are_drawn_as_often_as_their_logprobs_say(tiny: Path) -> None:
+    replies = policy(tiny).choose([choice(PROMPTS[1], temperature=2.0, seed=seed) for seed in range(4000)])
+    seen = Counter(reply.index for reply in replies)
+    for index, logprob in enumerate(replies[0].logprobs):
+        share = math.exp(logprob)
+        assert abs(seen[index] / 4000 - share) < 4 * math.sqrt(share * (1 - share) / 4000) + 1e-3
+
+
+def test_a_seed_gives_the_same_reply_alone_and_in_company(tiny: Path) -> None:
+    asked = [text(prompt, seed=11 + at) for at, prompt in enumerate(PROMPTS)]
+    together = policy(tiny).generate(asked)
+    alone = [policy(tiny).generate([one])[0] for one in reversed(asked)][::-1]
+    assert [reply.tokens for reply in together] == [reply.tokens for reply in alone]
+    other = policy(tiny).generate([text(PROMPTS[0], seed=99, tokens=12)])
+    assert other[0].tokens[:6] != together[0].tokens
+
+
+def test_text_logprobs_are_those_of_the_distribution_that_was_sampled(tiny: Path) -> None:
+    net = network.load(tiny)
+    sampled = policy(tiny).generate([text(PROMPTS[0], seed=5, temperature=0.6)])[0]
+    hidden, _ = net.extend(net.empty(), [PROMPTS[0] + sampled.tokens], None)
+    after = torch.log_softmax(net.logits(hidden[0]) / 0.6, dim=-1)
+    expected = [float(after[len(PROMPTS[0]) - 1 + at, token]) for at, token in enumerate(sampled.tokens)]
+    assert sampled.logprobs == pytest.approx(expected, abs=1e-4)
+
+
+def test_top_p_leaves_only_the_likeliest_tokens_and_says_so_in_the_logprobs(tiny: Path) -> None:
+    replies = policy(tiny).generate([text(PROMPTS[0], seed=seed, top_p=1e-6, tokens=3) for seed in range(5)])
+    greedy = policy(tiny).generate([text(PROMPTS[0], temperature=0.0, tokens=3)])[0]
+    assert {reply.tokens for reply in replies} == {greedy.tokens}
+    assert all(reply.logprobs == (0.0, 0.0, 0.0) for reply in replies)
+
+
+def test_generation_ends_at_the_end_token_at_a_stop_and_at_the_limit(tiny: Path) -> None:
+    greedy = policy(tiny).generate([text(PROMPTS[0], temperature=0.0, tokens=5)])[0]
+    assert (len(greedy.tokens), greedy.finish) == (5, "length")
+    ended = policy(tiny, end_token=greedy.tokens[0]).generate([text(PROMPTS[0], temperature=0.0, tokens=5)])[0]
+    assert (ended.tokens, ended.finish) == (greedy.tokens[:1], "stop")
+    stop = TextRequest(None, PROMPTS[0], 5, 0.0, 1.0, 0, lambda tokens: len(tokens) == 2)
+    assert policy(tiny).generate([stop])[0].tokens == greedy.tokens[:2]
+
+
+def test_a_forgotten_adapter_leaves_nothing_behind_for_the_next_of_its_name(tiny: Path) -> None:
+    model, net = policy(tiny), network.load(tiny)
+    raws = []
+    for seed in (1, 2):
+        model.adapters["v"] = stirred(net, seed)
+        raws.append(model.choose([choice(PROMPTS[0], model="v"), choice(PROMPTS[0])]))
+        model.forget("v")
+    fresh = policy(tiny)
+    fresh.adapters["v"] = stirred(net, 2)
+    assert raws[0][0].raw != raws[1][0].raw
+    assert raws[0][1].raw == raws[1][1].raw
+    assert raws[1][0].raw == pytest.approx(fresh.choose([choice(PROMPTS[0], model="v")])[0].raw, abs=1e-4)
+
+
+def test_prompts_of_two_templates_run_apart_and_the_rest_together(tiny: Path) -> None:
+    one, other = tuple(range(2, 39)) * 6, tuple(range(38, 1, -1)) * 6
+    prompts = [(*stem, at) for at in range(8) for stem in (one, other)]
+    batches = policy(tiny)._batches(prompts, room=1)
+    assert sorted(map(len, batches)) == [8, 8]
+    assert all(common_length([prompts[i] for i in batch]) >= len(one) for batch in batches)
+    assert sorted(i for batch in batches for i in batch) == list(range(16))
+
+
+def damage(folder: Path, **config: Any) -> None:
+    path = folder / adapter.CONFIG
+    path.write_text(json.dumps(json.loads(path.read_text()) | config))
+
+
+def poison(folder: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    tensors = load_file(folder / adapter.WEIGHTS)
+    next(iter(tensors.values()))[0, 0] = float("nan")
+    save_file(tensors, folder / adapter.WEIGHTS)
+
+
+@pytest.mark.parametrize(
+    ("break_it", "says"),
+    [
+        (lambda folder: damage(folder, base_model_name_or_path="other"), "belongs to 'other'"),
+        (lambda folder: damage(folder, revision="0" * 64), "trained on other weights"),
+        (lambda folder: damage(folder, peft_type="IA3"), "peft_type is 'IA3'"),
+        (lambda folder: damage(folder, use_dora=True), "use_dora"),
+        (lambda folder: damage(folder, r=5), r"rank 5 on this layer needs"),
+        (poison, "not finite"),
+        (lambda folder: (folder / adapter.WEIGHTS).write_bytes(b"\x80\x04pickle"), "no adapter folder"),
+        (lambda folder: (folder / adapter.WEIGHTS).rename(folder / "adapter_model.bin"), "no adapter folder"),
+        (lambda folder: (folder / adapter.CONFIG).write_text("[1]"), "no adapter folder"),
+    ],
+)
+def test_a_folder_that_is_no_adapter_of_this_model_is_refused(
+    tiny: Path, tmp_path: Path, break_it: Any, says: str
+) -> None:
+    net, digest = network.load(tiny), weights.opened(tiny).digest
+    adapter.write(stirred(net, 1), tmp_path / "a", "tiny", digest)
+    break_it(tmp_path / "a")
+    with pytest.raises(adapter.AdapterRefused, match=says):
+        adapter.read(tmp_path / "a", net.modules, "tiny", digest)
+
+
+def test_a_damaged_model_folder_is_named_with_its_mend(tiny: Path, tmp_path: Path) -> None:
+    copy = shutil.copytree(tiny, tmp_path / "m")
+    with (copy / "model.safetensors").open("ab") as file:
+        file.write(b"x")
+    with pytest.raises(weights.ModelNotReady) as refused:
+        weights.opened(copy)
+    assert refused.value.fix.startswith(f"rm -r {copy}")
+
+
+def test_a_model_folder_is_made_once_by_those_who_race_for_it(tmp_path: Path) -> None:
+    made: list[str] = []
+
+    def fill(draft: Path) -> None:
+        made.append((draft / "part").name)
+        (draft / "part").write_text("whole")
+
+    (tmp_path / ".m.draft").mkdir()
+    (tmp_path / ".m.draft" / "left by one that died").touch()
+    with ThreadPoolExecutor(8) as racers:
+        list(racers.map(lambda _: weights.install(tmp_path / "m", fill), range(8)))
+    assert made == ["part"]
+    assert [path.name for path in (tmp_path / "m").iterdir()] == ["part"]
+
+
+def test_a_model_folder_that_failed_to_be_made_is_not_there(tmp_path: Path) -> None:
+    def fail(draft: Path) -> None:
+        (draft / "half").touch()
+        raise OSError("disk full")
+
+    with pytest.raises(OSError, match="disk full"):
+        weights.install(tmp_path / "m", fail)
+    assert not (tmp_path / "m").exists()
+
+
+# From here on the real model.
+
+BASE = weights.MODEL
+MENTION = [{"role": "user", "content": "What is the capital of France?"}]
+
+
+@pytest.fixture(scope="module")
+def home(pytestconfig: pytest.Config) -> Path:
+    """Where the converted model is kept between test runs: converting it takes half a minute."""
+    assert pytestconfig.cache
+    return pytestconfig.cache.mkdir("model-home")
+
+
+@pytest.fixture(scope="module")
+def server(home: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[httpx.Client]:
+    path = tmp_path_factory.mktemp("socket") / "s"
+    child = start(home, "--socket", str(path))
+    with httpx.Client(transport=httpx.HTTPTransport(uds=str(path)), base_url="http://model", timeout=120) as client:
+        yield client
+    assert child.stdin
+    child.stdin.close()
+    assert child.wait(10) == 1
+
+
+def start(home: Path, *options: str) -> subprocess.Popen[str]:
+    command = [
+        sys.executable,
+        "-m",
+        "sia_events.local_model.server",
+        "--home",
+        str(home),
+        "--die-with-parent",
+        *options,
+    ]
+    env = os.environ | {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
+    child = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=env)
+    assert child.stdout
+    assert json.loads(child.stdout.readline())["ready"]
+    return child
+
+
+@pytest.mark.model
+def test_the_model_answers_a_chat(server: httpx.Client) -> None:
+    reply = server.post(
+        "/v1/chat/completions", json={"model": BASE, "messages": MENTION, "temperature": 0, "max_tokens": 20}
+    ).json()
+    said = reply["choices"][0]
+    assert said["message"]["content"] == "The capital of France is Paris."
+    assert said["finish_reason"] == "stop"
+    assert len(said["token_ids"]) == len(said["logprobs"]["content"]) == reply["usage"]["completion_tokens"]
+    assert len(reply["prompt_token_ids"]) == reply["usage"]["prompt_tokens"]
+
+
+@pytest.mark.model
+def test_a_last_assistant_message_is_continued_and_a_stop_is_left_out(server: httpx.Client) -> None:
+    body = {
+        "model": BASE,
+        "messages": [*MENTION, {"role": "assistant", "content": "The capital of France is"}],
+        "temperature": 0,
+        "stop": ["."],
+        "max_tokens": 20,
+    }
+    said = server.post("/v1/chat/completions", json=body).json()["choices"][0]
+    assert said["message"]["content"] == " Paris"
+    assert said["finish_reason"] == "stop"
+
+
+@pytest.mark.model
+def test_a_choice_is_drawn_again_alike_by_its_seed_among_sixty_at_once(server: httpx.Client) -> None:
+    body = {
+        "model": BASE,
+        "messages": [*MENTION, {"role": "assistant", "content": "It is"}],
+        "choices": [" Paris", " London", " New York"],
+        "temperature": 3,
+    }
+
+    def ask(seed: int) -> dict[str, Any]:
+        return server.post("/v1/choice", json=body | {"seed": seed}).json()
+
+    with ThreadPoolExecutor(60) as crowd:
+        first = list(crowd.map(ask, range(60)))
+        again = list(crowd.map(ask, reversed(range(60))))[::-1]
+    assert [reply["index"] for reply in first] == [reply["index"] for reply in again]
+    assert len({reply["index"] for reply in first}) > 1
+    assert all(reply["choice"] == body["choices"][reply["index"]] for reply in first)
+
+
+@pytest.mark.model
+def test_an_adapter_is_served_by_name_beside_the_base(server: httpx.Client, home: Path, tmp_path: Path) -> None:
+    folder = weights.prepare(home)
+    net = network.load(folder.path)
+    body = {"messages": MENTION, "choices": ["Paris", "London"], "temperature": 0}
+    plain = server.post("/v1/choice", json=body | {"model": BASE}).json()["raw"]
+    for name, made in (("same", adapter.fresh(net.modules, 4, 8, 0)), ("other", stirred(net, 0))):
+        adapter.write(made, tmp_path / name, folder.model, folder.digest)
+        for _ in range(2):
+            assert (
+                server.post(
+                    "/v1/load_lora_adapter", json={"lora_name": name, "lora_path": str(tmp_path / name)}
+                ).status_code
+                == 200
+            )
+    assert {card["id"] for card in server.get("/v1/models").json()["data"]} == {BASE, "same", "other"}
+    assert server.post("/v1/choice", json=body | {"model": "same"}).json()["raw"] == pytest.approx(plain, abs=1e-4)
+    assert server.post("/v1/choice", json=body | {"model": "other"}).json()["raw"] != pytest.approx(plain, abs=1e-1)
+    taken = server.post("/v1/load_lora_adapter", json={"lora_name": "same", "lora_path": str(tmp_path / "other")})
+    assert (taken.status_code, "taken" in taken.json()["error"]["message"]) == (400, True)
+    for name in ("same", "other"):
+        assert server.post("/v1/unload_lora_adapter", json={"lora_name": name}).status_code == 200
+    assert server.post("/v1/choice", json=body | {"model": "same"}).status_code == 404
+
+
+@pytest.mark.model
+@pytest.mark.parametrize(
+    ("path", "change", "status", "says"),
+    [
+        ("choice", {"model": "nobody"}, 404, "Served: smollm2"),
+        ("choice", {"choices": []}, 400, r"\$.choices"),
+        ("choice", {"choices": [" a", ""]}, 400, r"\$.choices"),
+        ("choice", {"bias": [1.0]}, 400, "bias has 1 numbers for 2 choices"),
+        ("choice", {"temperature": -1}, 400, r"\$.temperature"),
+        ("choice", {"messages": []}, 400, r"\$.messages"),
+        ("choice", {"messages": [{"role": "tool", "content": "x"}]}, 400, "role 'tool'"),
+        ("choice", {"messages": [{"role": "user", "content": "word " * 5000}]}, 400, "Shorten the prompt"),
+        ("chat/completions", {"max_tokens": 4096}, 400, "lower max_tokens"),
+        ("chat/completions", {"stream": True}, 400, "Streaming"),
+        ("chat/completions", {"n": 2}, 400, r"\$.n"),
+        ("load_lora_adapter", {"lora_name": "x", "lora_path": "/nowhere"}, 400, "no adapter folder"),
+        ("unload_lora_adapter", {"lora_name": "x"}, 404, "not served"),
+    ],
+)
+def test_a_bad_request_is_told_what_is_wrong(
+    server: httpx.Client, path: str, change: dict[str, Any], status: int, says: str
+) -> None:
+    body = {"model": BASE, "messages": MENTION, "choices": [" a", " b"]} | change
+    reply = server.post(f"/v1/{path}", json=body)
+    assert reply.status_code == status
+    assert re.search(says, reply.json()["error"]["message"])
