@@ -1,0 +1,1 @@
+"""The weights lever: updates a LoRA adapter on logged rollouts."""
