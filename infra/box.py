@@ -69,3 +69,21 @@ def own_folders() -> list[Path]:
 
 def environment(job: Job, programs: str) -> dict[str, str]:
     return {"PATH": f"{programs}:/usr/bin:/bin", "HOME": "/work", "LANG": "C.UTF-8", **job.env}
+
+
+def kernel_box(bwrap: str, argv: Sequence[str], scratch: Path) -> list[str]:
+    """A command line that runs a kernel worker in a box of the program `bwrap`: this environment's packages to read, `scratch` to write.
+
+    Unlike a job of the sandbox it sees the installed packages, since a kernel needs torch; this package, which
+    carries private data, is masked but for the folder that the worker's program lies in.
+    """
+    program = next(Path(word) for word in argv if word.endswith(".py"))
+    bound = [Path(path) for path in (*RUNTIME, PREFIX, sys.prefix) if os.path.exists(path)]
+    options = ["--unshare-all", "--die-with-parent", "--new-session", "--cap-drop", "ALL", "--clearenv"]
+    for path in bound:
+        options += ["--ro-bind", str(path), str(path)]
+    for path in masks(bound, [RELAY.parents[1]]):
+        options += ["--tmpfs", str(path)]
+    options += ["--ro-bind", str(program.parent), str(program.parent), "--proc", "/proc", "--remount-ro", "/proc"]
+    options += ["--dev", "/dev", "--tmpfs", "/tmp", "--bind", str(scratch), str(scratch), "--chdir", str(scratch)]
+    return [bwrap, *options, "--", *argv]

@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import Sequence
 
+from sia_events.kernel_bench.host import plain
 from sia_events.kernel_bench.measure import measure
 from sia_events.kernel_bench.problems import PROBLEMS
 from sia_events.shared.events import Event, ExecutionLogged, KernelMeasured
@@ -21,7 +22,8 @@ async def measure_kernel(work: Work, logged: ExecutionLogged) -> Sequence[Event]
         return []
     outputs = await load_tree(work.ports.blobs, logged.outputs)
     source = outputs.get(KERNEL, b"").decode(errors="replace")
-    found = await asyncio.to_thread(measure, source, PROBLEMS[task.kernel])
+    launch = work.ports.boxed or plain
+    found = await asyncio.to_thread(measure, source, PROBLEMS[task.kernel], launch=launch)
     return [
         KernelMeasured(
             attempt=logged.attempt,

@@ -79,7 +79,7 @@ class RunSettings(Value):
     meta_model: str = "builtin"
     sandbox: Literal["bubblewrap", "process"] = "bubblewrap"
     algorithm: Literal["reinforce"] = "reinforce"
-    rollout_items: int = Field(default=384, ge=1)
+    rollout_items: int = Field(default=512, ge=1)
     rollout_samples: int = Field(default=8, ge=2, le=64)
     epochs: int = Field(default=1, ge=1, le=10)
     alpha: float = Field(default=0.05, gt=0, lt=0.5)

@@ -275,7 +275,11 @@ class Door(Protocol):
 
 @dataclass(frozen=True)
 class Ports:
-    """What `app.py` hands a service. `private` is None for every service but the evaluator."""
+    """What `app.py` hands a service. `private` is None for every service but the evaluator.
+
+    `boxed` turns a worker's argv and its scratch folder into a command line that runs it in a box; None where runs
+    are driven without one.
+    """
 
     bus: Bus
     blobs: Blobs
@@ -285,3 +289,4 @@ class Ports:
     home: Path
     private: Blobs | None = None
     threads: int = 2
+    boxed: Callable[[Sequence[str], Path], Sequence[str]] | None = None
