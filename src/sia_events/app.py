@@ -11,6 +11,7 @@ from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Mappin
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -23,12 +24,13 @@ from sia_events.event_log.recorder import record
 from sia_events.feedback_svc.service import feedback_svc
 from sia_events.infra import clickhouse
 from sia_events.infra.blobs import open_blobs
+from sia_events.infra.box import kernel_box
 from sia_events.infra.child import Child
 from sia_events.infra.instant import InstantModels
 from sia_events.infra.models import LocalModels
 from sia_events.infra.nats import connect
 from sia_events.infra.nats_server import running as nats_running
-from sia_events.infra.sandbox import Bubblewrap, UnsafeProcess, check
+from sia_events.infra.sandbox import Bubblewrap, UnsafeProcess, binary, check
 from sia_events.infra.store_lock import owner
 from sia_events.kernel_bench.service import kernel_bench
 from sia_events.local_model.weights import prepare
@@ -174,11 +176,14 @@ async def stores(settings: Settings) -> AsyncIterator[Node]:
         yield Node(settings, bus, blobs, private)
 
 
-def with_services(
-    node: Node, sandbox: str, names: Sequence[str] = (*SERVICES, *LOOPS), local_model: bool = True
-) -> Node:
-    """The node with these services to start; without `local_model` the gateway has no model server behind it."""
-    return replace(node, names=tuple(names), sandbox=sandbox, local_model=local_model)
+def with_services(node: Node, names: Sequence[str]) -> Node:
+    """The node with these services to start when it answers."""
+    return replace(node, names=tuple(names))
+
+
+def as_asked(node: Node, sandbox: str, local_model: bool) -> Node:
+    """The node with this sandbox; without `local_model` its gateway has no model server behind it."""
+    return replace(node, sandbox=sandbox, local_model=local_model)
 
 
 def open_public_blobs(settings: Settings) -> Blobs:
@@ -208,15 +213,17 @@ async def _run_service(name: str, node: Node, run: str | None) -> None:
 
 def _ports(name: str, node: Node) -> Ports:
     secret = keep_secret(node.settings.home, node.settings.gateway_secret)
+    unsafe = node.sandbox == "process"
     return Ports(
         bus=node.bus,
         blobs=node.blobs,
-        sandbox=UnsafeProcess() if node.sandbox == "process" else Bubblewrap(),
+        sandbox=UnsafeProcess() if unsafe else Bubblewrap(hidden=(node.settings.home,)),
         clock=SystemClock(),
         door=TokenDoor(socket_folder(node.settings) / "gateway.sock", secret),
         home=node.settings.home,
         private=node.private if name == "evaluator" else None,
         threads=node.settings.model_threads,
+        boxed=None if unsafe else partial(kernel_box, binary()),
     )
 
 

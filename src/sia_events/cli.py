@@ -278,7 +278,21 @@ def _debug() -> bool:
 
 
 def _await(work: Coroutine[Any, Any, T]) -> T:
+    _talk_on_stderr()
     return asyncio.run(work)
+
+
+def _talk_on_stderr() -> None:
+    """Log lines are talk: stdout is for data."""
+    import logging
+
+    import structlog
+
+    level = logging.DEBUG if _debug() else logging.INFO
+    structlog.configure(
+        logger_factory=structlog.PrintLoggerFactory(sys.stderr),
+        wrapper_class=structlog.make_filtering_bound_logger(level),
+    )
 
 
 def _pairs(assignments: Sequence[str] | None) -> dict[str, Any]:

@@ -54,7 +54,9 @@ async def run(
     if name is not None and not NAME.fullmatch(name):
         raise Unusable(f"a run's name is letters, digits, - and _, 64 at most, not {name!r}")
     chosen = find_task(task) if task else None
-    async with _services(settings, wanted, name or "", "run") as node:
+    if not resume:
+        await app.ready(settings, wanted.sandbox, _local(wanted))
+    async with _stores(settings, f"run {name or ''}".strip()) as node:
         known = await node.bus.runs()
         name = name or _free_name(known)
         if name not in known:
@@ -81,7 +83,8 @@ async def branch(
     changed = merged(state.settings, overrides)
     if at >= changed.generations:
         changed = merged(changed, {"generations": at + 1})
-    async with _services(settings, changed, name or "", "branch") as node:
+    await app.ready(settings, changed.sandbox, _local(changed))
+    async with _stores(settings, f"branch {name or ''}".strip()) as node:
         known = await node.bus.runs()
         name = name or _free_name(known)
         if name in known or not NAME.fullmatch(name):
@@ -119,23 +122,29 @@ async def _open(node: app.Node, name: str, task: Task, wanted: RunSettings) -> N
 
 
 @asynccontextmanager
-async def _services(settings: Settings, wanted: RunSettings, run: str, verb: str) -> AsyncIterator[app.Node]:
-    """Services that will answer: those that sia up started, or our own, in this process, for the runs it drives."""
+async def _stores(settings: Settings, purpose: str) -> AsyncIterator[app.Node]:
+    """Bus and blobs to drive a run on: those of services that are up already, or our own, with every service to start."""
     running = app.running_node(settings)
     if settings.nats_url or (running and running.get("purpose") == "serve"):
         url = settings.nats_url or app.own_nats_url(settings)
         async with app.stores(settings.model_copy(update={"nats_url": url})) as node:
             yield node
-        return
-    local = wanted.target_model.startswith("local/")
-    await app.ready(settings, wanted.sandbox, local)
-    async with app.hold(settings, f"{verb} {run}".strip()), app.stores(settings) as node:
-        yield app.with_services(node, wanted.sandbox, local_model=local)
+    else:
+        async with app.hold(settings, purpose), app.stores(settings) as node:
+            yield app.with_services(node, (*app.SERVICES, *app.LOOPS))
+
+
+def _local(wanted: RunSettings) -> bool:
+    return wanted.target_model.startswith("local/")
 
 
 async def _drive(node: app.Node, settings: Settings, name: str, as_json: bool) -> int:
     """Follow the run to its end, and say what it came to."""
     started = time.monotonic()
+    asked = fold(await node.bus.history(name)).settings
+    node = app.as_asked(node, asked.sandbox, _local(asked))
+    if node.names:
+        await app.ready(settings, asked.sandbox, _local(asked))
     try:
         with views.progress(name, quiet=as_json) as tell:
             async with node.answering(name):
@@ -259,9 +268,9 @@ async def serve(settings: Settings, names: Sequence[str], sandbox: str, as_json:
     alone = settings.nats_url or (app.own_nats_url(settings) if app.running_node(settings) else None)
     if alone:
         async with app.stores(settings.model_copy(update={"nats_url": alone})) as node:
-            return await _serving(app.with_services(node, sandbox, names, local), names, as_json)
+            return await _serving(app.as_asked(app.with_services(node, names), sandbox, local), names, as_json)
     async with app.hold(settings, "serve"), app.stores(settings) as node:
-        return await _serving(app.with_services(node, sandbox, names, local), names, as_json)
+        return await _serving(app.as_asked(app.with_services(node, names), sandbox, local), names, as_json)
 
 
 async def _serving(node: app.Node, names: Sequence[str], as_json: bool) -> int:
