@@ -72,7 +72,7 @@ def environment(job: Job, programs: str) -> dict[str, str]:
 
 
 def kernel_box(bwrap: str, argv: Sequence[str], scratch: Path) -> list[str]:
-    """A command line that runs a kernel worker in a box of the program `bwrap`: this environment's packages to read, `scratch` to write.
+    """A command line that has `bwrap` run a kernel worker: this environment's packages to read, `scratch` to write.
 
     Unlike a job of the sandbox it sees the installed packages, since a kernel needs torch; this package, which
     carries private data, is masked but for the folder that the worker's program lies in.

@@ -11,7 +11,12 @@ class InstantModels:
     """The `Models` port without a model: chat says "ok", a choice is the first, all choices are as likely."""
 
     async def chat(self, call: Chat) -> Mapping[str, Any]:
-        said = {"index": 0, "message": {"role": "assistant", "content": "ok"}, "finish_reason": "stop", "token_ids": [0]}
+        said = {
+            "index": 0,
+            "message": {"role": "assistant", "content": "ok"},
+            "finish_reason": "stop",
+            "token_ids": [0],
+        }
         return {
             "object": "chat.completion",
             "model": call.model,

@@ -13,7 +13,7 @@ from sia_events.shared.tree import load_tree, write_tree
 
 
 class LocalModels:
-    """Calls the server at `url` (or on the unix socket `socket`). An adapter is loaded under its digest when first named.
+    """Calls the server on the unix socket `socket`. An adapter is loaded under its digest when it is first named.
 
     The server's own API is vLLM's, so a vLLM server answers here too, the choice call apart.
     """

@@ -1,0 +1,85 @@
+"""Bodies by content in a folder or in a bucket: a blob's name is its SHA-256, so what is read can be proven."""
+
+import asyncio
+import hashlib
+import os
+from pathlib import Path
+
+import obstore
+from obstore.exceptions import BaseError
+from obstore.store import LocalStore, ObjectStore, from_url
+
+from sia_events.shared.ports import BlobCorrupt, BlobMissing
+
+
+class BlobsUnavailable(Exception):
+    """The store cannot be read or written just now: disk full, no permission, no connection."""
+
+
+class StoredBlobs:
+    """The `Blobs` port on obstore. `where` is how messages name the store; `root` its folder, when it is one."""
+
+    def __init__(self, store: ObjectStore, where: str, root: Path | None = None) -> None:
+        self._store = store
+        self._where = where
+        self._root = root
+
+    async def put(self, body: bytes) -> str:
+        digest = hashlib.sha256(body).hexdigest()
+        path = _path(digest)
+        try:
+            # Of another size is a torn one, and writing it again mends it.
+            if await self._size(path) != len(body):
+                await obstore.put_async(self._store, path, body)
+                if self._root:
+                    await asyncio.to_thread(_sync, self._root / path)
+        except (BaseError, OSError) as error:
+            raise BlobsUnavailable(f"cannot write blob {digest} to {self._where}: {error}") from error
+        return digest
+
+    async def get(self, digest: str) -> bytes:
+        path = _path(digest)
+        try:
+            body = bytes(await (await obstore.get_async(self._store, path)).bytes_async())
+        except FileNotFoundError:
+            raise BlobMissing(f"no blob {digest} in {self._where}") from None
+        except (BaseError, OSError) as error:
+            raise BlobsUnavailable(f"cannot read blob {digest} from {self._where}: {error}") from error
+        if hashlib.sha256(body).hexdigest() != digest:
+            raise BlobCorrupt(
+                f"blob {self._where}/{path} is corrupt: its bytes are not those it was stored with. "
+                "Put back a good copy, or remove it and start the run that made it again."
+            )
+        return body
+
+    async def _size(self, path: str) -> int | None:
+        try:
+            return (await obstore.head_async(self._store, path))["size"]
+        except FileNotFoundError:
+            return None
+
+
+def open_blobs(place: str) -> StoredBlobs:
+    """Blobs in a folder, made when it is missing, or in an object store by URL, such as s3://bucket/prefix.
+
+    In a folder a put is on disk when it returns. A bucket's keys and region come from the environment, as usual there.
+    """
+    if "://" in place:
+        return StoredBlobs(from_url(place), place)
+    return StoredBlobs(LocalStore(place, mkdir=True, automatic_cleanup=True), place, Path(place))
+
+
+def _path(digest: str) -> str:
+    if len(digest) != 64 or not set(digest) <= set("0123456789abcdef"):
+        raise ValueError(f"{digest!r} is no SHA-256 digest in lower-case hex")
+    return f"{digest[:2]}/{digest[2:]}"
+
+
+def _sync(file: Path) -> None:
+    """Make the file and its names outlast a power cut: an event that refers to it may be on disk a moment later."""
+    for path in (file, file.parent, file.parent.parent):
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)

@@ -1,0 +1,73 @@
+"""How a record is tried again, and what is recorded when a service gives up on it: the same on every bus."""
+
+import random
+import re
+
+import structlog
+
+from sia_events.shared.events import ServiceFailed
+from sia_events.shared.ports import Blobs, Bus
+from sia_events.shared.record import Draft, Record, derived_id
+
+TRIES = 5
+
+_RUN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
+log = structlog.get_logger()
+
+
+def checked_name(run: str) -> str:
+    """`run`, if it can name a run: it becomes part of subjects and of file names. Raises ValueError."""
+    if not _RUN_NAME.fullmatch(run):
+        raise ValueError(f"{run!r} cannot name a run: use 1 to 64 letters, digits, '-' and '_', no '-' or '_' first")
+    return run
+
+
+def delay(tries: int, first: float) -> float:
+    """Seconds until the next try after `tries` failed ones: doubling from `first`, up to a quarter of jitter."""
+    return first * 2 ** (tries - 1) * random.uniform(1.0, 1.25)
+
+
+async def give_up(
+    bus: Bus, blobs: Blobs, service: str, record: Record, payload: bytes, sequence: int, error: Exception, tries: int
+) -> None:
+    """Record that `service` failed on `record`, for good, with the payload kept. A second time changes nothing."""
+    log.error("gave up on a record", service=service, run=record.run, record=record.type, tries=tries, error=str(error))
+    if isinstance(record.event, ServiceFailed):
+        return  # a dead letter about a dead letter would never end
+    event = ServiceFailed(
+        service=service,
+        failed=str(record.id),
+        sequence=sequence,
+        error=_described(error),
+        payload=await blobs.put(payload),
+        tries=tries,
+    )
+    letter = derived_id(record.run, record.id, service, "failed")
+    await bus.append(record.run, [Draft(event, service, record.id, record.correlation, letter)])
+
+
+async def give_up_unread(
+    bus: Bus, blobs: Blobs, service: str, run: str, payload: bytes, sequence: int, error: Exception
+) -> None:
+    """Record that a message under the run's subjects is no record. Whoever meets it first does so: the id is the same.
+
+    Where the run has no record at all there is nothing to attach the letter to: the message is only logged.
+    """
+    history = await bus.history(run)
+    log.error("a message under a run is no record", run=run, sequence=sequence, error=str(error))
+    if not history:
+        return
+    event = ServiceFailed(
+        service=service,
+        failed=None,
+        sequence=sequence,
+        error=_described(error),
+        payload=await blobs.put(payload),
+        tries=1,
+    )
+    letter = derived_id(run, None, "stream", f"sequence {sequence}")
+    await bus.append(run, [Draft(event, service, history[0].id, history[0].correlation, letter)])
+
+
+def _described(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}"[:2000]

@@ -1,0 +1,228 @@
+"""Bus, log and blobs in memory: for unit tests and simulation, with the semantics of the real ones and no waiting."""
+
+import asyncio
+import hashlib
+from collections import Counter
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any, Literal
+
+from sia_events.infra.delivery import TRIES, checked_name, delay, give_up, give_up_unread
+from sia_events.infra.tail import Tail, following, stored
+from sia_events.shared.events import RunBranched
+from sia_events.shared.ports import BlobMissing, Blobs, Clock, Envelope, Feed, NoSuchPosition
+from sia_events.shared.record import Draft, Record, UnreadableRecord, parse_record, to_wire
+
+RETRY_DELAY_S = 0.001
+
+
+class SystemTime:
+    """The `Clock` port on the machine's own."""
+
+    def now(self) -> datetime:
+        return datetime.now(UTC)
+
+
+class MemoryBlobs:
+    """The `Blobs` port."""
+
+    def __init__(self) -> None:
+        self._bodies: dict[str, bytes] = {}
+
+    async def put(self, body: bytes) -> str:
+        digest = hashlib.sha256(body).hexdigest()
+        self._bodies[digest] = body
+        return digest
+
+    async def get(self, digest: str) -> bytes:
+        try:
+            return self._bodies[digest]
+        except KeyError:
+            raise BlobMissing(f"no blob {digest} in memory") from None
+
+
+@dataclass(frozen=True)
+class Message:
+    """What stands on the stream of events; `record` is None where `wire` is no record."""
+
+    run: str
+    type: str
+    wire: bytes
+    record: Record | None
+
+
+class MemoryBus:
+    """The `Bus` port. A stream is a list, and a sequence is an index plus one."""
+
+    def __init__(
+        self, blobs: Blobs | None = None, clock: Clock | None = None, *, retry_delay: float = RETRY_DELAY_S
+    ) -> None:
+        self._blobs = blobs or MemoryBlobs()
+        self._clock = clock or SystemTime()
+        self._retry_delay = retry_delay
+        self._events: list[Message] = []
+        self._envelopes: list[Envelope] = []
+        self._tails: dict[str, Tail] = {}
+        self._served: Counter[str] = Counter()
+        self._places: dict[str, dict[str, tuple[int, int]]] = {}
+        self._news = asyncio.Event()
+
+    async def append(self, run: str, drafts: Sequence[Draft]) -> Sequence[Record]:
+        if not drafts:
+            return []
+        tail = self._tail(run)
+        if found := stored(tail, drafts):
+            return found
+        opens = drafts[0].event
+        parent: Sequence[Record] = ()
+        if isinstance(opens, RunBranched) and not tail.records:
+            if opens.parent == run:
+                raise NoSuchPosition(f"run {run!r} cannot branch from itself")
+            parent = await self.history(opens.parent)
+        records = following(tail, drafts, parent, self._clock.now())
+        for record in records:
+            self._store(Message(run, record.type, to_wire(record), record))
+        return records
+
+    def inject(self, run: str, type: str, wire: bytes) -> None:
+        """Put a message on the stream that no append wrote, as anybody with access to a real one could."""
+        try:
+            record = parse_record(wire)
+        except UnreadableRecord:
+            record = None
+        self._store(Message(run, type, wire, record))
+
+    def _store(self, message: Message) -> None:
+        self._events.append(message)
+        self._tail(message.run).take(len(self._events), message.record)
+        self._tell()
+
+    def _tell(self) -> None:
+        self._news.set()
+        self._news = asyncio.Event()
+
+    def _tail(self, run: str) -> Tail:
+        return self._tails.setdefault(checked_name(run), Tail(run))
+
+    async def history(self, run: str) -> Sequence[Record]:
+        tail = self._tail(run)
+        if fork := tail.fork:
+            return (*(await self.history(fork.parent))[: fork.at], *tail.records)
+        return tuple(tail.records)
+
+    async def runs(self) -> Sequence[str]:
+        return [run for run, tail in self._tails.items() if tail.records]
+
+    async def serve(
+        self, service: str, types: Sequence[str], answer: Callable[[Record], Awaitable[None]], run: str | None = None
+    ) -> None:
+        place = 0 if run else self._served[service]
+        while True:
+            if place == len(self._events):
+                await self._news.wait()
+            message = self._events[place]
+            place += 1
+            if message.type in types and message.run == (run or message.run):
+                await self._deliver(service, message, place, answer)
+            if run is None:
+                self._served[service] = place
+
+    async def _deliver(
+        self, service: str, message: Message, sequence: int, answer: Callable[[Record], Awaitable[None]]
+    ) -> None:
+        if message.record is None:
+            await self._unread(service, message, sequence)
+            return
+        for tries in range(1, TRIES + 1):
+            try:
+                return await answer(message.record)
+            except Exception as error:
+                if tries == TRIES:
+                    record, wire = message.record, message.wire
+                    await give_up(self, self._blobs, service, record, wire, sequence, error, tries)
+                else:
+                    await asyncio.sleep(delay(tries, self._retry_delay))
+
+    async def _unread(self, reader: str, message: Message, sequence: int) -> None:
+        try:
+            parse_record(message.wire)
+        except UnreadableRecord as error:
+            await give_up_unread(self, self._blobs, reader, message.run, message.wire, sequence, error)
+
+    async def trace(self, envelope: Envelope) -> None:
+        checked_name(envelope.run)
+        self._envelopes.append(envelope)
+        self._tell()
+
+    async def traces(self, run: str, kind: str, key: str) -> Sequence[Envelope]:
+        return [each for each in self._envelopes if (each.run, each.kind, each.key) == (run, kind, key)]
+
+    async def feed(self, name: str, batch: int = 500) -> AsyncIterator[Feed]:
+        streams: tuple[tuple[Literal["SIA", "SIA_TRACE"], list[Any]], ...]
+        streams = (("SIA", self._events), ("SIA_TRACE", self._envelopes))
+        places = self._places.setdefault(name, {})
+        while True:
+            news = False
+            for stream, messages in streams:
+                acked, offered = places.get(stream, (0, 0))
+                last = offered if offered > acked else min(len(messages), acked + batch)
+                if last == acked:
+                    continue
+                news = True
+                places[stream] = (acked, last)
+                part = list(enumerate(messages[acked:last], acked + 1))
+
+                async def ack(stream: str = stream, last: int = last) -> None:
+                    places[stream] = (last, last)
+
+                if stream == "SIA":
+                    for sequence, message in part:
+                        if message.record is None:
+                            await self._unread(name, message, sequence)
+                    records = tuple(message.record for _, message in part if message.record)
+                    yield Feed(stream, acked + 1, last, records, (), ack)
+                else:
+                    yield Feed(stream, acked + 1, last, (), tuple(part), ack)
+            if not news:
+                await self._news.wait()
+
+    async def lag(self, name: str) -> int:
+        acked = sum(acked for acked, _ in self._places.get(name, {}).values())
+        return len(self._events) + len(self._envelopes) - acked
+
+    async def rewind(self, name: str) -> None:
+        self._places.pop(name, None)
+
+
+class MemoryLog:
+    """The `Log` port, without SQL: `query` is refused."""
+
+    def __init__(self) -> None:
+        self._records: dict[tuple[str, int], Record] = {}
+        self._envelopes: dict[int, Envelope] = {}
+
+    async def append(self, records: Sequence[Record], token: str) -> None:
+        self._records.update({(record.run, record.position): record for record in records})
+
+    async def append_traces(self, envelopes: Sequence[tuple[int, Envelope]], token: str) -> None:
+        self._envelopes.update(envelopes)
+
+    async def records(self, run: str) -> Sequence[Record]:
+        return [self._records[key] for key in sorted(self._records) if key[0] == run]
+
+    async def runs(self) -> Sequence[str]:
+        first: dict[str, datetime] = {}
+        for record in self._records.values():
+            first[record.run] = min(first.get(record.run, record.time), record.time)
+        return sorted(first, key=lambda run: (first[run], run))
+
+    async def query(self, sql: str, parameters: Mapping[str, Any] | None = None) -> Sequence[Mapping[str, Any]]:
+        raise NotImplementedError("the log in memory speaks no SQL")
+
+    async def clear(self) -> None:
+        self._records.clear()
+        self._envelopes.clear()
+
+    async def close(self) -> None:
+        return None

@@ -1,0 +1,176 @@
+"""One durable consumer served through FastStream: one message at a time, with heartbeats, bounded delayed retries."""
+
+import asyncio
+from collections import Counter
+from collections.abc import Awaitable, Callable
+from contextlib import suppress
+from dataclasses import dataclass, field
+
+import structlog
+from faststream.middlewares import AckPolicy
+from faststream.nats import JStream, NatsBroker, NatsMessage, PullSub
+from nats.aio.client import Client
+from nats.aio.msg import Msg
+from nats.js import JetStreamContext, api
+from nats.js.errors import APIError, NotFoundError
+
+from sia_events.infra.delivery import TRIES, delay
+from sia_events.infra.nats_streams import ANSWER_S, EVENTS, UNANSWERED, Message, heeding
+
+CANCELLED_DELAY_S = 0.1
+# Tries are counted where they fail. This counts deliveries, so it also ends a message that kills whoever takes it.
+MAX_DELIVERIES = 25
+CONSUMER_GONE_S = 3600.0
+WATCH_S = 5.0
+PULL_S = 2.0
+
+log = structlog.get_logger()
+
+
+class Unanswerable(Exception):
+    """What was delivered can never be answered: it goes to the dead letters at once. The cause says why."""
+
+
+@dataclass
+class Serving:
+    """What to do with a consumer's messages, and what is being done.
+
+    `answer` handles one message; when it fails for the last time `give_up` records that, before the message is ended.
+    """
+
+    consumer: api.ConsumerConfig
+    answer: Callable[[Message], Awaitable[None]]
+    give_up: Callable[[Message, Exception, int], Awaitable[None]]
+    retry_delay: float
+    failures: Counter[int] = field(default_factory=Counter)
+    running: set[asyncio.Task[None]] = field(default_factory=set)
+    stopping: bool = False
+
+
+def consumer(name: str, subjects: list[str], ack_wait: float) -> api.ConsumerConfig:
+    """One message is out at a time, so a message that waits for its next try is not overtaken.
+
+    The server is told to try for ever: the tries are bounded here, where the dead letter can be written first.
+    """
+    return api.ConsumerConfig(
+        name=name,
+        durable_name=name,
+        filter_subjects=subjects,
+        ack_policy=api.AckPolicy.EXPLICIT,
+        ack_wait=ack_wait,
+        max_ack_pending=1,
+        max_deliver=-1,
+        inactive_threshold=CONSUMER_GONE_S,
+    )
+
+
+async def serve(broker: NatsBroker, client: Client, serving: Serving, keep: bool) -> None:
+    """Serve until cancelled; a consumer that is lost is made anew. Without `keep` it is deleted in the end."""
+    jetstream, name = client.jetstream(), serving.consumer.durable_name
+    assert name
+
+    async def handle(message: NatsMessage) -> None:
+        await _handle(message.raw_message, serving)
+
+    try:
+        while True:
+            with suppress(*UNANSWERED):
+                await heeding(jetstream.add_consumer(EVENTS, serving.consumer))
+                # declare=False: FastStream would rewrite the stream to its own idea of a configuration.
+                subscriber = broker.subscriber(
+                    durable=name,
+                    stream=JStream(EVENTS, declare=False),
+                    config=serving.consumer,
+                    pull_sub=PullSub(batch_size=1, timeout=PULL_S),
+                    ack_policy=AckPolicy.MANUAL,
+                    decoder=_whole,
+                    no_reply=True,
+                    persistent=False,
+                )
+                subscriber(handle)
+                try:
+                    await subscriber.start()
+                    await _gone(jetstream, name)
+                finally:
+                    serving.stopping = True
+                    for task in serving.running:
+                        task.cancel()
+                    await subscriber.stop()
+                    serving.stopping = False
+            await asyncio.sleep(0.2)
+    finally:
+        if not keep:
+            with suppress(APIError, *UNANSWERED):
+                await jetstream.delete_consumer(EVENTS, name)
+
+
+async def _whole(message: NatsMessage) -> NatsMessage:
+    """FastStream's decoder: the message as it came. Reading it is our handler's business, which knows about poison."""
+    return message
+
+
+async def _handle(raw: Msg, serving: Serving) -> None:
+    place = raw.metadata
+    message = Message(place.sequence.stream, raw.subject, raw.data)
+    try:
+        await _beating(raw, serving, message)
+    except asyncio.CancelledError:
+        await _settle(lambda: raw.nak(CANCELLED_DELAY_S))
+    except Exception as error:
+        serving.failures[message.sequence] += 1
+        tries = serving.failures[message.sequence]
+        hopeless = isinstance(error, Unanswerable) or tries >= TRIES or place.num_delivered >= MAX_DELIVERIES
+        log.warning("failed on a record", subject=raw.subject, tries=tries, error=repr(error))
+        if not hopeless:
+            await _settle(lambda: raw.nak(delay(tries, serving.retry_delay)))
+            return
+        try:
+            await serving.give_up(message, error, tries)
+        except Exception as lost:
+            # Without its letter the message stays: ended first, it would be gone from sight.
+            log.error("cannot write a dead letter", subject=raw.subject, error=repr(lost))
+            await _settle(lambda: raw.nak(delay(tries, serving.retry_delay)))
+        else:
+            await _settle(raw.term)
+    else:
+        # Confirmed: an ack lost with a dying server would hold up the run until the ack wait is over.
+        await _settle(lambda: raw.ack_sync(ANSWER_S))
+
+
+async def _beating(raw: Msg, serving: Serving, message: Message) -> None:
+    """Run the answer, and say at thirds of the ack wait that it is still being worked on."""
+    task = asyncio.ensure_future(serving.answer(message))
+    serving.running.add(task)
+    try:
+        while not (await asyncio.wait({task}, timeout=(serving.consumer.ack_wait or 30.0) / 3))[0]:
+            with suppress(*UNANSWERED):
+                await raw.in_progress()
+    finally:
+        serving.running.discard(task)
+        task.cancel()
+    if task.cancelled() and not serving.stopping:
+        raise RuntimeError("the answer cancelled itself")
+    task.result()
+
+
+async def _settle(tell: Callable[[], Awaitable[object]]) -> None:
+    """Tell the server what came of a message. Untold, it comes again after the ack wait, and the answer is there."""
+    for _ in range(5):
+        try:
+            await tell()
+            return
+        except UNANSWERED:
+            await asyncio.sleep(0.2)
+    log.warning("could not tell the server what came of a message")
+
+
+async def _gone(jetstream: JetStreamContext, name: str) -> None:
+    """Return when the consumer is no longer there. FastStream would go on asking for its messages, fast and silent."""
+    while True:
+        await asyncio.sleep(WATCH_S)
+        try:
+            await heeding(jetstream.consumer_info(EVENTS, name))
+        except NotFoundError:
+            return
+        except (APIError, *UNANSWERED):
+            continue  # not known to be gone

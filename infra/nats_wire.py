@@ -1,0 +1,54 @@
+"""How records and envelopes stand on the wire: subjects, headers, bodies."""
+
+import zlib
+from collections.abc import Sequence
+from typing import Any, cast
+from urllib.parse import quote, unquote
+
+from sia_events.infra.delivery import checked_name
+from sia_events.infra.nats_streams import Message
+from sia_events.shared.ports import Envelope
+from sia_events.shared.record import Record, UnreadableRecord, parse_record
+
+CLOUD_EVENTS = {"Content-Type": "application/cloudevents+json"}
+
+
+def subject_of(record: Record) -> str:
+    return f"sia.events.{record.run}.{record.type}"
+
+
+def run_of(subject: str) -> str:
+    return subject.split(".")[2]
+
+
+def read_record(message: Message) -> Record:
+    """Raises UnreadableRecord for what is no record, or one that belongs under another subject."""
+    record = parse_record(message.data)
+    if subject_of(record) != message.subject:
+        raise UnreadableRecord(f"a {record.type} of run {record.run!r} under the subject {message.subject}")
+    return record
+
+
+def trace_subject(run: str, kind: str, key: str) -> str:
+    return f"sia.trace.{checked_name(run)}.{kind}.{quote(key, safe='').replace('.', '%2E')}"
+
+
+def read_envelope(message: Message) -> Envelope:
+    """Raises UnreadableRecord for what no `trace` wrote."""
+    try:
+        _, _, run, kind, key = message.subject.split(".")
+        lines = tuple(zlib.decompress(message.data).split(b"\n")) if message.data else ()
+    except (ValueError, zlib.error) as error:
+        raise UnreadableRecord(f"no envelope under {message.subject}: {error}") from error
+    return Envelope(run, cast(Any, kind), unquote(key), lines)
+
+
+def packed(lines: Sequence[bytes], limit: int) -> list[bytes]:
+    """The lines in bodies of at most `limit` bytes, halved until they fit."""
+    body = zlib.compress(b"\n".join(lines), 1) if lines else b""
+    if len(body) <= limit:
+        return [body]
+    if len(lines) == 1:
+        raise ValueError(f"a trace line of {len(lines[0])} bytes is over the server's limit; put its body in a blob")
+    half = len(lines) // 2
+    return packed(lines[:half], limit) + packed(lines[half:], limit)

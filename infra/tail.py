@@ -1,0 +1,77 @@
+"""What one process knows of one run on the stream: its own records in order, and how far it has read them."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from datetime import datetime
+from uuid import UUID
+
+from sia_events.shared.events import RunBranched
+from sia_events.shared.ports import NoSuchPosition, RunExists
+from sia_events.shared.record import GENESIS, Draft, Record, place
+
+
+@dataclass
+class Tail:
+    """Grows with the stream. `sequence` is that of the last message read under the run's subjects, readable or not.
+
+    A message that is no record of this run at the next position (unreadable, forged, published twice by hand) is
+    counted in `skipped` and is no part of the run.
+    """
+
+    run: str
+    records: list[Record] = field(default_factory=list)
+    ids: dict[UUID, Record] = field(default_factory=dict)
+    sequence: int = 0
+    skipped: int = 0
+
+    def take(self, sequence: int, record: Record | None) -> None:
+        """Take over the next message of the run; None is one that cannot be read."""
+        self.sequence = sequence
+        if record is None or record.run != self.run or record.position != self._next(record):
+            self.skipped += 1
+            return
+        self.records.append(record)
+        self.ids[record.id] = record
+
+    def _next(self, record: Record) -> int:
+        if self.records:
+            return self.records[-1].position + 1
+        return record.event.at + 1 if isinstance(record.event, RunBranched) else 1
+
+    @property
+    def fork(self) -> RunBranched | None:
+        """Where the run leaves its parent, if it has one."""
+        first = self.records[0].event if self.records else None
+        return first if isinstance(first, RunBranched) else None
+
+
+def stored(tail: Tail, drafts: Sequence[Draft]) -> list[Record] | None:
+    """The records of `drafts` as first appended, or None when none of them is there.
+
+    Raises RunExists when they would open a run that another draft opened.
+    """
+    found = [tail.ids[draft.id] for draft in drafts if draft.id in tail.ids]
+    if found and len(found) < len(drafts):
+        raise AssertionError(f"run {tail.run}: {len(found)} of {len(drafts)} records of one atomic append are there")
+    if not found and tail.records and drafts[0].cause is None:
+        raise RunExists(f"run {tail.run!r} exists already; nothing was written. Resume it, or choose another name.")
+    return found or None
+
+
+def following(tail: Tail, drafts: Sequence[Draft], parent: Sequence[Record], time: datetime) -> list[Record]:
+    """`drafts` placed behind the tail, or, where they open a branch, behind a position of `parent` (its history)."""
+    position, chain = 0, GENESIS
+    opens = drafts[0].event
+    if tail.records:
+        position, chain = tail.records[-1].position, tail.records[-1].chain
+    elif isinstance(opens, RunBranched):
+        if not 1 <= opens.at <= len(parent):
+            raise NoSuchPosition(f"run {opens.parent!r} has {len(parent)} records and no position {opens.at}")
+        position, chain = opens.at, parent[opens.at - 1].chain
+    records: list[Record] = []
+    for draft in drafts:
+        position += 1
+        record = place(draft, tail.run, position, chain, time)
+        records.append(record)
+        chain = record.chain
+    return records
