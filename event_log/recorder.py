@@ -1,0 +1,45 @@
+"""The recorder: what stands on the streams goes into the log, batch by batch, and is acked when it is on disk there."""
+
+from contextlib import aclosing
+
+from sia_events.shared.ports import Bus, Feed, Log
+
+NAME = "recorder"
+
+
+async def record(bus: Bus, log: Log) -> None:
+    """Copy until cancelled. Raises what the log raises; nothing is lost by it, the next call begins at that batch."""
+    async with aclosing(bus.feed(NAME)) as feed:
+        async for batch in feed:
+            await store(batch, log)
+
+
+async def rebuild(bus: Bus, log: Log) -> None:
+    """Empty the log and copy everything again, until it has caught up with the streams. No other recorder may run.
+
+    The place is given up first: cut short between the two, the log holds too much and not too little.
+    """
+    await bus.rewind(NAME)
+    await log.clear()
+    if not await bus.lag(NAME):
+        return
+    async with aclosing(bus.feed(NAME)) as feed:
+        async for batch in feed:
+            await store(batch, log)
+            if not await bus.lag(NAME):
+                return
+
+
+async def store(batch: Feed, log: Log) -> None:
+    """Insert a batch, then ack it. Its token is its stretch of the stream, so that a second insert is none."""
+    token = f"{batch.stream} {batch.first}-{batch.last}"
+    if batch.records:
+        await log.append(batch.records, token)
+    if batch.envelopes:
+        await log.append_traces(batch.envelopes, token)
+    await batch.ack()
+
+
+async def lag(bus: Bus) -> int:
+    """How many messages the log is behind the streams."""
+    return await bus.lag(NAME)

@@ -1,0 +1,134 @@
+"""The recorder: from the streams to the log, once each, whatever breaks between; on memory and on the real pair."""
+
+import asyncio
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from bus_on import kill_server, note, notes, on, opened
+
+from sia_events.event_log.recorder import lag, rebuild, record
+from sia_events.infra import clickhouse
+from sia_events.infra.memory import MemoryBus, MemoryLog
+from sia_events.infra.nats_server import running
+from sia_events.shared.ports import Bus, Envelope, Log
+from sia_events.shared.record import Record
+
+
+@pytest.fixture(params=["memory", "nats-server and chDB"])
+async def pair(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[tuple[Bus, Log]]:
+    if request.param == "memory":
+        yield MemoryBus(), MemoryLog()
+        return
+    async with running(tmp_path / "nats") as url, on(url) as bus:
+        log = await asyncio.to_thread(clickhouse.connect, f"chdb://{tmp_path}/log")
+        yield bus, log
+        await log.close()
+
+
+@asynccontextmanager
+async def recording(bus: Bus, log: Log) -> AsyncIterator["asyncio.Task[None]"]:
+    task = asyncio.create_task(record(bus, log))
+    try:
+        yield task
+    finally:
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+
+
+async def caught_up(bus: Bus) -> None:
+    async with asyncio.timeout(20):
+        while await lag(bus):  # noqa: ASYNC110 - the port announces nothing of other processes
+            await asyncio.sleep(0.01)
+
+
+async def test_what_is_appended_is_soon_in_the_log(pair: tuple[Bus, Log]):
+    bus, log = pair
+    first, *_ = await opened(bus, "r", note("before"))
+    async with recording(bus, log):
+        await bus.append("r", notes("r", first, "during"))
+        await caught_up(bus)
+        assert list(await log.records("r")) == list(await bus.history("r"))
+
+
+async def test_a_recorder_goes_on_where_the_last_one_was(pair: tuple[Bus, Log]):
+    bus, log = pair
+    first, *_ = await opened(bus, "r")
+    for text in "abc":
+        async with recording(bus, log):
+            await bus.append("r", notes("r", first, text, producer=text))
+            await caught_up(bus)
+    assert list(await log.records("r")) == list(await bus.history("r"))
+
+
+@dataclass
+class Failing:
+    """A log that stores a batch and then fails, `times` over: the worst moment to be cut off."""
+
+    inner: Log
+    times: int
+    tokens: list[str]
+
+    async def append(self, records: Sequence[Record], token: str) -> None:
+        self.tokens.append(token)
+        await self.inner.append(records, token)
+        if self.times:
+            self.times -= 1
+            raise OSError("cut off after the insert")
+
+    def __getattr__(self, name: str):
+        return getattr(self.inner, name)
+
+
+async def test_a_batch_cut_off_between_insert_and_ack_comes_again_unchanged(pair: tuple[Bus, Log]):
+    bus, log = pair
+    first, *_ = await opened(bus, "r", note("a"))
+    failing = Failing(log, 2, [])
+    for text in "bc":
+        with pytest.raises(OSError, match="cut off"):
+            await record(bus, failing)  # pyright: ignore[reportArgumentType]
+        await bus.append("r", notes("r", first, text, producer=text))
+    async with recording(bus, log):
+        await caught_up(bus)
+    assert failing.tokens == ["SIA 1-2", "SIA 1-2"]
+    assert list(await log.records("r")) == list(await bus.history("r"))
+
+
+async def test_a_log_is_rebuilt_from_the_streams(pair: tuple[Bus, Log]):
+    bus, log = pair
+    await opened(bus, "one", note("a"))
+    await opened(bus, "two")
+    await bus.trace(Envelope("one", "log", "k", (b'{"a":1}',)))
+    async with recording(bus, log):
+        await caught_up(bus)
+    await log.clear()
+    assert list(await log.runs()) == []
+    for _ in range(2):
+        await rebuild(bus, log)
+        assert sorted(await log.runs()) == ["one", "two"]
+        assert list(await log.records("one")) == list(await bus.history("one"))
+        assert await lag(bus) == 0
+
+
+async def test_an_empty_stream_rebuilds_to_an_empty_log(pair: tuple[Bus, Log]):
+    bus, log = pair
+    await rebuild(bus, log)
+    assert list(await log.runs()) == []
+
+
+async def test_every_row_is_there_once_however_often_the_server_is_killed(tmp_path: Path):
+    async with running(tmp_path / "nats") as url, on(url) as bus:
+        log = await asyncio.to_thread(clickhouse.connect, f"chdb://{tmp_path}/log")
+        first, *_ = await opened(bus, "r")
+        async with recording(bus, log) as task:
+            for round in range(3):
+                for number in range(20):
+                    await bus.append("r", notes("r", first, "x", producer=f"{round}.{number}"))
+                kill_server(tmp_path / "nats")
+            await caught_up(bus)
+            assert not task.done()
+        rows = await log.query("SELECT count() AS rows, uniqExact(position) AS positions FROM events")
+        assert dict(rows[0]) == {"rows": 61, "positions": 61}
+        await log.close()
