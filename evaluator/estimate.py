@@ -2,8 +2,7 @@
 
 from collections.abc import Sequence
 from math import sqrt
-
-from scipy import stats
+from statistics import NormalDist
 
 from sia_events.shared.events import Estimate
 
@@ -20,14 +19,16 @@ def estimate(items: Sequence[float]) -> Estimate:
     if all(score in (0.0, 1.0) for score in items):
         low, high = _wilson(mean, n)
     else:
+        from scipy import special  # slow to import, and most tasks never come here
+
         spread = sqrt(sum((x - mean) ** 2 for x in items) / (n - 1) / n) if n > 1 else 0.0
-        reach = float(stats.t.ppf(0.975, n - 1)) * spread if n > 1 else float("inf")
+        reach = float(special.stdtrit(n - 1, 0.975)) * spread if n > 1 else float("inf")
         low, high = (mean - reach, mean + reach) if n > 1 else (mean, mean)
     return Estimate(value=round(mean, DIGITS), low=round(low, DIGITS), high=round(high, DIGITS), n=n)
 
 
 def _wilson(p: float, n: int) -> tuple[float, float]:
-    z = float(stats.norm.ppf(0.975))
+    z = NormalDist().inv_cdf(0.975)
     centre = (p + z * z / (2 * n)) / (1 + z * z / n)
     reach = z / (1 + z * z / n) * sqrt(p * (1 - p) / n + z * z / (4 * n * n))
     return max(0.0, centre - reach), min(1.0, centre + reach)

@@ -63,7 +63,9 @@ def read_results(outputs: Mapping[str, bytes], right: Mapping[str, str]) -> Grad
     try:
         scores = msgspec.json.decode(outputs["results.json"], type=dict[str, dict[str, float]])["items"]
     except (KeyError, msgspec.DecodeError) as error:
-        raise OutputRefused(f'the evaluator must write results.json with {{"items": {{id: score}}}}: {error}') from error
+        raise OutputRefused(
+            f'the evaluator must write results.json with {{"items": {{id: score}}}}: {error}'
+        ) from error
     if missing := right.keys() - scores.keys():
         raise OutputRefused(f"the evaluator left out {len(missing)} of {len(right)} items")
     items = tuple(float(scores[item]) for item in right)

@@ -107,9 +107,16 @@ def _close_dev(run: Run, generation: int) -> Sequence[Event]:
         if v is not best:
             out.append(_reject(run, v, None, f"{_dev(run, v):.3f} on dev; {best.name} has {_dev(run, best):.3f}"))
     if run.incumbent:
-        against = compare(_items(run, run.scored(run.incumbent, "dev")[-1]), _items(run, run.scored(best.name, "dev")[-1]))
+        against = compare(
+            _items(run, run.scored(run.incumbent, "dev")[-1]), _items(run, run.scored(best.name, "dev")[-1])
+        )
         if hopeless(against):
-            return [*out, _reject(run, best, None, f"worse than {run.incumbent} on dev by {-against.gain:.3f}: no look at the gate")]
+            return [
+                *out,
+                _reject(
+                    run, best, None, f"worse than {run.incumbent} on dev by {-against.gain:.3f}: no look at the gate"
+                ),
+            ]
     return [*out, _attempt(run, best.name, "gate", 0)]
 
 
@@ -130,13 +137,16 @@ def _meet_gate(run: Run, candidate: Version) -> Sequence[Event]:
                 version=candidate.name,
                 over=run.incumbent,
                 comparison=comparison,
-                reason=f"better by {comparison.gain:.3f} on the same {comparison.n} items, p = {comparison.p_value:.2g} < {alpha:.2g}",
+                reason=f"better by {comparison.gain:.3f} on the same {comparison.n} items, "
+                f"p = {comparison.p_value:.2g} < {alpha:.2g}",
             )
         ]
     repeats = len(run.scored(candidate.name, "gate"))
     if undecided(comparison) and repeats < run.settings.gate_repeats:
-        return [_attempt(run, name, "gate", repeats) for name in (candidate.name, run.incumbent) if len(run.scored(name, "gate")) <= repeats]
-    return [_reject(run, candidate, comparison, f"no proven gain: {comparison.gain:+.3f}, p = {comparison.p_value:.2g}")]
+        owing = [name for name in (candidate.name, run.incumbent) if len(run.scored(name, "gate")) <= repeats]
+        return [_attempt(run, name, "gate", repeats) for name in owing]
+    why = f"no proven gain: {comparison.gain:+.3f}, p = {comparison.p_value:.2g}"
+    return [_reject(run, candidate, comparison, why)]
 
 
 def _pooled(run: Run, incumbent: str, candidate: str) -> tuple[list[float], list[float]]:
@@ -209,7 +219,10 @@ def _reject(run: Run, version: Version, comparison: Comparison | None, reason: s
 def _barren(run: Run, lever: str, reason: str) -> ProposalFailed:
     assert run.incumbent is not None
     return ProposalFailed(
-        generation=run.generation, parent=run.incumbent, lever="weights" if lever == "weights" else "harness", reason=reason
+        generation=run.generation,
+        parent=run.incumbent,
+        lever="weights" if lever == "weights" else "harness",
+        reason=reason,
     )
 
 

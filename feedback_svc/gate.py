@@ -1,9 +1,7 @@
 """The gate: whether a candidate's gain over the incumbent, item by item, is real. Pure."""
 
 from collections.abc import Sequence
-from math import sqrt
-
-from scipy import stats
+from math import comb, sqrt
 
 from sia_events.shared.events import Comparison
 
@@ -17,6 +15,8 @@ def compare(before: Sequence[float], after: Sequence[float]) -> Comparison:
     sign test on the items that differ, which for right-or-wrong scores is McNemar's exact test.
     Raises ValueError when the two do not score the same number of items.
     """
+    from scipy import special  # slow to import, and a run's first model call does not wait for it
+
     if len(before) != len(after) or not before:
         raise ValueError(f"paired scores need the same items: {len(before)} before, {len(after)} after")
     differences = [b - a for a, b in zip(before, after, strict=True)]
@@ -24,8 +24,8 @@ def compare(before: Sequence[float], after: Sequence[float]) -> Comparison:
     gain = sum(differences) / n
     better, worse = sum(d > 0 for d in differences), sum(d < 0 for d in differences)
     spread = sqrt(sum((d - gain) ** 2 for d in differences) / (n - 1) / n) if n > 1 else 0.0
-    reach = float(stats.t.ppf(0.975, n - 1)) * spread if n > 1 else 1.0
-    p_value = float(stats.binomtest(better, better + worse).pvalue) if better + worse else 1.0
+    reach = float(special.stdtrit(n - 1, 0.975)) * spread if n > 1 else 1.0
+    p_value = _sign_test(better, worse)
     return Comparison(
         gain=round(gain, DIGITS),
         low=round(gain - reach, DIGITS),
@@ -50,3 +50,10 @@ def hopeless(comparison: Comparison) -> bool:
 def undecided(comparison: Comparison) -> bool:
     """Better so far, but not yet beyond chance: more repeats could tell."""
     return comparison.gain > 0
+
+
+def _sign_test(better: int, worse: int) -> float:
+    """Two-sided binomial probability of a split at least this uneven under a fair coin, in whole numbers to the end."""
+    n = better + worse
+    tail = sum(comb(n, k) for k in range(min(better, worse) + 1))
+    return min(1.0, 2 * tail / 2**n)

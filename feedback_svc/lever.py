@@ -69,7 +69,9 @@ def _by_rule(seen: Evidence, plateau: float, last: Lever | None) -> tuple[Lever,
         return "harness", ("no harness edit has been tried yet, and edits are cheap",)
     stalled = seen.last_harness_gain < plateau
     if not stalled and last != "weights":
-        return "harness", (f"the last harness change gained {seen.last_harness_gain:+.3f} on the gate: not on a plateau",)
+        return "harness", (
+            f"the last harness change gained {seen.last_harness_gain:+.3f} on the gate: not on a plateau",
+        )
     if last == "harness":
         return "weights", (f"the last harness change gained {seen.last_harness_gain:+.3f} on the gate: a plateau",)
     if seen.last_weights_gain is not None and seen.last_weights_gain >= plateau:

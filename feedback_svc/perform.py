@@ -44,7 +44,9 @@ async def patch(work: Work, asked: HarnessPatchRequested) -> Sequence[Event]:
     parent = run.versions[asked.parent]
     # What was tried under other weights may be tried again: a harness fits the weights it was tried with.
     tried = {template.digest(specs[v.name]) for v in run.versions.values() if v.weights == parent.weights}
-    proposals = proposer.propose(specs[parent.name], _evidence(run), tried, asked.candidates, asked.seed + asked.generation)
+    proposals = proposer.propose(
+        specs[parent.name], _evidence(run), tried, asked.candidates, asked.seed + asked.generation
+    )
     if not proposals:
         reason = f"every edit of {parent.name}'s harness has been tried"
         return [ProposalFailed(generation=asked.generation, parent=parent.name, lever="harness", reason=reason)]

@@ -1,4 +1,4 @@
-"""The one door to every model: OpenAI chat completions and the choice call in, whatever answers out, every call recorded."""
+"""The one door to every model: OpenAI chat completions and the choice call in, each call recorded before its reply."""
 
 import hashlib
 import time
@@ -117,7 +117,7 @@ def gateway(bus: Bus, models: Callable[[str], Models], secret: str, clock: Clock
 
 
 async def _patiently(ask: Callable[[], Any]) -> Mapping[str, Any]:
-    """Ask again, ever more slowly, while the fault is the provider's; a server that was killed has time to come back."""
+    """Ask again, ever more slowly, while the fault is the provider's; a killed server has time to come back."""
     retrying = AsyncRetrying(
         retry=retry_if_exception(lambda e: isinstance(e, ModelFailed) and e.status >= 500),
         stop=stop_after_delay(PATIENCE_S),

@@ -12,7 +12,7 @@ KEPT = 32
 
 
 class Journal:
-    """Recorded replies by run, attempt, request digest and count. One flush is in flight at a time; calls gather behind it."""
+    """Recorded replies by run, attempt, request digest and count. One flush is in flight; calls gather behind it."""
 
     def __init__(self, bus: Bus) -> None:
         self._bus = bus
@@ -67,7 +67,9 @@ class Journal:
                 bundles[(run, journal_key(call.attempt))].append((call, done))
             for (run, key), calls in bundles.items():
                 try:
-                    await self._bus.trace(Envelope(run, "model_call", key, tuple(encode_call(call) for call, _ in calls)))
+                    await self._bus.trace(
+                        Envelope(run, "model_call", key, tuple(encode_call(call) for call, _ in calls))
+                    )
                 except Exception as error:
                     for _, done in calls:
                         done.set_exception(error)

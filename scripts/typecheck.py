@@ -1,4 +1,4 @@
-"""Pyright over the package as users get it: built into a wheel's tree, since it does not see through the editable map."""
+"""Pyright over the package laid out as users get it, since it does not see through the map of an editable install."""
 
 import subprocess
 import sys

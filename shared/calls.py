@@ -1,4 +1,4 @@
-"""One model call as it is recorded: the line of the trace stream, of the trajectory and of ClickHouse's `model_calls`."""
+"""One model call as it is recorded: a line of the trace stream, of a trajectory and of the table `model_calls`."""
 
 from typing import Any, Literal
 

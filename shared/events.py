@@ -140,7 +140,7 @@ class AgentProposed(Event):
 
 
 class AttemptRequested(Event):
-    """A version is owed a run on a split. `samples` copies of each item; above one, replies are drawn at temperature 1."""
+    """A version is owed a run on a split, each item `samples` times; above one, replies are drawn at temperature 1."""
 
     type: Literal["AttemptRequested"] = "AttemptRequested"
     attempt: str
@@ -169,7 +169,7 @@ class ExecutionLogged(Event):
 
 
 class AttemptFailed(Event):
-    """An attempt gave no outputs to score. `infrastructure` is our fault and tried again; the rest is the candidate's."""
+    """An attempt gave no outputs to score. `infrastructure` is ours and tried again; the rest is the candidate's."""
 
     type: Literal["AttemptFailed"] = "AttemptFailed"
     attempt: str
@@ -419,7 +419,9 @@ class RunFinished(Event):
 
 
 EVENTS: dict[str, type[Event]] = {
-    name: kind for name, kind in list(globals().items()) if isinstance(kind, type) and issubclass(kind, Event) and kind is not Event
+    name: kind
+    for name, kind in list(globals().items())
+    if isinstance(kind, type) and issubclass(kind, Event) and kind is not Event
 }
 
 

@@ -56,7 +56,9 @@ class Bus(Protocol):
         """Names of all runs on the stream, in no particular order."""
         ...
 
-    async def serve(self, service: str, types: Sequence[str], answer: Callable[[Record], Awaitable[None]], run: str | None = None) -> None:
+    async def serve(
+        self, service: str, types: Sequence[str], answer: Callable[[Record], Awaitable[None]], run: str | None = None
+    ) -> None:
         """Hand each record of those types to `answer`, at least once, in order a run, until cancelled.
 
         With `run` only that run's records. A record counts as handled when `answer` returns; a raise brings it
@@ -137,7 +139,7 @@ class Log(Protocol):
         ...
 
     async def append_traces(self, envelopes: Sequence[tuple[int, Envelope]], token: str) -> None:
-        """Insert envelopes, each with its stream sequence; model calls become rows of `model_calls`, the rest of `trace`."""
+        """Insert envelopes with their stream sequences; model calls are rows of `model_calls`, the rest of `trace`."""
         ...
 
     async def records(self, run: str) -> Sequence[Record]:

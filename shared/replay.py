@@ -59,7 +59,13 @@ def replay(records: Sequence[Record], services: Sequence[Service]) -> Replayed:
                 continue
             ids = [draft.id for draft in answers(run, cause, service.name, decided)]
             if recorded != decided or [record.id for record in given] != ids:
-                reason = "decided otherwise now" if recorded and decided else "missing from the log" if decided else "no longer decided"
+                reason = (
+                    "decided otherwise now"
+                    if recorded and decided
+                    else "missing from the log"
+                    if decided
+                    else "no longer decided"
+                )
                 found = Divergence(cause, service.name, recorded, decided, reason)
                 return Replayed(len(records), decisions, performed, pending, found)
             decisions += bool(given)

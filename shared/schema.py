@@ -26,7 +26,11 @@ def asyncapi() -> dict[str, Any]:
     operations = {name: {"action": "receive", "channel": {"$ref": f"#/channels/{name}"}} for name in EVENTS}
     return {
         "asyncapi": "3.0.0",
-        "info": {"title": "SIA on events", "version": str(SCHEMA), "description": "Records of runs, as CloudEvents 1.0."},
+        "info": {
+            "title": "SIA on events",
+            "version": str(SCHEMA),
+            "description": "Records of runs, as CloudEvents 1.0.",
+        },
         "defaultContentType": "application/cloudevents+json",
         "channels": channels,
         "operations": operations,
@@ -61,5 +65,7 @@ def _record(name: str) -> dict[str, Any]:
 def _moved(value: Any) -> Any:
     """References to a schema's own definitions, pointed at where they stand in this document."""
     if isinstance(value, dict):
-        return {k: (v.replace("#/$defs/", "#/components/schemas/") if k == "$ref" else _moved(v)) for k, v in value.items()}
+        return {
+            k: (v.replace("#/$defs/", "#/components/schemas/") if k == "$ref" else _moved(v)) for k, v in value.items()
+        }
     return [_moved(each) for each in value] if isinstance(value, list) else value

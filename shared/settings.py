@@ -21,15 +21,21 @@ class Settings(BaseModel):
     home: Path = Field(default=Path("~/.sia"), description="all that a machine keeps: streams, tables, blobs, models")
     nats_url: str | None = Field(default=None, description="an outside NATS server; unset: one of our own")
     log_dsn: str | None = Field(default=None, description="clickhouse://user:password@host:port/database; unset: chDB")
-    blobs_url: str | None = Field(default=None, description="an object store URL such as s3://bucket/prefix; unset: a folder")
-    gateway_secret: str | None = Field(default=None, description="signs attempt tokens where services are on several machines")
+    blobs_url: str | None = Field(
+        default=None, description="an object store URL such as s3://bucket/prefix; unset: a folder"
+    )
+    gateway_secret: str | None = Field(
+        default=None, description="signs attempt tokens where services are on several machines"
+    )
     model_threads: int = Field(default=2, ge=1, le=64, description="threads of the embedded model and of training")
     debug: bool = Field(default=False, description="tracebacks instead of one-line errors")
 
 
 def load_settings(environ: Mapping[str, str] = os.environ) -> Settings:
-    """Read SIA_* variables, and `config.toml` under SIA_HOME (or the file named by SIA_CONFIG). Raises SettingsError."""
-    named = {name: environ[f"SIA_{name.upper()}"] for name in Settings.model_fields if environ.get(f"SIA_{name.upper()}")}
+    """Read SIA_* variables, and `config.toml` under SIA_HOME (or the file SIA_CONFIG names). Raises SettingsError."""
+    named = {
+        name: environ[f"SIA_{name.upper()}"] for name in Settings.model_fields if environ.get(f"SIA_{name.upper()}")
+    }
     home = Path(named.get("home", Settings.model_fields["home"].default)).expanduser().absolute()
     file = Path(environ.get("SIA_CONFIG", home / "config.toml"))
     values: dict[str, Any] = {}

@@ -9,7 +9,7 @@ from sia_events.shared.run import Run, fold
 
 
 def row(records: Sequence[Record]) -> dict[str, Any]:
-    """One line of `sia runs`: {run, task, status, generations, best, …}; `generations` counts those begun, the first apart."""
+    """One line of `sia runs`: {run, task, status, generations, best, …}; the first agent is generation 0."""
     run = fold(records)
     return {
         "run": run.name,
@@ -94,6 +94,6 @@ def _version(run: Run, name: str) -> dict[str, Any]:
 
 
 def shown(estimate: Estimate | Mapping[str, Any]) -> str:
-    """"0.715 [0.669, 0.757]": a value with its 95 % interval."""
+    """ "0.715 [0.669, 0.757]": a value with its 95 % interval."""
     e = estimate.model_dump() if isinstance(estimate, Estimate) else estimate
     return f"{e['value']:.3f} [{e['low']:.3f}, {e['high']:.3f}]"

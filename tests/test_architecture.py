@@ -10,16 +10,27 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 FOLDERS = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["package-dir"]
-SERVICES = {"meta_svc", "target_runner", "evaluator", "feedback_svc", "trainer", "kernel_bench", "model_gateway", "event_log"}
-VENDORS = {
-    "faststream": {"infra/nats.py", "infra/nats_serve.py"},
-    "nats": {"infra/nats.py", "infra/nats_serve.py", "infra/nats_server.py", "infra/nats_streams.py"},
-    "clickhouse_connect": {"infra/clickhouse.py"},
-    "chdb": {"infra/chdb_engine.py", "infra/chdb_server.py"},
-    "obstore": {"infra/blobs.py"},
-    "transformers": {"local_model/weights.py", "local_model/chat.py"},
-    "itsdangerous": {"model_gateway/token.py"},
+SERVICES = {
+    "meta_svc",
+    "target_runner",
+    "evaluator",
+    "feedback_svc",
+    "trainer",
+    "kernel_bench",
+    "model_gateway",
+    "event_log",
 }
+VENDORS = {
+    "faststream": "infra/nats",
+    "nats": "infra/nats",
+    "clickhouse_connect": "infra/clickhouse",
+    "chdb": "infra/chdb",
+    "obstore": "infra/blobs",
+    "transformers": "local_model/",
+    "tokenizers": "local_model/",
+    "itsdangerous": "model_gateway/token",
+}
+"""The files that may import a vendor, by the beginning of their path."""
 
 
 def sources() -> list[Path]:
@@ -44,7 +55,11 @@ def imports(path: Path) -> set[str]:
 def ours(path: Path) -> set[str]:
     """Folders of ours that a module imports; the package's own face is `sia_events`."""
     parts = [name.split(".") for name in imports(path) if name.split(".")[0] == "sia_events"]
-    return {part[1] if len(part) > 1 and f"sia_events.{part[1]}" in FOLDERS else "sia_events" for part in parts if len(part) > 1}
+    return {
+        part[1] if len(part) > 1 and f"sia_events.{part[1]}" in FOLDERS else "sia_events"
+        for part in parts
+        if len(part) > 1
+    }
 
 
 @pytest.mark.parametrize("path", sources(), ids=str)
@@ -60,15 +75,17 @@ def test_imports_point_inwards(path: Path):
 
 @pytest.mark.parametrize("path", sources(), ids=str)
 def test_no_folder_is_imported_by_its_bare_name(path: Path):
-    bare = {name.split(".")[0] for name in imports(path)} & {Path(folder).name for folder in FOLDERS.values()} - {"sia_events"}
+    bare = {name.split(".")[0] for name in imports(path)} & {Path(folder).name for folder in FOLDERS.values()} - {
+        "sia_events"
+    }
     assert not bare, f"{path} imports {bare} from the checkout; write sia_events.{min(bare)}"
 
 
 @pytest.mark.parametrize("path", sources(), ids=str)
 def test_one_file_knows_each_vendor(path: Path):
     roots = {name.split(".")[0] for name in imports(path)}
-    for vendor, files in VENDORS.items():
-        assert vendor not in roots or path.as_posix() in files, f"{path} imports {vendor}"
+    for vendor, owner in VENDORS.items():
+        assert vendor not in roots or path.as_posix().startswith(owner), f"{path} imports {vendor}"
 
 
 def test_decisions_import_no_input_or_output():
@@ -91,7 +108,8 @@ def test_importing_a_module_does_nothing():
         "import sys; seen = []\n"
         "watched = ('open', 'socket.connect', 'socket.bind', 'subprocess.Popen', 'os.mkdir')\n"
         "def hook(name, args):\n"
-        "    if name in watched and not (name == 'open' and (args[1] in ('r', 'rb', None) or 'pycache' in str(args[0]))):\n"
+        "    reads = name == 'open' and (args[1] in ('r', 'rb', None) or 'pycache' in str(args[0]))\n"
+        "    if name in watched and not reads:\n"
         "        seen.append((name, str(args[0])))\n"
         "import faststream.nats, clickhouse_connect, scipy.stats, uvicorn, httpx, rich.live, obstore\n"
         "sys.addaudithook(hook)\n"

@@ -48,7 +48,11 @@ class ScriptedSandbox:
 
     async def run(self, job: Job) -> Outcome:
         self.jobs += 1
-        spec = json.loads((job.reads["/agent"] / "harness.json").read_text()) if (job.reads["/agent"] / "harness.json").exists() else {}
+        spec = (
+            json.loads((job.reads["/agent"] / "harness.json").read_text())
+            if (job.reads["/agent"] / "harness.json").exists()
+            else {}
+        )
         right = CALIBRATED if spec.get("calibrate") else PLAIN if spec.get("answer") == "choose" else NAIVE
         lines = []
         for line in (job.reads["/data"] / "items.jsonl").read_text().splitlines():
@@ -75,7 +79,9 @@ class World:
         self.blobs, self.private, self.home = MemoryBlobs(), MemoryBlobs(), home
         self.bus = MemoryBus(self.blobs, retry_delay=0.001)
         task = find_task("words")
-        self.truth = {i: label for split in ("train", "dev", "gate", "test") for i, label in answers(task, split).items()}
+        self.truth = {
+            i: label for split in ("train", "dev", "gate", "test") for i, label in answers(task, split).items()
+        }
         self.box = ScriptedSandbox(self.truth)
 
     async def start(self, run: str, **settings: Any) -> None:
@@ -87,15 +93,14 @@ class World:
         private = self.private if service is evaluator else None
         return Ports(self.bus, self.blobs, self.box, SystemTime(), NoDoor(), self.home, private)
 
-    async def finish(self, run: str, services: Sequence[Service] = SERVICES) -> list[Record]:
-        """Serve until the run is over or a service gave up."""
-        async with self.serving(run, services):
-            async with asyncio.timeout(60):
-                while True:
-                    history = await self.bus.history(run)
-                    if isinstance(history[-1].event, RunFinished | ServiceFailed):
-                        return list(history)
-                    await asyncio.sleep(0)
+    async def finish(self, run: str, services: Sequence[Service] = SERVICES, behind: int = 0) -> list[Record]:
+        """Serve until the run is over or a service gives up, behind position `behind`."""
+        async with self.serving(run, services), asyncio.timeout(60):
+            while True:
+                history = await self.bus.history(run)
+                if len(history) > behind and isinstance(history[-1].event, RunFinished | ServiceFailed):
+                    return list(history)
+                await asyncio.sleep(0)
 
     @asynccontextmanager
     async def serving(self, run: str, services: Sequence[Service]) -> AsyncIterator[None]:
@@ -236,7 +241,9 @@ async def test_a_branch_shares_its_parents_past_and_goes_its_own_way(finished: t
     world, records = finished
     position, state = fork_point(records, 0)
     settings = merged(state.settings, {"candidates": 1, "generations": 1})
-    opened = RunBranched(parent="r1", at=position, generation=0, overrides={"candidates": 1}, settings=settings, code="test")
+    opened = RunBranched(
+        parent="r1", at=position, generation=0, overrides={"candidates": 1}, settings=settings, code="test"
+    )
     await world.bus.append("b1", opening("b1", [opened]))
     history = await world.finish("b1")
     assert history[:position] == records[:position]
@@ -249,12 +256,14 @@ async def test_a_branch_shares_its_parents_past_and_goes_its_own_way(finished: t
 
 
 async def test_a_branch_of_a_branch_replays_too(finished: tuple[World, list[Record]]):
-    world, records = finished
+    world, _ = finished
     parent = "r1"
     for name, changes in (("c1", {"candidates": 2}), ("c2", {"seed": 5})):
         position, state = fork_point(await world.bus.history(parent), 1)
         settings = merged(state.settings, changes)
-        opened = RunBranched(parent=parent, at=position, generation=1, overrides=dict(changes), settings=settings, code="test")
+        opened = RunBranched(
+            parent=parent, at=position, generation=1, overrides=dict(changes), settings=settings, code="test"
+        )
         await world.bus.append(name, opening(name, [opened]))
         history = await world.finish(name)
         assert replay(history, SERVICES).divergence is None
@@ -273,11 +282,8 @@ async def test_a_service_that_keeps_failing_leaves_a_dead_letter_and_mended_it_g
     assert isinstance(failure, ServiceFailed) and "disk on fire" in failure.error and failure.service == "feedback_svc"
     assert await world.blobs.get(failure.payload)
     position = history[-1].position
-    async with world.serving("r1", SERVICES), asyncio.timeout(60):
-        while not isinstance((await world.bus.history("r1"))[-1].event, RunFinished):
-            await asyncio.sleep(0)
-    whole = await world.bus.history("r1")
-    assert whole[: position] == tuple(history) and replay(whole, SERVICES).divergence is None
+    whole = await world.finish("r1", behind=position)
+    assert whole[:position] == history and replay(whole, SERVICES).divergence is None
 
 
 async def test_the_wrong_answer_file_is_the_candidates_own_failure(world: World):
