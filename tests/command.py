@@ -1,0 +1,137 @@
+"""The real `sia` command, in a home of its own, on a task and a model that are small enough to be instant."""
+
+import ctypes
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+# Three of four items have the label that the instant model chooses, so that a harness which lets it choose is better.
+LABELS = ("sweet", "salt")
+SPLITS = {"dev": 8, "gate": 12, "test": 12}
+ITEMS = 40
+TOML = f"""\
+evaluator = "labels"
+labels = ["sweet", "salt"]
+question = "Sweet or salt?"
+floor = 0.75
+[splits]
+seed = 1
+dev = {SPLITS["dev"]}
+gate = {SPLITS["gate"]}
+test = {SPLITS["test"]}
+[limits]
+wall_s = 60
+cpu_s = 20
+"""
+AGENT = """\
+import json, os, sys, urllib.request
+data, work = sys.argv[2], sys.argv[4]
+with open(f"{work}/answers.jsonl", "w") as answers:
+    for line in open(f"{data}/items.jsonl"):
+        item = json.loads(line)
+        body = {"messages": [{"role": "user", "content": item["text"]}], "metadata": {"item": item["id"]}}
+        headers = {"Authorization": "Bearer " + os.environ["OPENAI_API_KEY"]}
+        url = os.environ["OPENAI_BASE_URL"] + "/chat/completions"
+        with urllib.request.urlopen(urllib.request.Request(url, json.dumps(body).encode(), headers)) as reply:
+            said = json.load(reply)["choices"][0]["message"]["content"]
+        answers.write(json.dumps({"id": item["id"], "answer": said}) + "\\n")
+"""
+SMALL = ("--target-model", "instant/first", "--generations", "1", "--candidates", "1", "--lever", "harness")
+
+
+def small_task(folder: Path) -> Path:
+    """A task of 40 items, on which the first agent is never right and one that chooses is in three of four."""
+    for part in ("data/public", "data/private", "reference"):
+        (folder / part).mkdir(parents=True)
+    (folder / "task.toml").write_text(TOML)
+    (folder / "data/public/task.md").write_text("# Sweet or salt\n\nWrite answers.jsonl.\n")
+    items = [{"id": f"i{n:02}", "text": f"dish {n}", "label": LABELS[n % 4 == 0]} for n in range(ITEMS)]
+    (folder / "data/private/items.jsonl").write_text("".join(json.dumps(item) + "\n" for item in items))
+    (folder / "reference/reference_target_agent.py").write_text(AGENT)
+    return folder
+
+
+def environment(home: Path, **more: str) -> dict[str, str]:
+    """Ours without any SIA_* variable of whoever runs the tests."""
+    clean = {name: value for name, value in os.environ.items() if not name.startswith("SIA_")}
+    return {**clean, "SIA_HOME": str(home), "OMP_NUM_THREADS": "1", **more}
+
+
+def sia(home: Path, *words: object, before: Sequence[str] = (), **more: str) -> subprocess.CompletedProcess[str]:
+    """Run the command to its end; `before` are words in front of it, such as a program that confines it."""
+    command = [*before, sys.executable, "-m", "sia_events", *map(str, words)]
+    return subprocess.run(command, env=environment(home, **more), capture_output=True, text=True, timeout=120)
+
+
+def answered(home: Path, *words: object, **more: str) -> Any:
+    """What the command prints with --json, when it ends well."""
+    done = sia(home, *words, "--json", **more)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def start(home: Path, *words: object, **more: str) -> subprocess.Popen[str]:
+    """Start the command as the leader of a process group of its own."""
+    pipe = subprocess.PIPE
+    return subprocess.Popen(
+        [sys.executable, "-m", "sia_events", *map(str, words)],
+        env=environment(home, **more),
+        stdout=pipe,
+        stderr=pipe,
+        text=True,
+        start_new_session=True,
+    )
+
+
+@contextmanager
+def adopting() -> Iterator[Callable[[], list[psutil.Process]]]:
+    """While this lasts, whoever loses its parent becomes a child of ours; gives what lists the children there are."""
+    set_child_subreaper = 36  # prctl(2)
+    ctypes.CDLL(None).prctl(set_child_subreaper, 1)
+
+    def children() -> list[psutil.Process]:
+        alive: list[psutil.Process] = []
+        for child in psutil.Process().children(recursive=True):
+            try:
+                if child.status() != psutil.STATUS_ZOMBIE:
+                    alive.append(child)
+                elif child.ppid() == os.getpid():
+                    os.waitpid(child.pid, os.WNOHANG)
+            except (psutil.NoSuchProcess, ChildProcessError):
+                continue
+        return alive
+
+    try:
+        yield children
+    finally:
+        ctypes.CDLL(None).prctl(set_child_subreaper, 0)
+
+
+def assert_none_left(children: Callable[[], list[psutil.Process]], seconds: float = 20.0) -> None:
+    """No process of ours is alive a little later; what has just been killed takes its children along with it."""
+    deadline = time.monotonic() + seconds
+    while left := children():
+        assert time.monotonic() < deadline, [(each.pid, each.status(), each.cmdline()) for each in left]
+        time.sleep(0.02)
+
+
+def until(happened: Callable[[], Any], seconds: float = 60.0) -> Any:
+    """Look until something is so, and give it back; fails when it is not in time."""
+    deadline = time.monotonic() + seconds
+    while not (found := happened()):
+        assert time.monotonic() < deadline, f"not so within {seconds:.0f} s"
+        time.sleep(0.02)
+    return found
+
+
+def tree(home: Path) -> dict[str, tuple[int, int]]:
+    """Every file and folder under `home` with size and time of change; empty when there is no home."""
+    return {str(p.relative_to(home)): (p.stat().st_size, p.stat().st_mtime_ns) for p in sorted(home.rglob("*"))}
