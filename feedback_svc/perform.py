@@ -40,8 +40,13 @@ async def patch(work: Work, asked: HarnessPatchRequested) -> Sequence[Event]:
     run, blobs = work.run, work.ports.blobs
     assert run.task is not None
     task = decode_task(await blobs.get(run.task.spec))
-    specs = {v.name: await _spec(work, v.harness, task) for v in run.versions.values()}
     parent = run.versions[asked.parent]
+    try:
+        specs = {v.name: await _spec(work, v.harness, task) for v in run.versions.values()}
+    except template.NotATemplate as error:
+        # The built-in proposer knows one kind of harness; a task of another kind is not a fault of anybody.
+        reason = f"the built-in proposer has no template for this task: {error}"
+        return [ProposalFailed(generation=asked.generation, parent=parent.name, lever="harness", reason=reason)]
     # What was tried under other weights may be tried again: a harness fits the weights it was tried with.
     tried = {template.digest(specs[v.name]) for v in run.versions.values() if v.weights == parent.weights}
     proposals = proposer.propose(

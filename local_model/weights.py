@@ -108,7 +108,9 @@ def _convert_apart(source: Path, folder: Path) -> None:
     command = [sys.executable, "-m", "sia_events.local_model.weights", str(source), str(folder)]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
-        raise ModelNotReady(f"Converting {source} failed: {done.stderr.strip()[-500:]}", "pip install 'sia-events[model]'")
+        raise ModelNotReady(
+            f"Converting {source} failed: {done.stderr.strip()[-500:]}", "pip install 'sia-events[model]'"
+        )
 
 
 def _convert(source: Path, folder: Path) -> None:

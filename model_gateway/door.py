@@ -3,7 +3,7 @@
 import hashlib
 import time
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Annotated, Any
 from uuid import uuid5
 
 import msgspec
@@ -121,7 +121,7 @@ async def _patiently(ask: Callable[[], Any]) -> Mapping[str, Any]:
     retrying = AsyncRetrying(
         retry=retry_if_exception(lambda e: isinstance(e, ModelFailed) and e.status >= 500),
         stop=stop_after_delay(PATIENCE_S),
-        wait=wait_exponential_jitter(initial=0.2, max=5),
+        wait=wait_exponential_jitter(multiplier=0.2, max=5),
         reraise=True,
     )
     async for go in retrying:
@@ -155,10 +155,10 @@ class _Asked(msgspec.Struct):
     """What is read of a request; OpenAI's other fields are recorded and have no effect."""
 
     messages: list[dict[str, Any]]
-    temperature: float = 1.0
-    top_p: float = 1.0
-    max_tokens: int | None = None
-    max_completion_tokens: int | None = None
+    temperature: Annotated[float, msgspec.Meta(ge=0)] = 1.0
+    top_p: Annotated[float, msgspec.Meta(gt=0, le=1)] = 1.0
+    max_tokens: Annotated[int, msgspec.Meta(ge=1)] | None = None
+    max_completion_tokens: Annotated[int, msgspec.Meta(ge=1)] | None = None
     stop: str | list[str] | None = None
     stream: bool = False
     n: int = 1

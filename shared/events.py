@@ -73,10 +73,8 @@ class RunSettings(Value):
     generations: int = Field(default=3, ge=1, le=1000)
     candidates: int = Field(default=3, ge=1, le=26)
     lever: LeverPolicy = "auto"
-    search: Literal["line"] = "line"
     seed: int = Field(default=0, ge=0, lt=2**31)
     target_model: str = "local/smollm2-135m-instruct"
-    meta_model: str = "builtin"
     sandbox: Literal["bubblewrap", "process"] = "bubblewrap"
     algorithm: Literal["reinforce"] = "reinforce"
     rollout_items: int = Field(default=512, ge=1)
@@ -86,7 +84,6 @@ class RunSettings(Value):
     plateau_gain: float = Field(default=0.03, ge=0)
     gate_repeats: int = Field(default=1, ge=1, le=10)
     attempt_tries: int = Field(default=3, ge=1, le=10)
-    budget: Budget = Budget()
 
 
 class Evidence(Value):
@@ -426,5 +423,8 @@ EVENTS: dict[str, type[Event]] = {
 
 
 def event_schema() -> dict[str, Any]:
-    """JSON Schema of every event's data, by type."""
-    return {name: kind.model_json_schema() for name, kind in EVENTS.items()}
+    """JSON Schema of every event's data, by type; the type itself stands in the record around it."""
+    schemas = {name: kind.model_json_schema() for name, kind in EVENTS.items()}
+    for schema in schemas.values():
+        del schema["properties"]["type"]
+    return schemas

@@ -4,11 +4,10 @@ import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import Any
+from typing import Annotated, Any, Literal
 from uuid import UUID, uuid5
 
 import msgspec
-from pydantic import ValidationError
 
 from sia_events.shared.events import EVENTS, Event
 
@@ -121,45 +120,61 @@ def to_wire(record: Record) -> bytes:
     return msgspec.json.encode(cloud_event(record), order="sorted")
 
 
+class _Wire(msgspec.Struct):
+    """What stands on the stream; attributes of other people's are left alone."""
+
+    specversion: Literal["1.0"]
+    id: UUID
+    type: str
+    run: Annotated[str, msgspec.Meta(min_length=1)]
+    position: Annotated[int, msgspec.Meta(ge=1, lt=2**53)]
+    producer: str
+    correlation: UUID
+    time: Annotated[datetime, msgspec.Meta(tz=True)]
+    schema: Annotated[int, msgspec.Meta(ge=1, lt=2**53)]
+    chain: Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{64}$")]
+    data: msgspec.Raw
+    cause: UUID | msgspec.UnsetType = msgspec.UNSET
+
+
+_read = msgspec.json.Decoder(_Wire).decode
+
+
 def parse_record(wire: bytes) -> Record:
     """Read a record of this or any earlier schema; the one door where old records are mended.
 
     Raises UnreadableRecord for anything else: not JSON, not a record, an unknown type, a newer schema.
     """
     try:
-        body = msgspec.json.decode(wire)
-        schema = body["schema"]
-        if schema > SCHEMA:
-            raise UnreadableRecord(f"record of schema {schema}; this release reads up to {SCHEMA}: use a newer one")
-        data = body["data"]
-        for version in range(schema, SCHEMA):
-            data = UPCASTS.get((body["type"], version), _unchanged)(data)
-        kind = EVENTS.get(body["type"])
+        body = _read(wire)
+        if body.schema > SCHEMA:
+            raise UnreadableRecord(f"record of schema {body.schema}; this release reads up to {SCHEMA}: use a newer")
+        kind = EVENTS.get(body.type)
         if kind is None:
-            raise UnreadableRecord(f"unknown event type {body['type']!r}")
+            raise UnreadableRecord(f"unknown event type {body.type!r}")
+        data = bytes(body.data)
+        for version in range(body.schema, SCHEMA):
+            if upcast := UPCASTS.get((body.type, version)):
+                data = msgspec.json.encode(upcast(msgspec.json.decode(data)))
         return Record(
-            id=UUID(body["id"]),
-            run=body["run"],
-            position=body["position"],
-            producer=body["producer"],
-            cause=UUID(body["cause"]) if "cause" in body else None,
-            correlation=UUID(body["correlation"]),
-            time=datetime.fromisoformat(body["time"]),
-            schema=schema,
-            chain=body["chain"],
-            event=kind.model_validate_json(msgspec.json.encode(data)),
+            id=body.id,
+            run=body.run,
+            position=body.position,
+            producer=body.producer,
+            cause=None if body.cause is msgspec.UNSET else body.cause,
+            correlation=body.correlation,
+            time=body.time,
+            schema=body.schema,
+            chain=body.chain,
+            event=kind.model_validate_json(data),
         )
-    except (msgspec.DecodeError, KeyError, TypeError, ValueError, ValidationError) as error:
+    except (msgspec.DecodeError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise UnreadableRecord(f"not a record: {type(error).__name__}: {error}") from error
 
 
 Upcast = Callable[[Mapping[str, Any]], Mapping[str, Any]]
 # (type, schema it was written under) -> the same data one schema later. Empty until a first event changes shape.
 UPCASTS: dict[tuple[str, int], Upcast] = {}
-
-
-def _unchanged(data: Mapping[str, Any]) -> Mapping[str, Any]:
-    return data
 
 
 def broken_link(records: Sequence[Record], previous_chain: str = GENESIS) -> Record | None:

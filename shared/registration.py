@@ -9,19 +9,23 @@ from pydantic import TypeAdapter
 from sia_events.shared.events import TaskRegistered
 from sia_events.shared.items import TaskError
 from sia_events.shared.ports import Blobs
-from sia_events.shared.task import Task, answers, evaluator_file, public_files, reference_agent, split_names
+from sia_events.shared.task import (
+    Task,
+    answers,
+    evaluator_file,
+    public_files,
+    reference_agent,
+    split_names,
+    split_sizes,
+)
 from sia_events.shared.tree import store_tree
 
 _TASK = TypeAdapter(Task)
 _ANSWERS = msgspec.json.Decoder(dict[str, dict[str, str]])
 
 
-async def register(task: Task, blobs: Blobs, private: Blobs, asked_on_train: int) -> TaskRegistered:
-    """Store what runners and the evaluator need of `task`; after this its folder is not read again.
-
-    On the train split `asked_on_train` items are there to be answered by rollouts; all others are open examples.
-    Raises TaskError for a task that the loop cannot run.
-    """
+def require_runnable(task: Task) -> Path:
+    """The task's reference agent. Raises TaskError for a task that the loop cannot run; writes nothing."""
     reference = reference_agent(task)
     if reference is None:
         raise TaskError(f"{task.path / 'reference/reference_target_agent.py'}: missing. Write there a first agent.")
@@ -30,7 +34,19 @@ async def register(task: Task, blobs: Blobs, private: Blobs, asked_on_train: int
             f"{task.path}: has no splits, so no gain on it could be shown to be real. "
             "Put its items into data/private/items.jsonl and state [splits] in a task.toml (docs/walkthrough.md)."
         )
-    limit = {"train": asked_on_train}
+    return reference
+
+
+async def register(task: Task, blobs: Blobs, private: Blobs, asked_on_train: int) -> TaskRegistered:
+    """Store what runners and the evaluator need of `task`; after this its folder is not read again.
+
+    On the train split up to `asked_on_train` items, half of it at most, are there to be answered by rollouts; all
+    others are open examples.
+    Raises TaskError for a task that the loop cannot run.
+    """
+    reference = require_runnable(task)
+    # At least half of the train split stays open, for a harness to take examples from.
+    limit = {"train": min(asked_on_train, split_sizes(task)["train"] // 2)}
     datasets = {s: public_files(task, s, limit=limit.get(s)) for s in split_names(task)}
     right = {s: answers(task, s, limit=limit.get(s)) for s in split_names(task)}
     judge = evaluator_file(task)

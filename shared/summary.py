@@ -1,6 +1,7 @@
 """A run told in a few figures, for people and for programs; drawn from its records alone."""
 
 from collections.abc import Mapping, Sequence
+from datetime import datetime
 from typing import Any
 
 from sia_events.shared.events import Estimate, ExecutionLogged, Scored, VersionAccepted
@@ -65,9 +66,13 @@ def lever_gains(run: Run) -> dict[str, dict[str, Any]]:
 
 
 def cost(records: Sequence[Record]) -> dict[str, Any]:
-    """Model calls, tokens, money and wall seconds, of the records' own runs together."""
+    """Model calls, tokens, money and wall seconds, of the run and of what it shares with its parents."""
     logged = [r.event for r in records if isinstance(r.event, ExecutionLogged)]
-    seconds = (records[-1].time - records[0].time).total_seconds() if records else 0.0
+    spans: dict[str, list[datetime]] = {}
+    for record in records:
+        spans.setdefault(record.run, []).append(record.time)
+    # A branch stands idle behind its parent until somebody opens it: that time is nobody's.
+    seconds = sum((times[-1] - times[0]).total_seconds() for times in spans.values())
     return {
         "model_calls": sum(e.calls for e in logged),
         "tokens": sum(e.prompt_tokens + e.completion_tokens for e in logged),

@@ -9,8 +9,8 @@ from pathlib import Path
 from sia_events.shared.calls import ModelCall, decode_call, encode_call, journal_key
 from sia_events.shared.events import AttemptFailed, AttemptRequested, Event, ExecutionLogged, FailureKind
 from sia_events.shared.ports import Job, Limits, Outcome
-from sia_events.shared.service import Work
 from sia_events.shared.registration import decode_task, repeated
+from sia_events.shared.service import Work
 from sia_events.shared.tree import TreeRefused, load_tree, read_tree, store_tree, write_tree
 
 ENTRY = "target_agent.py"

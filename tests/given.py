@@ -23,7 +23,7 @@ def recorded(*events: Event, run: str = "r1", producer: str = "test") -> list[Re
     return records
 
 
-class given:  # noqa: N801 - reads as a sentence
+class given:
     """`given(service, *past).when(event).then(*expected)`"""
 
     def __init__(self, service: Service, *past: Event) -> None:

@@ -53,7 +53,9 @@ def proposed(version: str = "g0a") -> AgentProposed:
 
 def asked(version: str, split: str, repeat: int = 0, tries: int = 0, **more: Any) -> AttemptRequested:
     name = f"{version}.{split}" + (f".{repeat}" if repeat else "") + (f"~{tries}" if tries else "")
-    return AttemptRequested(**{"attempt": name, "version": version, "split": split, "repeat": repeat, "tries": tries, "seed": 0, **more})
+    return AttemptRequested(
+        **{"attempt": name, "version": version, "split": split, "repeat": repeat, "tries": tries, "seed": 0, **more}
+    )
 
 
 def logged(version: str, split: str) -> ExecutionLogged:
@@ -145,11 +147,24 @@ def fed_back(generation: int, lever: str = "harness", incumbent: str = "g0a") ->
         generations_left=1,
     )
     return FeedbackGiven(
-        generation=generation, incumbent=incumbent, lever=lever, algorithm=None, reasons=("r",), evidence=evidence  # type: ignore[arg-type]
+        generation=generation,
+        incumbent=incumbent,
+        lever=lever,
+        algorithm=None,
+        reasons=("r",),
+        evidence=evidence,  # type: ignore[arg-type]
     )
 
 
 OPENING = (registered(), started(), proposed())
 FIRST = (*OPENING, asked("g0a", "dev"), logged("g0a", "dev"), scored("g0a", "dev", "1000"), asked("g0a", "gate"))
 ACCEPTED = (*FIRST, logged("g0a", "gate"), scored("g0a", "gate", "10000000"), accepted("g0a"))
-SECOND = (*ACCEPTED, feedback_asked(1), fed_back(1), patched("g1a"), patched("g1b"), asked("g1a", "dev"), asked("g1b", "dev"))
+SECOND = (
+    *ACCEPTED,
+    feedback_asked(1),
+    fed_back(1),
+    patched("g1a"),
+    patched("g1b"),
+    asked("g1a", "dev"),
+    asked("g1b", "dev"),
+)

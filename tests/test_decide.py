@@ -80,14 +80,18 @@ def test_the_dev_round_waits_for_every_candidate():
 
 def test_the_best_on_dev_meets_the_gate_and_the_others_are_out():
     past = (*SECOND, scored("g1a", "dev", "1100"))
-    out, gate = given(feedback_svc, *past).when(scored("g1b", "dev", "1110")).then_types(VersionRejected, AttemptRequested)
+    out, gate = (
+        given(feedback_svc, *past).when(scored("g1b", "dev", "1110")).then_types(VersionRejected, AttemptRequested)
+    )
     assert isinstance(out, VersionRejected) and out.version == "g1a"
     assert gate == asked("g1b", "gate")
 
 
 def test_a_tie_on_dev_goes_to_the_first():
     past = (*SECOND, scored("g1a", "dev", "1100"))
-    out, gate = given(feedback_svc, *past).when(scored("g1b", "dev", "0011")).then_types(VersionRejected, AttemptRequested)
+    out, gate = (
+        given(feedback_svc, *past).when(scored("g1b", "dev", "0011")).then_types(VersionRejected, AttemptRequested)
+    )
     assert gate == asked("g1a", "gate") and isinstance(out, VersionRejected)
 
 
@@ -110,13 +114,22 @@ def replace_items(event: Any, items: str) -> Any:
 def gate_round(candidate: str, **settings: Any) -> given:
     past = [replace_items(e, WRONG) for e in ACCEPTED]
     past[1] = started(**settings)
-    past += [feedback_asked(1), fed_back(1), patched("g1a"), asked("g1a", "dev"), scored("g1a", "dev", candidate), asked("g1a", "gate")]
+    past += [
+        feedback_asked(1),
+        fed_back(1),
+        patched("g1a"),
+        asked("g1a", "dev"),
+        scored("g1a", "dev", candidate),
+        asked("g1a", "gate"),
+    ]
     return given(feedback_svc, *past)
 
 
 def test_the_gate_accepts_a_real_gain():
     event = gate_round(RIGHT).when(scored("g1a", "gate", RIGHT)).then_types(VersionAccepted)[0]
-    assert isinstance(event, VersionAccepted) and event.comparison and event.comparison.gain == 1 and event.over == "g0a"
+    assert (
+        isinstance(event, VersionAccepted) and event.comparison and event.comparison.gain == 1 and event.over == "g0a"
+    )
 
 
 def test_the_gate_refuses_a_gain_that_may_be_luck():
@@ -144,7 +157,14 @@ def test_an_undecided_gate_asks_both_for_another_repeat():
 def test_a_less_is_better_metric_turns_the_comparison_round():
     past = [replace_items(e, RIGHT) for e in ACCEPTED]
     past[0] = registered(maximize=False)
-    past += [feedback_asked(1), fed_back(1), patched("g1a"), asked("g1a", "dev"), scored("g1a", "dev", WRONG), asked("g1a", "gate")]
+    past += [
+        feedback_asked(1),
+        fed_back(1),
+        patched("g1a"),
+        asked("g1a", "dev"),
+        scored("g1a", "dev", WRONG),
+        asked("g1a", "gate"),
+    ]
     given(feedback_svc, *past).when(scored("g1a", "gate", WRONG)).then_types(VersionAccepted)
 
 
@@ -167,7 +187,9 @@ def test_the_last_generation_opens_the_sealed_test_for_first_and_final():
 
 def test_a_generation_without_a_candidate_is_closed_too():
     barren = ProposalFailed(generation=1, parent="g0a", lever="harness", reason="used up")
-    given(feedback_svc, *ACCEPTED, feedback_asked(1), fed_back(1)).when(barren).then(FeedbackRequested(generation=2, incumbent="g0a"))
+    given(feedback_svc, *ACCEPTED, feedback_asked(1), fed_back(1)).when(barren).then(
+        FeedbackRequested(generation=2, incumbent="g0a")
+    )
 
 
 def test_the_harness_lever_asks_for_patches():
@@ -178,7 +200,9 @@ def test_the_harness_lever_asks_for_patches():
 
 def test_the_weights_lever_asks_for_rollouts_and_then_for_learning():
     settings = fold(recorded(*ACCEPTED)).settings
-    rollout = asked("g0a", "train", items=settings.rollout_items, samples=settings.rollout_samples, seed=1, attempt="g0a.train.g1")
+    rollout = asked(
+        "g0a", "train", items=settings.rollout_items, samples=settings.rollout_samples, seed=1, attempt="g0a.train.g1"
+    )
     past = (*ACCEPTED, feedback_asked(1))
     given(feedback_svc, *past).when(fed_back(1, "weights")).then(rollout)
     ran = logged("g0a", "train").model_copy(update={"attempt": "g0a.train.g1"})
@@ -220,15 +244,28 @@ def test_a_sealed_test_that_fails_ends_the_run_as_failed():
     assert isinstance(end, RunFinished) and end.outcome == "failed"
 
 
-def lever_after(*levers_and_gains: tuple[str, float | None], policy: str = "auto", generations: int = 9, **dev: Any) -> Any:
+def lever_after(
+    *levers_and_gains: tuple[str, float | None], policy: str = "auto", generations: int = 9, **dev: Any
+) -> Any:
     """The lever chosen behind generations that pulled these levers and gained this much (None: refused)."""
     past: list[Any] = [registered(), started(lever=policy, generations=generations), proposed(), asked("g0a", "dev")]
-    past += [scored("g0a", "dev", "1100", **dev), asked("g0a", "gate"), scored("g0a", "gate", "10000000"), accepted("g0a")]
+    past += [
+        scored("g0a", "dev", "1100", **dev),
+        asked("g0a", "gate"),
+        scored("g0a", "gate", "10000000"),
+        accepted("g0a"),
+    ]
     incumbent = "g0a"
     for generation, (lever, gain) in enumerate(levers_and_gains, start=1):
         name = f"g{generation}a"
         made = patched(name, incumbent) if lever == "harness" else trained(name, incumbent)
-        past += [feedback_asked(generation, incumbent), fed_back(generation, lever, incumbent), made, asked(name, "dev"), scored(name, "dev", "1100", **dev)]
+        past += [
+            feedback_asked(generation, incumbent),
+            fed_back(generation, lever, incumbent),
+            made,
+            asked(name, "dev"),
+            scored(name, "dev", "1100", **dev),
+        ]
         if gain is None:
             past.append(VersionRejected(version=name, over=incumbent, comparison=None, reason="no"))
         else:

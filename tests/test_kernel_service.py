@@ -49,7 +49,9 @@ async def test_an_attempts_kernel_is_checked_and_timed_in_a_box(tmp_path: Path, 
     assert event.speedup > 0 and event.problem == TRIMUL.name
 
 
-async def test_a_boxed_kernel_reads_no_private_data_and_reaches_no_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+async def test_a_boxed_kernel_reads_no_private_data_and_reaches_no_network(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     secret = Path(find_task("words").path) / "data/private/items.jsonl"
     assert secret.exists()
     spying = shipped("reference").replace(

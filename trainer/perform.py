@@ -32,7 +32,7 @@ async def update(work: Work, asked: WeightUpdateRequested) -> Sequence[Event]:
     rewards = msgspec.json.decode(await ports.blobs.get(asked.rewards), type=dict[str, float])
     found = rollouts(calls, rewards)
     if not found:
-        return [_barren(asked, "none of the parent's model calls says which item it was made for: nothing to learn from")]
+        return [_barren(asked, "nothing to learn from: none of the parent's model calls names its item")]
     scratch = ports.home / "tmp"
     scratch.mkdir(parents=True, exist_ok=True)
     folder = Path(tempfile.mkdtemp(prefix="learn-", dir=scratch))
@@ -47,6 +47,7 @@ async def update(work: Work, asked: WeightUpdateRequested) -> Sequence[Event]:
             "adapter_in": str(folder / "parent") if parent.weights.adapter else None,
             "adapter_out": str(folder / "adapter"),
             "rollouts": str(folder / "rollouts.jsonl"),
+            "algorithm": asked.algorithm,
             "seed": asked.seed,
             "epochs": asked.epochs,
             "threads": ports.threads,
@@ -54,7 +55,7 @@ async def update(work: Work, asked: WeightUpdateRequested) -> Sequence[Event]:
         (folder / "spec.json").write_bytes(msgspec.json.encode(spec))
         metrics = await _learn(folder / "spec.json", ports, work.run.name, f"g{asked.generation}")
         if not (folder / "adapter").is_dir():
-            return [_barren(asked, str(metrics.get("stopped", "nothing to learn: every group of samples was rewarded alike")))]
+            return [_barren(asked, f"nothing to learn from {len(found)} rollouts: every group was rewarded alike")]
         adapter = await store_tree(ports.blobs, read_tree(folder / "adapter", max_bytes=1_000_000_000))
     finally:
         shutil.rmtree(folder, ignore_errors=True)
@@ -67,7 +68,7 @@ async def update(work: Work, asked: WeightUpdateRequested) -> Sequence[Event]:
             weights=Weights(model=parent.weights.model, adapter=adapter),
             algorithm=asked.algorithm,
             rollouts=len(found),
-            metrics={name: round(float(v), 6) for name, v in metrics.items() if isinstance(v, int | float) and name != "done"},
+            metrics={k: round(float(v), 6) for k, v in metrics.items() if isinstance(v, int | float) and k != "done"},
             seconds=round(time.monotonic() - started, 3),
         )
     ]

@@ -28,7 +28,9 @@ def rollouts(calls: Sequence[ModelCall], rewards: Mapping[str, float]) -> list[d
         if call.kind == "choice":
             choice = {name: call.reply[name] for name in ("index", "logprobs")}
             bias = call.request.get("bias")
-            found.append({**common, "kind": "choice", **choice, "choice_ids": call.reply["choice_token_ids"], "bias": bias})
+            found.append(
+                {**common, "kind": "choice", **choice, "choice_ids": call.reply["choice_token_ids"], "bias": bias}
+            )
         else:
             said = call.reply["choices"][0]
             logprobs = [token["logprob"] for token in said["logprobs"]["content"]]

@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 import uvicorn
 from filelock import FileLock, Timeout
 
-from sia_events.errors import NodeHeld
+from sia_events.errors import NodeHeld, Unusable
 from sia_events.evaluator.service import evaluator
 from sia_events.event_log.recorder import record
 from sia_events.feedback_svc.service import feedback_svc
@@ -37,7 +37,7 @@ from sia_events.local_model.weights import prepare
 from sia_events.meta_svc.service import meta_svc
 from sia_events.model_gateway.door import gateway
 from sia_events.model_gateway.token import TokenDoor, keep_secret
-from sia_events.shared.ports import Blobs, Bus, Log, ModelFailed, Models, Ports, SandboxUnavailable
+from sia_events.shared.ports import Blobs, Bus, Log, ModelFailed, Models, Ports, Sandbox, SandboxUnavailable
 from sia_events.shared.record import Record
 from sia_events.shared.service import Service, serve
 from sia_events.shared.settings import Settings
@@ -51,6 +51,8 @@ SERVICES: Mapping[str, Service] = {
 }
 # These two answer no single record: one serves HTTP, the other copies whole batches.
 LOOPS = ("model_gateway", "recorder")
+# Whose models the gateway can ask; a model is named provider/name.
+PROVIDERS = ("local", "instant")
 POLL_S = 0.1
 
 
@@ -87,6 +89,12 @@ class Node:
             await asyncio.gather(*self.tasks, return_exceptions=True)
             self.tasks.clear()
 
+    def stop_all_but(self, name: str) -> None:
+        """Let every service end but one."""
+        for task in self.tasks:
+            if task.get_name() != name:
+                task.cancel()
+
     async def guard(self, work: Coroutine[Any, Any, T]) -> T:
         """Await `work`; a service that ends meanwhile ends it too, with that service's error."""
         main = asyncio.ensure_future(work)
@@ -110,6 +118,7 @@ def log_dsn(settings: Settings) -> str:
 @asynccontextmanager
 async def open_log(settings: Settings) -> AsyncIterator[Log]:
     """The log, for reading: the embedded store's owner is asked when there is one, else the store is opened here."""
+    make_home(settings)
     log = await asyncio.to_thread(clickhouse.connect, log_dsn(settings))
     try:
         yield log
@@ -117,13 +126,22 @@ async def open_log(settings: Settings) -> AsyncIterator[Log]:
         await log.close()
 
 
+def make_home(settings: Settings) -> None:
+    """Raises Unusable where the home cannot be."""
+    try:
+        settings.home.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise Unusable(f"{settings.home} cannot be made: {error.strerror}; set SIA_HOME to a folder of yours") from error
+
+
 @asynccontextmanager
 async def hold(settings: Settings, purpose: str) -> AsyncIterator[None]:
     """Be the one process that runs this home's services. Raises NodeHeld."""
-    settings.home.mkdir(parents=True, exist_ok=True)
+    make_home(settings)
     lock, note = FileLock(settings.home / "node.lock"), settings.home / "node.json"
     try:
-        lock.acquire(timeout=0)
+        # Others that only look whether we run take it for an instant.
+        lock.acquire(timeout=0.3, poll_interval=0.02)
     except Timeout as error:
         running = running_node(settings) or {"pid": "?", "purpose": "?"}
         raise NodeHeld(
@@ -142,8 +160,11 @@ async def hold(settings: Settings, purpose: str) -> AsyncIterator[None]:
 
 def running_node(settings: Settings) -> Mapping[str, object] | None:
     """{pid, purpose} of the process that runs this home's services, or None."""
+    file = settings.home / "node.lock"
+    if not file.exists():
+        return None
     try:
-        FileLock(settings.home / "node.lock").acquire(timeout=0).lock.release()
+        FileLock(file).acquire(timeout=0).lock.release()
     except Timeout:
         with suppress(OSError, ValueError):
             return json.loads((settings.home / "node.json").read_text())
@@ -208,22 +229,26 @@ async def _run_service(name: str, node: Node, run: str | None) -> None:
         case "recorder":
             await _record(node)
         case _:
-            await serve(SERVICES[name], node.bus, _ports(name, node), run)
+            await serve(SERVICES[name], node.bus, ports_of(name, node), run)
 
 
-def _ports(name: str, node: Node) -> Ports:
+def sandbox_named(kind: str, settings: Settings) -> Sandbox:
+    return UnsafeProcess() if kind == "process" else Bubblewrap(hidden=(settings.home,))
+
+
+def ports_of(name: str, node: Node) -> Ports:
+    """What a service is given here; the evaluator alone gets the answers."""
     secret = keep_secret(node.settings.home, node.settings.gateway_secret)
-    unsafe = node.sandbox == "process"
     return Ports(
         bus=node.bus,
         blobs=node.blobs,
-        sandbox=UnsafeProcess() if unsafe else Bubblewrap(hidden=(node.settings.home,)),
+        sandbox=sandbox_named(node.sandbox, node.settings),
         clock=SystemClock(),
         door=TokenDoor(socket_folder(node.settings) / "gateway.sock", secret),
         home=node.settings.home,
         private=node.private if name == "evaluator" else None,
         threads=node.settings.model_threads,
-        boxed=None if unsafe else partial(kernel_box, binary()),
+        boxed=None if node.sandbox == "process" else partial(kernel_box, binary()),
     )
 
 
@@ -250,7 +275,12 @@ async def _serve_gateway(node: Node) -> None:
         {"OMP_NUM_THREADS": threads, "OMP_WAIT_POLICY": "PASSIVE", "TOKENIZERS_PARALLELISM": "false"},
     )
     local = LocalModels(node.blobs, settings.home / "models" / "adapters", inner)
-    app = gateway(node.bus, _model_finder({"local": local, "instant": InstantModels()}), keep_secret(settings.home, settings.gateway_secret), SystemClock())
+    app = gateway(
+        node.bus,
+        _model_finder(dict(zip(PROVIDERS, (local, InstantModels()), strict=True))),
+        keep_secret(settings.home, settings.gateway_secret),
+        SystemClock(),
+    )
     outer.unlink(missing_ok=True)
     config = uvicorn.Config(app, uds=str(outer), log_level="error", lifespan="off", timeout_graceful_shutdown=1)
     door = _Door(config)

@@ -1,6 +1,5 @@
 """The verbs of `sia`: parses and prints, decides nothing."""
 
-import asyncio
 import json
 import re
 import sys
@@ -10,14 +9,18 @@ from typing import Annotated, Any, Literal, NoReturn, TypeVar
 
 import typer
 
-DONE, FAILED, USAGE, INTERRUPTED = 0, 1, 2, 130
+DONE, FAILED, USAGE = 0, 1, 2
 T = TypeVar("T")
 
 cli = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
-    help="An AI agent that gets better at a task by itself. Every step is an event: nothing is lost, every run replays.",
+    # Plain help: the boxed one takes longer to import than everything else of `sia --help`.
+    rich_markup_mode=None,
+    context_settings={"max_content_width": 120},
+    help="An AI agent that gets better at a task by itself. "
+    "Every step is an event: nothing is lost, every run replays.",
 )
 tasks = typer.Typer(no_args_is_help=True, help="The tasks there are, and whether a folder is one.")
 bench = typer.Typer(no_args_is_help=True, help="Figures, each beside what it is compared with, in one run.")
@@ -35,16 +38,27 @@ class Wrong(Exception):
 
 @cli.command()
 def run(
-    task: Annotated[str | None, typer.Argument(metavar="TASK", help="A built-in task or the folder of your own.")] = None,
-    name: Annotated[str | None, typer.Option("--run", metavar="NAME", help="The run's name; the next free rN when left out.")] = None,
+    task: Annotated[
+        str | None, typer.Argument(metavar="TASK", help="A built-in task or the folder of your own.")
+    ] = None,
+    name: Annotated[
+        str | None, typer.Option("--run", metavar="NAME", help="The run's name; the next free rN when left out.")
+    ] = None,
     resume: Annotated[str | None, typer.Option(metavar="NAME", help="Go on with an unfinished run.")] = None,
     generations: Annotated[int, typer.Option(min=1, max=1000, help="Generations after the first agent.")] = 3,
     candidates: Annotated[int, typer.Option(min=1, max=26, help="Harness candidates a generation, side by side.")] = 3,
     lever: Annotated[Lever, typer.Option(help="What a generation may change; all but auto are controls.")] = "auto",
     seed: Annotated[int, typer.Option(min=0, max=2**31 - 1, help="Seed of everything that is drawn.")] = 0,
-    target_model: Annotated[str, typer.Option(metavar="M", help="The agent's model, provider/name.")] = "local/smollm2-135m-instruct",
-    sandbox: Annotated[Literal["bubblewrap", "process"], typer.Option(help="process is UNSAFE: the agent's code runs as you.")] = "bubblewrap",
-    set_: Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Any other setting of the run (docs/configuration.md).")] = None,
+    target_model: Annotated[
+        str, typer.Option(metavar="M", help="The agent's model, provider/name.")
+    ] = "local/smollm2-135m-instruct",
+    sandbox: Annotated[
+        Literal["bubblewrap", "process"], typer.Option(help="process is UNSAFE: the agent's code runs as you.")
+    ] = "bubblewrap",
+    set_: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="Any other setting of the run (docs/configuration.md)."),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Improve an agent for TASK. The same command, or --resume NAME, goes on after a stop or a crash."""
@@ -79,7 +93,9 @@ def show(run: RunName, as_json: Json = False) -> None:
 @cli.command()
 def log(
     run: RunName,
-    follow: Annotated[bool, typer.Option("--follow", "-f", help="Keep printing as records come, to the run's end.")] = False,
+    follow: Annotated[
+        bool, typer.Option("--follow", "-f", help="Keep printing as records come, to the run's end.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """The run's records in order; with --json one CloudEvents object a line, the bytes that are hashed."""
@@ -117,9 +133,14 @@ def replay(run: RunName, as_json: Json = False) -> None:
 def branch(
     run: RunName,
     at: Annotated[int, typer.Option(min=0, metavar="GEN", help="Go on behind this generation's verdict.")],
-    set_: Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="What is different in the branch, e.g. lever=weights.")] = None,
+    set_: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="What is different in the branch, e.g. lever=weights."),
+    ] = None,
     name: Annotated[str | None, typer.Option("--run", metavar="NAME", help="The branch's name.")] = None,
-    no_go: Annotated[bool, typer.Option("--no-go", help="Only open the branch; sia run --resume NAME goes on with it.")] = False,
+    no_go: Annotated[
+        bool, typer.Option("--no-go", help="Only open the branch; sia run --resume NAME goes on with it.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """A new run that shares RUN's history up to a generation and goes on with something changed. Nothing is copied."""
@@ -139,7 +160,9 @@ def compare(runs: Annotated[list[str], typer.Argument(metavar="RUN...")], as_jso
 
 @cli.command()
 def serve(
-    names: Annotated[list[str] | None, typer.Argument(metavar="[NAME]...", help="Services by name; all when left out.")] = None,
+    names: Annotated[
+        list[str] | None, typer.Argument(metavar="[NAME]...", help="Services by name; all when left out.")
+    ] = None,
     sandbox: Annotated[Literal["bubblewrap", "process"], typer.Option(help="process is UNSAFE.")] = "bubblewrap",
     as_json: Json = False,
 ) -> None:
@@ -168,7 +191,18 @@ def down(as_json: Json = False) -> None:
     from sia_events import driver
 
     told = driver.down(_settings())
-    _print(json.dumps(told) if as_json else (f"stopped process {told['pid']}" if told["pid"] else "no services were up"))
+    _print(
+        json.dumps(told) if as_json else (f"stopped process {told['pid']}" if told["pid"] else "no services were up")
+    )
+
+
+@cli.command()
+def rebuild(as_json: Json = False) -> None:
+    """Fill the log anew from the streams, which have everything; for a log that was lost or damaged."""
+    from sia_events import driver
+
+    runs = _await(driver.rebuild(_settings()))
+    _print(json.dumps({"runs": runs}) if as_json else f"the log is filled anew: {runs} runs")
 
 
 @cli.command()
@@ -196,7 +230,10 @@ def tasks_list(as_json: Json = False) -> None:
     from sia_events import views
     from sia_events.shared.task import find_task, known_tasks, split_sizes
 
-    rows = [{"task": t.name, "title": t.title, "metric": t.metric, "splits": split_sizes(t)} for t in map(find_task, known_tasks())]
+    rows = [
+        {"task": t.name, "title": t.title, "metric": t.metric, "splits": split_sizes(t)}
+        for t in map(find_task, known_tasks())
+    ]
     _print(json.dumps(rows) if as_json else views.tasks_table(rows))
 
 
@@ -206,13 +243,26 @@ def tasks_check(task: str, as_json: Json = False) -> None:
     from sia_events.shared.task import find_task, split_sizes
 
     found = find_task(task)
-    told = {"task": found.name, "title": found.title, "metric": found.metric, "splits": split_sizes(found), "path": str(found.path)}
-    _print(json.dumps(told) if as_json else f"{found.name}: complete; {', '.join(f'{s} {n}' for s, n in told['splits'].items())}")
+    told = {
+        "task": found.name,
+        "title": found.title,
+        "metric": found.metric,
+        "splits": split_sizes(found),
+        "path": str(found.path),
+    }
+    _print(
+        json.dumps(told)
+        if as_json
+        else f"{found.name}: complete; {', '.join(f'{s} {n}' for s, n in told['splits'].items())}"
+    )
 
 
 @bench.command("kernels")
 def bench_kernels(
-    source: Annotated[Path | None, typer.Argument(exists=True, dir_okay=False, help="A candidate of yours; the shipped ones when left out.")] = None,
+    source: Annotated[
+        Path | None,
+        typer.Argument(exists=True, dir_okay=False, help="A candidate of yours; the shipped ones when left out."),
+    ] = None,
     repeats: Annotated[int, typer.Option(min=3, max=101)] = 9,
     seed: Annotated[int, typer.Option(min=0)] = 0,
     as_json: Json = False,
@@ -237,25 +287,16 @@ def bench_loop(
 
 def main(argv: Sequence[str] | None = None) -> NoReturn:
     """Entry point. Exit status: 0 done, 1 failed or diverged, 2 wrong usage or not ready, 130 interrupted."""
-    import click
-
     try:
-        status = cli(args=None if argv is None else list(argv), standalone_mode=False)
-    except click.exceptions.NoArgsIsHelpError as error:
-        error.show()
-        status = USAGE
-    except click.ClickException as error:
-        error.show()
-        status = USAGE
-    except (KeyboardInterrupt, click.exceptions.Abort):
-        status = INTERRUPTED
+        # In this mode it prints usage errors itself and always ends in SystemExit, with the statuses above.
+        cli(args=None if argv is None else list(argv))
     except Exception as error:
         known = _not_ready()
         if _debug() or not isinstance(error, known):
             raise
         print(f"sia: {error}", file=sys.stderr)
-        status = USAGE
-    sys.exit(status if isinstance(status, int) else DONE)
+        sys.exit(USAGE)
+    raise AssertionError("the command line ends by exiting")
 
 
 def _not_ready() -> tuple[type[Exception], ...]:
@@ -272,12 +313,17 @@ def _settings() -> Any:
 
 
 def _debug() -> bool:
-    import os
+    from sia_events.shared.settings import SettingsError
 
-    return os.environ.get("SIA_DEBUG", "") not in ("", "0", "false")
+    try:
+        return _settings().debug
+    except SettingsError:
+        return False
 
 
 def _await(work: Coroutine[Any, Any, T]) -> T:
+    import asyncio
+
     _talk_on_stderr()
     return asyncio.run(work)
 
@@ -323,5 +369,3 @@ def _print(text: str) -> None:
         # The reader went away (`sia log RUN | head`): that is no failure of ours.
         sys.stdout = None  # type: ignore[assignment]
         raise typer.Exit(DONE) from None
-
-

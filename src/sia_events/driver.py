@@ -10,20 +10,26 @@ import subprocess
 import sys
 import time
 from collections.abc import AsyncIterator, Mapping, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from importlib.metadata import version as installed
 from importlib.util import find_spec
 from typing import Any
 
+import psutil
 from pydantic import ValidationError
 
 from sia_events import app, views
 from sia_events.errors import Unusable
+from sia_events.evaluator.trial import require_loadable
+from sia_events.event_log import recorder
+from sia_events.infra.clickhouse import LogUnavailable
+from sia_events.infra.store_lock import StoreHeld
 from sia_events.local_model.weights import prepare
 from sia_events.shared.events import RunBranched, RunFinished, RunSettings, RunStarted, ServiceFailed
+from sia_events.shared.failpoints import reach
 from sia_events.shared.ports import Log
 from sia_events.shared.record import Record, opening
-from sia_events.shared.registration import register
+from sia_events.shared.registration import register, require_runnable
 from sia_events.shared.run import Run, fold
 from sia_events.shared.settings import Settings
 from sia_events.shared.summary import row, whole
@@ -32,6 +38,7 @@ from sia_events.shared.tree import load_tree
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
 CATCH_UP_S = 30.0
+FOLLOW_S = 0.5
 
 
 def merged(settings: RunSettings, changes: Mapping[str, Any]) -> RunSettings:
@@ -41,7 +48,7 @@ def merged(settings: RunSettings, changes: Mapping[str, Any]) -> RunSettings:
         hint = f"; did you mean {near[0]}?" if near else f"; there are: {', '.join(RunSettings.model_fields)}"
         raise Unusable(f"no setting {unknown[0]!r}{hint}")
     try:
-        return RunSettings.model_validate({**settings.model_dump(), **changes})
+        return RunSettings.model_validate({**settings.model_dump(), **changes}, strict=True)
     except ValidationError as error:
         first = error.errors()[0]
         raise Unusable(f"setting {'.'.join(map(str, first['loc']))}: {first['msg']}, not {first['input']!r}") from error
@@ -54,8 +61,10 @@ async def run(
     if name is not None and not NAME.fullmatch(name):
         raise Unusable(f"a run's name is letters, digits, - and _, 64 at most, not {name!r}")
     chosen = find_task(task) if task else None
-    if not resume:
+    if chosen:
+        require_runnable(chosen)
         await app.ready(settings, wanted.sandbox, _local(wanted))
+        await require_loadable(chosen, app.sandbox_named(wanted.sandbox, settings))
     async with _stores(settings, f"run {name or ''}".strip()) as node:
         known = await node.bus.runs()
         name = name or _free_name(known)
@@ -65,7 +74,8 @@ async def run(
             await _open(node, name, chosen, wanted)
         else:
             state = fold(await node.bus.history(name))
-            if state.finished:
+            # Killed between its end and the log's copy of it, a run is over and still has something to do.
+            if state.finished and not (node.names and await recorder.lag(node.bus)):
                 raise Unusable(f"run {name} exists and is finished; take another name, or sia show {name}")
             if chosen and state.task and chosen.name != state.task.task:
                 raise Unusable(f"run {name} exists, for task {state.task.task}; take another name")
@@ -94,7 +104,11 @@ async def branch(
         )
         await node.bus.append(name, opening(name, [opened]))
         if not go:
-            print(json.dumps({"run": name, "parent": parent, "at": position}) if as_json else f"{name}: sia run --resume {name} goes on")
+            print(
+                json.dumps({"run": name, "parent": parent, "at": position})
+                if as_json
+                else f"{name}: sia run --resume {name} goes on"
+            )
             return 0
         return await _drive(node, settings, name, as_json)
 
@@ -106,7 +120,12 @@ def fork_point(history: Sequence[Record], generation: int) -> tuple[int, Run]:
         run = fold([record], run)
         versions = run.of_generation(run.generation)
         barren = any(failed.generation == run.generation for failed in run.barren)
-        if run.incumbent and run.generation > closed and (barren or versions) and all(v.name in run.verdicts for v in versions):
+        if (
+            run.incumbent
+            and run.generation > closed
+            and (barren or versions)
+            and all(v.name in run.verdicts for v in versions)
+        ):
             closed = run.generation
             if closed == generation:
                 found = record.position, run
@@ -135,7 +154,12 @@ async def _stores(settings: Settings, purpose: str) -> AsyncIterator[app.Node]:
 
 
 def _local(wanted: RunSettings) -> bool:
-    return wanted.target_model.startswith("local/")
+    """Whether the run's model is the embedded one. Raises Unusable for a model that nothing here answers for."""
+    provider, _, name = wanted.target_model.partition("/")
+    if provider not in app.PROVIDERS or not name:
+        known = " or ".join(f"{known}/NAME" for known in app.PROVIDERS)
+        raise Unusable(f"no provider of the model {wanted.target_model!r}; --target-model takes {known}")
+    return provider == "local"
 
 
 async def _drive(node: app.Node, settings: Settings, name: str, as_json: bool) -> int:
@@ -145,11 +169,19 @@ async def _drive(node: app.Node, settings: Settings, name: str, as_json: bool) -
     node = app.as_asked(node, asked.sandbox, _local(asked))
     if node.names:
         await app.ready(settings, asked.sandbox, _local(asked))
+    # Whoever supervises us asks with SIGTERM for what a person asks for with Ctrl-C.
+    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, signal.raise_signal, signal.SIGINT)
     try:
         with views.progress(name, quiet=as_json) as tell:
             async with node.answering(name):
-                end = await node.guard(_until_over(node, name, tell))
-                await _recorded(settings, node, name)
+                try:
+                    end = await node.guard(_until_over(node, name, tell))
+                except asyncio.CancelledError:
+                    node.stop_all_but("recorder")
+                    await _recorded(node)
+                    raise
+                reach("sia run before the log has everything")
+                await _recorded(node)
         history = await node.bus.history(name)
     except asyncio.CancelledError:
         print(f"\nstopped; nothing is lost. Go on with: sia run --resume {name}", file=sys.stderr)
@@ -178,16 +210,17 @@ async def _until_over(node: app.Node, name: str, tell: views.Tell) -> RunFinishe
     raise AssertionError("a run is followed to its end")
 
 
-async def _recorded(settings: Settings, node: app.Node, name: str) -> None:
-    """Wait until the log holds all of the run's own records, so that the next verb finds them."""
-    own = sum(record.run == name for record in await node.bus.history(name))
+async def _recorded(node: app.Node) -> None:
+    """Wait until the log has what is on the stream, so that the next verb finds it."""
     deadline = time.monotonic() + CATCH_UP_S
-    while time.monotonic() < deadline:
-        async with app.open_log(settings) as log:
-            while time.monotonic() < deadline:
-                if len(await log.records(name)) >= own:
-                    return
-                await asyncio.sleep(app.POLL_S)
+    while await recorder.lag(node.bus):
+        if time.monotonic() > deadline:
+            print(
+                "sia: the log is behind the stream, which has everything; sia serve recorder brings it up",
+                file=sys.stderr,
+            )
+            return
+        await asyncio.sleep(app.POLL_S)
 
 
 async def all_runs(settings: Settings) -> list[dict[str, Any]]:
@@ -210,16 +243,23 @@ async def records(settings: Settings, run: str) -> Sequence[Record]:
 
 async def each_record(settings: Settings, run: str, follow: bool) -> AsyncIterator[Record]:
     """The run's records; with `follow` also those to come, to the run's end."""
-    async with app.open_log(settings) as log:
-        name, seen = await _resolve(log, run), 0
-        while True:
-            history = await _lineage(log, name)
-            for record in history[seen:]:
-                yield record
-            seen = len(history)
-            if not follow or fold(history).status in ("finished", "cancelled"):
-                return
-            await asyncio.sleep(0.5)
+    name, seen = run, 0
+    while True:
+        try:
+            # Opened for each look: a store held between two looks would be in the way of whoever resumes the run.
+            async with app.open_log(settings) as log:
+                name = await _resolve(log, name)
+                history = await _lineage(log, name)
+        except (LogUnavailable, StoreHeld):
+            if not seen:
+                raise
+            history = []  # its owner has just come or gone
+        for record in history[seen:]:
+            yield record
+        seen = max(seen, len(history))
+        if not follow or fold(history).status in ("finished", "cancelled"):
+            return
+        await asyncio.sleep(FOLLOW_S)
 
 
 async def diff(settings: Settings, run: str, before: str, after: str) -> dict[str, Any]:
@@ -284,6 +324,13 @@ async def _serving(node: app.Node, names: Sequence[str], as_json: bool) -> int:
     return 0
 
 
+async def rebuild(settings: Settings) -> int:
+    """Empty the log's tables and copy both streams into them again; returns how many runs the log holds then."""
+    async with app.hold(settings, "rebuild"), app.stores(settings) as node, app.open_log(settings) as log:
+        await recorder.rebuild(node.bus, log)
+        return len(await log.runs())
+
+
 def up(settings: Settings) -> dict[str, Any]:
     """Start `sia serve` in the background and wait until it serves."""
     if running := app.running_node(settings):
@@ -311,11 +358,15 @@ def down(settings: Settings) -> dict[str, Any]:
     if not running:
         return {"pid": None}
     if running.get("purpose") != "serve":
-        raise Unusable(f"{app.describe(running, settings.home)}, which sia up did not start; interrupt it where it runs")
+        raise Unusable(
+            f"{app.describe(running, settings.home)}, which sia up did not start; interrupt it where it runs"
+        )
     pid = int(str(running["pid"]))
-    os.kill(pid, signal.SIGTERM)
-    while app.running_node(settings):
-        time.sleep(app.POLL_S)
+    with suppress(psutil.NoSuchProcess):
+        process = psutil.Process(pid)
+        process.terminate()
+        while process.status() != psutil.STATUS_ZOMBIE:
+            time.sleep(app.POLL_S)
     return {"pid": pid}
 
 

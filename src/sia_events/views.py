@@ -50,12 +50,18 @@ def progress(name: str, quiet: bool) -> Iterator[Tell]:
         yield lambda record, run: None
     elif console.is_terminal:
         told: list[str] = []
+        latest = Run()
         started = time.monotonic()
-        with Live(console=console, refresh_per_second=4, transient=True) as live:
+
+        def drawn() -> Panel:
+            return _panel(name, latest, told[-8:], started)
+
+        with Live(get_renderable=drawn, console=console, refresh_per_second=4, transient=True):
 
             def tell(record: Record, run: Run) -> None:
+                nonlocal latest
+                latest = run
                 told.append(record_line(record))
-                live.update(_panel(name, run, told[-8:], started), refresh=True)
 
             yield tell
     else:
@@ -70,7 +76,8 @@ def progress(name: str, quiet: bool) -> Iterator[Tell]:
 def record_line(record: Record) -> str:
     """One record on one line: position, time, producer, type, what it says."""
     said = _change(record.event) or _rest(record.event)
-    return clean(f"{record.position:>5}  {record.time:%H:%M:%S}.{record.time.microsecond // 1000:03d}  {record.producer:<14}{record.type:<22}{said}")
+    at = f"{record.time:%H:%M:%S}.{record.time.microsecond // 1000:03d}"
+    return clean(f"{record.position:>5}  {at}  {record.producer:<14}{record.type:<22}{said}")
 
 
 def clean(text: str) -> str:
@@ -86,9 +93,12 @@ def _change(event: Event) -> str:
             return f"task {event.task}: {event.title} ({event.metric}; {sizes})"
         case RunStarted():
             s = event.settings
-            return f"started: {s.generations} generations, {s.candidates} candidates, lever {s.lever}, seed {s.seed}, {s.target_model}"
+            plan = f"{s.generations} generations, {s.candidates} candidates, lever {s.lever}, seed {s.seed}"
+            return f"started: {plan}, {s.target_model}"
         case RunBranched():
-            return f"branch of {event.parent} behind generation {event.generation}: {event.overrides or 'nothing changed'}"
+            return (
+                f"branch of {event.parent} behind generation {event.generation}: {event.overrides or 'nothing changed'}"
+            )
         case AgentProposed():
             return f"{event.version}: {event.reason}"
         case HarnessPatched():
@@ -96,7 +106,8 @@ def _change(event: Event) -> str:
         case WeightUpdateRequested():
             return f"learning from {event.parent}'s rollouts ({event.algorithm})"
         case WeightsUpdated():
-            return f"{event.version} from {event.parent}: adapter learned on {event.rollouts} rollouts, {event.seconds:.0f} s"
+            learned = f"adapter learned on {event.rollouts} rollouts, {event.seconds:.0f} s"
+            return f"{event.version} from {event.parent}: {learned}"
         case Scored():
             return f"{event.version} on {event.split}: {shown(event.score)}"
         case AttemptFailed():
@@ -122,9 +133,12 @@ def _rest(event: Event) -> str:
         case AttemptRequested():
             return f"{event.attempt}" + (f", {event.samples} samples an item" if event.samples > 1 else "")
         case ExecutionLogged():
-            return f"{event.attempt}: {event.calls} calls, {event.prompt_tokens + event.completion_tokens} tokens, {event.seconds:.1f} s"
+            tokens = event.prompt_tokens + event.completion_tokens
+            return f"{event.attempt}: {event.calls} calls, {tokens} tokens, {event.seconds:.1f} s"
         case _:
-            return ", ".join(f"{k} {v}" for k, v in event.model_dump(exclude={"type"}).items() if isinstance(v, str | int))
+            return ", ".join(
+                f"{k} {v}" for k, v in event.model_dump(exclude={"type"}).items() if isinstance(v, str | int)
+            )
 
 
 def _panel(name: str, run: Run, told: Sequence[str], started: float) -> Panel:
@@ -161,33 +175,57 @@ def ending_text(summary: Mapping[str, Any], home: Path) -> str:
             f"  sealed test, {sealed['final']['n']} items, scored once:",
             f"    first   {shown(sealed['first'])}   {summary['generations'][0]['version']}",
             f"    final   {shown(sealed['final'])}   {summary['best']}",
-            f"    gain    {sealed['gain']:+.3f} [{sealed['low']:+.3f}, {sealed['high']:+.3f}]   p = {sealed['p_value']:.2g}",
+            f"    gain    {sealed['gain']:+.3f} [{sealed['low']:+.3f}, {sealed['high']:+.3f}]"
+            f"   p = {sealed['p_value']:.2g}",
         ]
     if summary["outcome"] == "no proven gain":
-        lines.append("  No gain could be shown. The final agent is no worse than the first by the gate, and no better by proof.")
+        lines.append(
+            "  No gain could be shown. The final agent is no worse than the first by the gate, and no better by proof."
+        )
     if summary["outcome"] == "failed":
         lines.append(f"  {summary['reason']}")
     for lever, gave in summary["levers"].items():
         if gave["tried"]:
-            lines.append(f"  {lever:<8} {gave['accepted']} of {gave['tried']} versions accepted, {gave['gain']:+.3f} on the gate")
-    cost = summary["cost"]
-    lines += [
-        f"  {cost['model_calls']:,} model calls, {cost['tokens']:,} tokens, {cost['usd']:.2f} USD, {cost['seconds']:.0f} s, {summary['records']} records",
-        f"  kept in {home}",
-        "",
-        "next:",
-        f"  sia show {run}                              every version, its scores and its verdict",
-        f"  sia replay {run}                            decide it all again from the log, calling nothing",
-        f"  sia branch {run} --at 1 --set lever=weights  go on from generation 1 under the other lever",
-        f"  sia diff {run} {summary['generations'][0]['version'] if summary['generations'] else 'A'} {summary['best'] or 'B'}                      what changed between first and best",
-    ]
+            lines.append(
+                f"  {lever:<8} {gave['accepted']} of {gave['tried']} versions accepted, {gave['gain']:+.3f} on the gate"
+            )
+    lines += [f"  {_spent(summary['cost'])}, {summary['records']} records", f"  kept in {home}"]
+    lines += ["", "next:", *(f"  {command:<44}{why}" for command, why in _next(summary))]
     return "\n".join(lines)
+
+
+def _spent(cost: Mapping[str, Any]) -> str:
+    calls, tokens = f"{cost['model_calls']:,} model calls", f"{cost['tokens']:,} tokens"
+    return f"{calls}, {tokens}, {cost['usd']:.2f} USD, {cost['seconds']:.0f} s"
+
+
+def _next(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Commands worth trying behind such an end, and what each does."""
+    run = summary["run"]
+    if not summary["sealed"]:
+        return [
+            (f"sia show {run}", "how far it came"),
+            (f"sia log {run}", "what happened, record by record"),
+            (f"sia run --resume {run}", "go on, if it is not over"),
+            ("sia doctor", "what works here, and how to mend what does not"),
+        ]
+    other = "harness" if summary["lever"] == "weights" else "weights"
+    first = summary["generations"][0]["version"]
+    return [
+        (f"sia show {run}", "every version, its scores and its verdict"),
+        (f"sia replay {run}", "decide it all again from the log, calling nothing"),
+        (f"sia branch {run} --at 1 --set lever={other}", "go on from generation 1 under the other lever"),
+        (f"sia diff {run} {first} {summary['best']}", "what changed between first and best"),
+    ]
 
 
 def runs_table(rows: Sequence[Mapping[str, Any]]) -> str:
     if not rows:
         return "no runs yet: sia run words starts one"
-    cells = [(r["run"], r["task"], r["status"], r["generations"], r["best"], r["outcome"], r["records"], r["started"][:19]) for r in rows]
+    cells = [
+        (r["run"], r["task"], r["status"], r["generations"], r["best"], r["outcome"], r["records"], r["started"][:19])
+        for r in rows
+    ]
     return _table(("run", "task", "status", "generation", "best", "outcome", "records", "started (UTC)"), cells)
 
 
@@ -202,7 +240,16 @@ def summary_text(summary: Mapping[str, Any]) -> str:
     if summary["parent"]:
         head += f"   branch of {summary['parent']}"
     cells = [
-        (v["generation"], v["version"], v["parent"], v["lever"], _score(v, "dev"), _score(v, "gate"), _score(v, "test"), _verdict(v))
+        (
+            v["generation"],
+            v["version"],
+            v["parent"],
+            v["lever"],
+            _score(v, "dev"),
+            _score(v, "gate"),
+            _score(v, "test"),
+            _verdict(v),
+        )
         for v in summary["generations"]
     ]
     lines = [head, "", _table(("gen", "version", "from", "lever", "dev", "gate", "sealed test", "verdict"), cells)]
@@ -210,15 +257,25 @@ def summary_text(summary: Mapping[str, Any]) -> str:
         lines += ["", f"{summary['outcome']}: {summary['reason']}"]
     for failure in summary["service_failures"]:
         lines += [f"{failure['service']} gave up: {failure['error']} (payload {failure['payload'][:12]})"]
-    cost = summary["cost"]
-    lines += ["", f"{cost['model_calls']:,} model calls, {cost['tokens']:,} tokens, {cost['usd']:.2f} USD, {cost['seconds']:.0f} s"]
-    return clean("\n".join(lines))
+    return clean("\n".join([*lines, "", _spent(summary["cost"])]))
 
 
 def compare_text(compared: Sequence[Mapping[str, Any]]) -> str:
     """`sia compare` for people: a row a run, then the incumbent's gate score by generation."""
     cells = [
-        (s["run"], s["lever"], s["status"], s["best"], *((shown(s["sealed"]["first"]), shown(s["sealed"]["final"]), f"{s['sealed']['p_value']:.2g}") if s["sealed"] else ("", "", "")), f"{s['cost']['model_calls']:,}", f"{s['cost']['seconds']:.0f}")
+        (
+            s["run"],
+            s["lever"],
+            s["status"],
+            s["best"],
+            *(
+                (shown(s["sealed"]["first"]), shown(s["sealed"]["final"]), f"{s['sealed']['p_value']:.2g}")
+                if s["sealed"]
+                else ("", "", "")
+            ),
+            f"{s['cost']['model_calls']:,}",
+            f"{s['cost']['seconds']:.0f}",
+        )
         for s in compared
     ]
     table = _table(("run", "lever", "status", "best", "first, sealed", "final, sealed", "p", "calls", "seconds"), cells)
@@ -247,7 +304,11 @@ def diff_text(changes: Mapping[str, Any]) -> str:
     for name, scores in changes["scores"].items():
         lines.append(f"  {name:<6}" + "  ".join(f"{split} {shown(score)}" for split, score in scores.items()))
     old, new = changes["adapters"]
-    lines.append(f"  adapter {(old or 'none')[:12]} -> {(new or 'none')[:12]}" if old != new else f"  same adapter: {(old or 'none')[:12]}")
+    lines.append(
+        f"  adapter {(old or 'none')[:12]} -> {(new or 'none')[:12]}"
+        if old != new
+        else f"  same adapter: {(old or 'none')[:12]}"
+    )
     for text in changes["files"].values():
         lines += ["", text]
     if not changes["files"]:
@@ -281,8 +342,11 @@ def replay_text(found: Replayed) -> str:
     first = found.divergence
     if first is None:
         owed = f", {found.pending} still owed by an unfinished run" if found.pending else ""
-        return f"{found.records} records, {found.decisions} decisions agree, {found.performed} performances read from the log{owed}"
-    lines = [f"record {first.cause.position} of {found.records}: {first.service} about {first.cause.type}: {first.reason}"]
+        read = f"{found.performed} performances read from the log"
+        return f"{found.records} records, {found.decisions} decisions agree, {read}{owed}"
+    lines = [
+        f"record {first.cause.position} of {found.records}: {first.service} about {first.cause.type}: {first.reason}"
+    ]
     lines += [f"  recorded  {_event(event)}" for event in first.recorded] or ["  recorded  nothing"]
     lines += [f"  decided   {_event(event)}" for event in first.decided] or ["  decided   nothing"]
     return clean("\n".join(lines))
@@ -292,9 +356,9 @@ def doctor_text(checks: Sequence[Any]) -> str:
     marks = {"ok": "ok  ", "warn": "warn", "fail": "FAIL"}
     lines: list[str] = []
     for check in checks:
-        lines.append(f"{marks[check.status]}  {check.name:<18}{check.detail}")
+        lines.append(f"{marks[check.status]}  {check.name:<20}{check.detail}")
         if check.fix:
-            lines.append(f"{'':<24}mend: {check.fix}")
+            lines.append(f"{'':<26}mend: {check.fix}")
     return "\n".join(lines)
 
 
@@ -315,4 +379,6 @@ def _verdict(version: Mapping[str, Any]) -> str:
 def _table(heads: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
     text = [[("" if cell is None else str(cell)) for cell in row] for row in (heads, *rows)]
     widths = [max(len(row[i]) for row in text) for i in range(len(heads))]
-    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in text)
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in text
+    )
