@@ -82,7 +82,6 @@ class RunSettings(Value):
     epochs: int = Field(default=1, ge=1, le=10)
     alpha: float = Field(default=0.05, gt=0, lt=0.5)
     plateau_gain: float = Field(default=0.03, ge=0)
-    gate_repeats: int = Field(default=1, ge=1, le=10)
     attempt_tries: int = Field(default=3, ge=1, le=10)
 
 
@@ -143,7 +142,6 @@ class AttemptRequested(Event):
     attempt: str
     version: str
     split: Split
-    repeat: int = 0
     tries: int = 0
     items: int | None = None
     samples: int = 1

@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from typing import Annotated, Any, Literal
 from uuid import UUID, uuid5
@@ -45,6 +45,8 @@ class Record:
     schema: int
     chain: str
     event: Event
+    wire: bytes = field(default=b"", compare=False, repr=False)
+    """The bytes it is stored as, which are the bytes that are hashed, whatever became of its event's type since."""
 
     @property
     def type(self) -> str:
@@ -75,21 +77,27 @@ def answers(run: str, cause: Record, producer: str, events: Sequence[Event]) -> 
 
 def place(draft: Draft, run: str, position: int, previous_chain: str, time: datetime) -> Record:
     """Put a draft at its position behind the record whose chain is `previous_chain`."""
-    time = time.astimezone(UTC)
-    unchained = Record(
-        draft.id, run, position, draft.producer, draft.cause, draft.correlation, time, SCHEMA, "", draft.event
+    record = Record(
+        id=draft.id,
+        run=run,
+        position=position,
+        producer=draft.producer,
+        cause=draft.cause,
+        correlation=draft.correlation,
+        time=time.astimezone(UTC),
+        schema=SCHEMA,
+        chain="",
+        event=draft.event,
     )
-    chain = link(previous_chain, unchained)
-    return Record(
-        draft.id, run, position, draft.producer, draft.cause, draft.correlation, time, SCHEMA, chain, draft.event
-    )
+    record = replace(record, chain=link(previous_chain, _canonical(cloud_event(record))))
+    return replace(record, wire=_canonical(cloud_event(record)))
 
 
-def link(previous_chain: str, record: Record) -> str:
+def link(previous_chain: str, wire: bytes) -> str:
     """SHA-256 over the previous record's chain and this record's canonical bytes without its own chain."""
-    body = cloud_event(record)
-    body.pop("chain")
-    return hashlib.sha256(previous_chain.encode() + msgspec.json.encode(body, order="sorted")).hexdigest()
+    body = msgspec.json.decode(wire)
+    body.pop("chain", None)
+    return hashlib.sha256(previous_chain.encode() + _canonical(body)).hexdigest()
 
 
 def cloud_event(record: Record) -> dict[str, Any]:
@@ -116,8 +124,12 @@ def cloud_event(record: Record) -> dict[str, Any]:
 
 
 def to_wire(record: Record) -> bytes:
-    """Canonical bytes: one JSON object, keys sorted, no spaces."""
-    return msgspec.json.encode(cloud_event(record), order="sorted")
+    """The record's bytes, as they were first written: one JSON object, keys sorted, no spaces."""
+    return record.wire
+
+
+def _canonical(body: Mapping[str, Any]) -> bytes:
+    return msgspec.json.encode(body, order="sorted")
 
 
 class _Wire(msgspec.Struct):
@@ -147,6 +159,7 @@ def parse_record(wire: bytes) -> Record:
     """
     try:
         body = _read(wire)
+        msgspec.json.decode(wire)  # other people's attributes are hashed too: a link over them must be possible
         if body.schema > SCHEMA:
             raise UnreadableRecord(f"record of schema {body.schema}; this release reads up to {SCHEMA}: use a newer")
         kind = EVENTS.get(body.type)
@@ -167,6 +180,7 @@ def parse_record(wire: bytes) -> Record:
             schema=body.schema,
             chain=body.chain,
             event=kind.model_validate_json(data),
+            wire=wire,
         )
     except (msgspec.DecodeError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise UnreadableRecord(f"not a record: {type(error).__name__}: {error}") from error
@@ -180,7 +194,7 @@ UPCASTS: dict[tuple[str, int], Upcast] = {}
 def broken_link(records: Sequence[Record], previous_chain: str = GENESIS) -> Record | None:
     """The first record whose chain does not follow from the one before it, or None when the chain is whole."""
     for record in records:
-        if link(previous_chain, record) != record.chain:
+        if link(previous_chain, record.wire) != record.chain:
             return record
         previous_chain = record.chain
     return None

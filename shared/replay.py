@@ -2,9 +2,10 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from uuid import UUID
 
-from sia_events.shared.events import Event
-from sia_events.shared.record import GENESIS, Record, answers, broken_link
+from sia_events.shared.events import Event, ServiceFailed
+from sia_events.shared.record import GENESIS, Record, answers, broken_link, derived_id
 from sia_events.shared.service import Lineage, Service
 
 
@@ -42,31 +43,42 @@ def replay(records: Sequence[Record], services: Sequence[Service]) -> Replayed:
     lineage = Lineage(records)
     over = lineage.latest.status in ("finished", "cancelled")
     decisions = performed = pending = 0
+    accounted: set[UUID] = set()
     for cause in records:
         for service in services:
             given = lineage.given(service, cause)
+            recorded = tuple(record.event for record in given)
+            run = given[0].run if given else records[-1].run
+            accounted.update(record.id for record in given)
             if type(cause.event) in service.performs:
                 performed += bool(given)
-                continue
-            decide = service.decides.get(type(cause.event))
-            run = given[0].run if given else records[-1].run
-            decided = tuple(decide(lineage.state(cause, run), cause.event)) if decide else ()
-            recorded = tuple(record.event for record in given)
-            # The log of a run under way may end before an answer, or inside one that was written as a batch.
-            at_the_end = not given or given[-1] is records[-1]
-            if not over and at_the_end and len(recorded) < len(decided) and recorded == decided[: len(recorded)]:
-                pending += 1
-                continue
+                decided = recorded
+            else:
+                decide = service.decides.get(type(cause.event))
+                decided = tuple(decide(lineage.state(cause, run), cause.event)) if decide else ()
+                # The log of a run under way may end before an answer, or inside one that was written as a batch.
+                at_the_end = not given or given[-1] is records[-1]
+                if not over and at_the_end and len(recorded) < len(decided) and recorded == decided[: len(recorded)]:
+                    pending += 1
+                    continue
+                decisions += bool(given)
             ids = [draft.id for draft in answers(run, cause, service.name, decided)]
             if recorded != decided or [record.id for record in given] != ids:
-                reason = (
-                    "decided otherwise now"
-                    if recorded and decided
-                    else "missing from the log"
-                    if decided
-                    else "no longer decided"
-                )
-                found = Divergence(cause, service.name, recorded, decided, reason)
+                found = Divergence(cause, service.name, recorded, decided, _difference(recorded, decided))
                 return Replayed(len(records), decisions, performed, pending, found)
-            decisions += bool(given)
+    for record in records:
+        if record.id not in accounted and not _opens(record) and not isinstance(record.event, ServiceFailed):
+            found = Divergence(record, record.producer, (record.event,), (), "nothing in the log gave rise to it")
+            return Replayed(len(records), decisions, performed, pending, found)
     return Replayed(len(records), decisions, performed, pending, None)
+
+
+def _opens(record: Record) -> bool:
+    """Whether somebody outside the services wrote it: what opens a run, and its id says that it does."""
+    return record.id in {derived_id(record.run, None, record.producer, index) for index in range(2)}
+
+
+def _difference(recorded: tuple[Event, ...], decided: tuple[Event, ...]) -> str:
+    if recorded == decided:
+        return "not the ids that these answers have"
+    return "decided otherwise now" if recorded and decided else "missing from the log" if decided else "no longer decided"

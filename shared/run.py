@@ -80,9 +80,8 @@ class Run:
         return tuple(v for v in self.versions.values() if v.generation == generation)
 
     def scored(self, version: str, split: str) -> tuple[Scored, ...]:
-        """The version's scores on a split, by repeat."""
-        mine = [s for s in self.scores.values() if s.version == version and s.split == split]
-        return tuple(sorted(mine, key=lambda s: self.attempts[s.attempt].repeat))
+        """The version's scores on a split, oldest first."""
+        return tuple(s for s in self.scores.values() if s.version == version and s.split == split)
 
     def failed(self, version: str, split: str) -> AttemptFailed | None:
         """The failure that ended the version's attempts on a split for good, if one did."""

@@ -38,6 +38,8 @@ def read_tree(folder: Path, max_files: int = 1000, max_bytes: int = 64_000_000) 
     size = 0
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder).as_posix()
+        if not name.isprintable() or not _utf8(name):
+            raise TreeRefused(f"{name!a} is no name for a file; printable names in UTF-8 are taken over")
         if path.is_symlink() or not (path.is_file() or path.is_dir()):
             raise TreeRefused(f"{name} is a link or no plain file; only plain files are taken over")
         if path.is_dir():
@@ -47,6 +49,14 @@ def read_tree(folder: Path, max_files: int = 1000, max_bytes: int = 64_000_000) 
             raise TreeRefused(f"more than {max_files} files or {max_bytes:,} bytes, at {name}")
         files[name] = path.read_bytes()
     return files
+
+
+def _utf8(name: str) -> bool:
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _checked(path: str) -> PurePosixPath:

@@ -2,9 +2,12 @@
 
 from collections.abc import Sequence
 from datetime import UTC, datetime
+from typing import Any
+
+import msgspec
 
 from sia_events.shared.events import Event
-from sia_events.shared.record import GENESIS, Draft, Record, derived_id, place
+from sia_events.shared.record import GENESIS, Draft, Record, derived_id, parse_record, place
 from sia_events.shared.run import fold
 from sia_events.shared.service import Service
 
@@ -21,6 +24,11 @@ def recorded(*events: Event, run: str = "r1", producer: str = "test") -> list[Re
         chain = records[-1].chain if records else GENESIS
         records.append(place(draft, run, len(records) + 1, chain, NOON))
     return records
+
+
+def altered(record: Record, **changes: Any) -> Record:
+    """The record with attributes changed in its stored bytes, as somebody with access to a store could."""
+    return parse_record(msgspec.json.encode({**msgspec.json.decode(record.wire), **changes}, order="sorted"))
 
 
 class given:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from given import altered
 
 from sia_events.driver import fork_point, merged
 from sia_events.evaluator.service import evaluator
@@ -27,7 +28,7 @@ from sia_events.shared.events import (
     VersionAccepted,
 )
 from sia_events.shared.ports import Job, Outcome, Ports
-from sia_events.shared.record import Record, broken_link, opening, to_wire
+from sia_events.shared.record import Draft, Record, broken_link, derived_id, opening, place, to_wire
 from sia_events.shared.registration import register
 from sia_events.shared.replay import replay
 from sia_events.shared.run import fold
@@ -215,9 +216,33 @@ def test_replay_finds_an_altered_record(finished: tuple[World, list[Record]]):
     _, records = finished
     end = records[-1]
     assert isinstance(end.event, RunFinished)
-    altered = [*records[:-1], replace(end, event=end.event.model_copy(update={"reason": "better than it was"}))]
-    found = replay(altered, SERVICES).divergence
+    forged = altered(end, data={**end.event.model_dump(mode="json", exclude={"type"}), "reason": "better than it was"})
+    found = replay([*records[:-1], forged], SERVICES).divergence
     assert found and found.reason == "hash chain broken" and found.cause.position == len(records)
+
+
+def slipped_in(records: Sequence[Record], event: Any, producer: str, cause: Record | None) -> list[Record]:
+    """The records and one more, in its place and rightly chained, that nobody had reason to write."""
+    last = records[-1]
+    odd = Draft(event, producer, cause and cause.id, last.correlation, derived_id("r1", cause and cause.id, producer, 7))
+    return [*records, place(odd, "r1", last.position + 1, last.chain, last.time)]
+
+
+@pytest.mark.parametrize("producer", ["mallory", "feedback_svc", "target_runner"])
+def test_replay_finds_a_record_that_nothing_gave_rise_to(finished: tuple[World, list[Record]], producer: str):
+    _, records = finished
+    verdict = next(r for r in records if isinstance(r.event, VersionAccepted))
+    for cause in (None, records[-1]):
+        found = replay(slipped_in(records, verdict.event, producer, cause), SERVICES).divergence
+        assert found and found.recorded == (verdict.event,)
+
+
+def test_replay_finds_a_second_answer_to_what_was_performed_once(finished: tuple[World, list[Record]]):
+    _, records = finished
+    logged = next(r for r in records if r.type == "ExecutionLogged")
+    cause = next(r for r in records if r.id == logged.cause)
+    found = replay(slipped_in(records, logged.event, "target_runner", cause), SERVICES).divergence
+    assert found and found.cause.id == cause.id
 
 
 async def test_a_run_cut_anywhere_goes_on_to_the_same_end(finished: tuple[World, list[Record]], tmp_path: Path):

@@ -3,10 +3,10 @@
 `sia log RUN --json > tests/runs/NAME.jsonl` adds one.
 """
 
-import dataclasses
 from pathlib import Path
 
 import pytest
+from given import altered
 
 from sia_events.app import SERVICES
 from sia_events.shared.events import RunFinished, VersionAccepted, WeightsUpdated
@@ -40,8 +40,8 @@ def test_a_record_altered_anywhere_is_found(path: Path):
     records = read(path)
     assert broken_link(records) is None
     for i, record in enumerate(records):
-        altered = dataclasses.replace(record, producer="somebody else")
-        assert broken_link([*records[:i], altered, *records[i + 1 :]]) is altered
+        forged = altered(record, producer="somebody else")
+        assert broken_link([*records[:i], forged, *records[i + 1 :]]) is forged
 
 
 def test_a_run_through_both_levers_is_among_them():
