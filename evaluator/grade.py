@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import msgspec
 
 ANSWERS = "answers.jsonl"
+UNREADABLE = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError)
 
 
 class OutputRefused(Exception):
@@ -35,7 +36,7 @@ def grade_labels(outputs: Mapping[str, bytes], right: Mapping[str, str], labels:
     for number, line in enumerate(outputs[ANSWERS].splitlines(), start=1):
         try:
             row = msgspec.json.decode(line, type=_Line)
-        except msgspec.DecodeError as error:
+        except UNREADABLE as error:
             raise OutputRefused(f"{ANSWERS} line {number}: {error}") from error
         if row.id not in right:
             raise OutputRefused(f"{ANSWERS} line {number}: no item {row.id[:40]!r} was asked")
@@ -62,7 +63,7 @@ def read_results(outputs: Mapping[str, bytes], right: Mapping[str, str]) -> Grad
     """Grades from an own evaluator's results.json: {"items": {id: score}}; every item asked has to be there, once."""
     try:
         scores = msgspec.json.decode(outputs["results.json"], type=dict[str, dict[str, float]])["items"]
-    except (KeyError, msgspec.DecodeError) as error:
+    except (KeyError, *UNREADABLE) as error:
         raise OutputRefused(
             f'the evaluator must write results.json with {{"items": {{id: score}}}}: {error}'
         ) from error

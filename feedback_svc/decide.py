@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from sia_events.feedback_svc.gate import compare, hopeless, proven, undecided
+from sia_events.feedback_svc.gate import compare, hopeless, proven
 from sia_events.shared.events import (
     AttemptFailed,
     AttemptRequested,
@@ -38,7 +38,7 @@ def on_score(run: Run, scored: Scored) -> Sequence[Event]:
 
 def on_failure(run: Run, failure: AttemptFailed) -> Sequence[Event]:
     """A failure that will not be tried again settles its attempt as surely as a score does."""
-    if not final(run, failure):
+    if not final(run, failure) or run.finished:
         return []
     version = run.versions[failure.version]
     match failure.split:
@@ -107,17 +107,11 @@ def _close_dev(run: Run, generation: int) -> Sequence[Event]:
         if v is not best:
             out.append(_reject(run, v, None, f"{_dev(run, v):.3f} on dev; {best.name} has {_dev(run, best):.3f}"))
     if run.incumbent:
-        against = compare(
-            _items(run, run.scored(run.incumbent, "dev")[-1]), _items(run, run.scored(best.name, "dev")[-1])
-        )
-        if hopeless(against):
-            return [
-                *out,
-                _reject(
-                    run, best, None, f"worse than {run.incumbent} on dev by {-against.gain:.3f}: no look at the gate"
-                ),
-            ]
-    return [*out, _attempt(run, best.name, "gate", 0)]
+        before, after = (_items(run, run.scored(name, "dev")[-1]) for name in (run.incumbent, best.name))
+        if hopeless(against := compare(before, after)):
+            why = f"worse than {run.incumbent} on dev by {-against.gain:.3f}: no look at the gate"
+            return [*out, _reject(run, best, None, why)]
+    return [*out, _attempt(run, best.name, "gate")]
 
 
 def _meet_gate(run: Run, candidate: Version) -> Sequence[Event]:
@@ -125,9 +119,7 @@ def _meet_gate(run: Run, candidate: Version) -> Sequence[Event]:
         return [VersionAccepted(version=candidate.name, over=None, comparison=None, reason="the first agent")]
     if candidate.name in run.verdicts or candidate.name == run.incumbent:
         return []
-    before, after = _pooled(run, run.incumbent, candidate.name)
-    if not before:
-        return []
+    before, after = (_items(run, run.scored(name, "gate")[-1]) for name in (run.incumbent, candidate.name))
     comparison = compare(before, after)
     # Every generation looks at the same gate items, so each look gets its share of the error allowed to the run.
     alpha = run.settings.alpha / run.settings.generations
@@ -141,26 +133,8 @@ def _meet_gate(run: Run, candidate: Version) -> Sequence[Event]:
                 f"p = {comparison.p_value:.2g} < {alpha:.2g}",
             )
         ]
-    repeats = len(run.scored(candidate.name, "gate"))
-    if undecided(comparison) and repeats < run.settings.gate_repeats:
-        owing = [name for name in (candidate.name, run.incumbent) if len(run.scored(name, "gate")) <= repeats]
-        return [_attempt(run, name, "gate", repeats) for name in owing]
     why = f"no proven gain: {comparison.gain:+.3f}, p = {comparison.p_value:.2g}"
     return [_reject(run, candidate, comparison, why)]
-
-
-def _pooled(run: Run, incumbent: str, candidate: str) -> tuple[list[float], list[float]]:
-    """Per-item means over the repeats both have; empty while a repeat is owed by one of them."""
-    old, new = run.scored(incumbent, "gate"), run.scored(candidate, "gate")
-    owed = {a.attempt for a in run.attempts.values() if a.split == "gate" and a.version in (incumbent, candidate)}
-    if any(a not in run.scores and a not in run.failures for a in owed) or not old or not new:
-        return [], []
-    repeats = min(len(old), len(new))
-
-    def means(scores: Sequence[Scored]) -> list[float]:
-        return [sum(column) / repeats for column in zip(*(_items(run, s) for s in scores[:repeats]), strict=True)]
-
-    return means(old), means(new)
 
 
 def _learn(run: Run, scored: Scored) -> Sequence[Event]:
@@ -187,7 +161,7 @@ def _go_on(run: Run, generation: int) -> Sequence[Event]:
     if generation < run.settings.generations:
         return [FeedbackRequested(generation=generation + 1, incumbent=run.incumbent)]
     assert run.first is not None
-    return [_attempt(run, name, "test", 0) for name in dict.fromkeys((run.first, run.incumbent))]
+    return [_attempt(run, name, "test") for name in dict.fromkeys((run.first, run.incumbent))]
 
 
 def _finish(run: Run) -> Sequence[Event]:
@@ -207,9 +181,8 @@ def _finish(run: Run) -> Sequence[Event]:
     ]
 
 
-def _attempt(run: Run, version: str, split: Split, repeat: int) -> AttemptRequested:
-    name = f"{version}.{split}" if repeat == 0 else f"{version}.{split}.{repeat}"
-    return AttemptRequested(attempt=name, version=version, split=split, repeat=repeat, seed=run.settings.seed)
+def _attempt(run: Run, version: str, split: Split) -> AttemptRequested:
+    return AttemptRequested(attempt=f"{version}.{split}", version=version, split=split, seed=run.settings.seed)
 
 
 def _reject(run: Run, version: Version, comparison: Comparison | None, reason: str) -> VersionRejected:

@@ -47,11 +47,6 @@ def hopeless(comparison: Comparison) -> bool:
     return comparison.high < 0
 
 
-def undecided(comparison: Comparison) -> bool:
-    """Better so far, but not yet beyond chance: more repeats could tell."""
-    return comparison.gain > 0
-
-
 def _sign_test(better: int, worse: int) -> float:
     """Two-sided binomial probability of a split at least this uneven under a fair coin, in whole numbers to the end."""
     n = better + worse

@@ -42,8 +42,8 @@ def choose_lever(run: Run) -> LeverChoice:
     """The lever of generation `run.generation` under the run's policy.
 
     `auto` turns the harness until it stops paying, then the weights, and looks again after each: first make the right
-    action reachable, then make it likely. A lever that gained nothing the last time it was pulled is not pulled twice
-    in a row while the other has not been tried since.
+    action reachable, then make it likely. While many answers are invalid the harness is preferred, two tries for each
+    of the weights.
     """
     evidence = gather(run)
     policy = run.settings.lever

@@ -92,5 +92,6 @@ def _gains_by_edit(run: Run) -> dict[str, float]:
         mine = run.scored(version.name, "dev")
         theirs = run.scored(version.parent, "dev") if version.parent else ()
         if mine and theirs:
-            gains.update(dict.fromkeys(version.edits, mine[-1].score.value - theirs[-1].score.value))
+            gain = mine[-1].score.value - theirs[-1].score.value
+            gains.update(dict.fromkeys(version.edits, gain if run.task is None or run.task.maximize else -gain))
     return gains

@@ -23,7 +23,7 @@ def owe_dev(run: Run, event: AgentProposed | HarnessPatched | WeightsUpdated) ->
 
 def try_again(run: Run, failure: AttemptFailed) -> Sequence[Event]:
     """What the platform broke is tried again, a bounded number of times; what the candidate broke stays broken."""
-    if final(run, failure):
+    if final(run, failure) or run.finished:
         return []
     last = run.attempts[failure.attempt]
     again = f"{journal_key(last.attempt)}~{last.tries + 1}"

@@ -51,10 +51,10 @@ def proposed(version: str = "g0a") -> AgentProposed:
     return AgentProposed(version=version, candidate=0, harness=D, weights=BASE, reason="first")
 
 
-def asked(version: str, split: str, repeat: int = 0, tries: int = 0, **more: Any) -> AttemptRequested:
-    name = f"{version}.{split}" + (f".{repeat}" if repeat else "") + (f"~{tries}" if tries else "")
+def asked(version: str, split: str, tries: int = 0, **more: Any) -> AttemptRequested:
+    name = f"{version}.{split}" + (f"~{tries}" if tries else "")
     return AttemptRequested(
-        **{"attempt": name, "version": version, "split": split, "repeat": repeat, "tries": tries, "seed": 0, **more}
+        **{"attempt": name, "version": version, "split": split, "tries": tries, "seed": 0, **more}
     )
 
 

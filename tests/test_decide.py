@@ -148,10 +148,11 @@ def test_the_error_allowed_is_shared_by_all_generations():
     gate_round(seven, generations=10).when(scored("g1a", "gate", seven)).then_types(VersionRejected)
 
 
-def test_an_undecided_gate_asks_both_for_another_repeat():
-    lucky = "111" + "0" * 37
-    decided = gate_round(lucky, gate_repeats=2).when(scored("g1a", "gate", lucky))
-    decided.then(asked("g1a", "gate", repeat=1), asked("g0a", "gate", repeat=1))
+def test_what_fails_behind_the_end_of_a_run_asks_for_nothing():
+    end = RunFinished(outcome="failed", best="g0a", sealed=None, reason="one sealed test failed")
+    past = (*SECOND, accepted("g1b", "g0a"), asked("g0a", "test"), asked("g1b", "test"), failed("g0a", "test"), end)
+    given(feedback_svc, *past).when(failed("g1b", "test")).then()
+    given(target_runner, *past).when(failed("g1b", "test", "infrastructure")).then()
 
 
 def test_a_less_is_better_metric_turns_the_comparison_round():

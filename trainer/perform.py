@@ -30,6 +30,8 @@ async def update(work: Work, asked: WeightUpdateRequested) -> Sequence[Event]:
     ports, parent = work.ports, work.run.versions[asked.parent]
     calls = [decode_call(line) for line in (await ports.blobs.get(asked.trajectory)).splitlines()]
     rewards = msgspec.json.decode(await ports.blobs.get(asked.rewards), type=dict[str, float])
+    if not parent.weights.model.startswith("local/"):
+        return [_barren(asked, f"{parent.weights.model} is not the embedded model: its weights are not ours to train")]
     found = rollouts(calls, rewards)
     if not found:
         return [_barren(asked, "nothing to learn from: none of the parent's model calls names its item")]
