@@ -131,7 +131,8 @@ def make_home(settings: Settings) -> None:
     try:
         settings.home.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise Unusable(f"{settings.home} cannot be made: {error.strerror}; set SIA_HOME to a folder of yours") from error
+        said = f"{settings.home} cannot be made: {error.strerror}"
+        raise Unusable(f"{said}; set SIA_HOME to a folder of yours") from error
 
 
 @asynccontextmanager
@@ -225,15 +226,31 @@ async def ready(settings: Settings, sandbox: str, local_model: bool = True) -> N
 async def _run_service(name: str, node: Node, run: str | None) -> None:
     match name:
         case "model_gateway":
-            await _serve_gateway(node)
+            with _only_one(name, node.settings):
+                await _serve_gateway(node)
         case "recorder":
-            await _record(node)
+            with _only_one(name, node.settings):
+                await _record(node)
         case _:
             await serve(SERVICES[name], node.bus, ports_of(name, node), run)
 
 
 def sandbox_named(kind: str, settings: Settings) -> Sandbox:
     return UnsafeProcess() if kind == "process" else Bubblewrap(hidden=(settings.home,))
+
+
+@contextmanager
+def _only_one(name: str, settings: Settings) -> Iterator[None]:
+    """Be this home's one gateway or recorder: they own a socket and a store. Raises NodeHeld."""
+    lock = FileLock(settings.home / f"{name}.lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout as error:
+        raise NodeHeld(f"another process is the {name} of {settings.home} already; nothing was changed") from error
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def ports_of(name: str, node: Node) -> Ports:

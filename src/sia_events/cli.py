@@ -163,7 +163,6 @@ def serve(
     names: Annotated[
         list[str] | None, typer.Argument(metavar="[NAME]...", help="Services by name; all when left out.")
     ] = None,
-    sandbox: Annotated[Literal["bubblewrap", "process"], typer.Option(help="process is UNSAFE.")] = "bubblewrap",
     as_json: Json = False,
 ) -> None:
     """Run services in the foreground for every run on the stream, until interrupted."""
@@ -173,7 +172,7 @@ def serve(
     unknown = [name for name in names or () if name not in known]
     if unknown:
         raise Wrong(f"no service {unknown[0]!r}; there are: {', '.join(known)}")
-    raise typer.Exit(_await(driver.serve(_settings(), tuple(names or known), sandbox, as_json)))
+    raise typer.Exit(_await(driver.serve(_settings(), tuple(names or known), as_json)))
 
 
 @cli.command()

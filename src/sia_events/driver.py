@@ -19,7 +19,7 @@ import psutil
 from pydantic import ValidationError
 
 from sia_events import app, views
-from sia_events.errors import Unusable
+from sia_events.errors import NodeHeld, Unusable
 from sia_events.evaluator.trial import require_loadable
 from sia_events.event_log import recorder
 from sia_events.infra.clickhouse import LogUnavailable
@@ -71,14 +71,19 @@ async def run(
         if name not in known:
             if chosen is None:
                 raise Unusable(f"no run {name!r} to resume; sia runs lists them")
+            if wanted.sandbox == "process" and not node.names:
+                raise Unusable("services that are up run agents in bubblewrap only; for --sandbox process: sia down first")
             await _open(node, name, chosen, wanted)
         else:
             state = fold(await node.bus.history(name))
-            # Killed between its end and the log's copy of it, a run is over and still has something to do.
-            if state.finished and not (node.names and await recorder.lag(node.bus)):
+            # A run that was killed between its end and telling of it is over, and still has something to say.
+            if state.finished and not resume and not (node.names and await recorder.lag(node.bus)):
                 raise Unusable(f"run {name} exists and is finished; take another name, or sia show {name}")
             if chosen and state.task and chosen.name != state.task.task:
                 raise Unusable(f"run {name} exists, for task {state.task.task}; take another name")
+            if chosen and (other := _differences(state.settings, wanted)):
+                again = f"sia run --resume {name} goes on as it was asked for"
+                raise Unusable(f"run {name} exists with another {', '.join(other)}; {again}, or take another name")
         return await _drive(node, settings, name, as_json)
 
 
@@ -135,6 +140,11 @@ def fork_point(history: Sequence[Record], generation: int) -> tuple[int, Run]:
     return found
 
 
+def _differences(one: RunSettings, other: RunSettings) -> list[str]:
+    """Names of the settings in which two runs differ."""
+    return [name for name in RunSettings.model_fields if getattr(one, name) != getattr(other, name)]
+
+
 async def _open(node: app.Node, name: str, task: Task, wanted: RunSettings) -> None:
     registered = await register(task, node.blobs, node.private, wanted.rollout_items)
     await node.bus.append(name, opening(name, [registered, RunStarted(settings=wanted, code=_code())]))
@@ -142,7 +152,7 @@ async def _open(node: app.Node, name: str, task: Task, wanted: RunSettings) -> N
 
 @asynccontextmanager
 async def _stores(settings: Settings, purpose: str) -> AsyncIterator[app.Node]:
-    """Bus and blobs to drive a run on: those of services that are up already, or our own, with every service to start."""
+    """Bus and blobs to drive a run on: those of services that are up, or our own, with every service to start."""
     running = app.running_node(settings)
     if settings.nats_url or (running and running.get("purpose") == "serve"):
         url = settings.nats_url or app.own_nats_url(settings)
@@ -169,6 +179,10 @@ async def _drive(node: app.Node, settings: Settings, name: str, as_json: bool) -
     node = app.as_asked(node, asked.sandbox, _local(asked))
     if node.names:
         await app.ready(settings, asked.sandbox, _local(asked))
+    else:
+        print(f"run {name} is handed to the services that are up; this only follows it", file=sys.stderr)
+    if asked.sandbox == "process":
+        print("UNSAFE: --sandbox process: the agent's code runs as you, outside any box", file=sys.stderr)
     # Whoever supervises us asks with SIGTERM for what a person asks for with Ctrl-C.
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, signal.raise_signal, signal.SIGINT)
     try:
@@ -298,19 +312,23 @@ def _common(histories: Sequence[Sequence[Record]]) -> int:
     return count
 
 
-async def serve(settings: Settings, names: Sequence[str], sandbox: str, as_json: bool) -> int:
-    """Run services for every run on the stream until interrupted."""
+async def serve(settings: Settings, names: Sequence[str], as_json: bool) -> int:
+    """Run services for every run on the stream until interrupted; always with the real sandbox."""
+    running = app.running_node(settings)
+    if running and running.get("purpose") != "serve":
+        # It answers its own run with services of its own: a second set would make every attempt twice.
+        raise NodeHeld(f"{app.describe(running, settings.home)}; wait for its end, or set SIA_HOME to another folder")
     if "target_runner" in names:
-        await app.ready(settings, sandbox, local_model=False)
+        await app.ready(settings, "bubblewrap", local_model=False)
     local = "model_gateway" in names and find_spec("torch") is not None
     if local:
         await asyncio.to_thread(prepare, settings.home)
-    alone = settings.nats_url or (app.own_nats_url(settings) if app.running_node(settings) else None)
+    alone = settings.nats_url or (app.own_nats_url(settings) if running else None)
     if alone:
         async with app.stores(settings.model_copy(update={"nats_url": alone})) as node:
-            return await _serving(app.as_asked(app.with_services(node, names), sandbox, local), names, as_json)
+            return await _serving(app.as_asked(app.with_services(node, names), "bubblewrap", local), names, as_json)
     async with app.hold(settings, "serve"), app.stores(settings) as node:
-        return await _serving(app.as_asked(app.with_services(node, names), sandbox, local), names, as_json)
+        return await _serving(app.as_asked(app.with_services(node, names), "bubblewrap", local), names, as_json)
 
 
 async def _serving(node: app.Node, names: Sequence[str], as_json: bool) -> int:

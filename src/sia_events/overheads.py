@@ -11,10 +11,10 @@ from itertools import pairwise
 from pathlib import Path
 
 from sia_events import app
+from sia_events.event_log.recorder import lag
 from sia_events.feedback_svc.service import feedback_svc
 from sia_events.figures import INSTANT, Figure
 from sia_events.infra.sandbox import Bubblewrap
-from sia_events.infra.store_lock import owner
 from sia_events.shared.events import (
     AttemptRequested,
     Event,
@@ -25,6 +25,7 @@ from sia_events.shared.events import (
     RunSettings,
     RunStarted,
     RunSteered,
+    ServiceFailed,
 )
 from sia_events.shared.ports import Job, Log
 from sia_events.shared.record import Record, answers, opening
@@ -151,6 +152,8 @@ async def _finished(node: app.Node, run: str) -> None:
     async for record in app.follow(node.bus, run):
         if isinstance(record.event, RunFinished):
             return
+        if isinstance(record.event, ServiceFailed):
+            raise RuntimeError(f"no figure: {record.event.service} gave up: {record.event.error}")
 
 
 async def publish_to_queryable(home: Path, seconds: float = SECONDS) -> Figure:
@@ -161,7 +164,7 @@ async def publish_to_queryable(home: Path, seconds: float = SECONDS) -> Figure:
         published: dict[str, list[tuple[int, float]]] = {f"publish{n}": [] for n in range(RUNS)}
         async with node.answering(None):
             await asyncio.gather(*(node.bus.append(run, opening(run, [_news()])) for run in published))
-            await node.guard(_owned(home / "log"))
+            await node.guard(_recorded(node))
             async with app.open_log(settings) as log:
                 latencies, rate = await node.guard(_flow(node, log, published, seconds))
                 raw = await _raw_inserts(log, (await node.bus.history("publish0"))[: RUNS * BATCH])
@@ -171,10 +174,10 @@ async def publish_to_queryable(home: Path, seconds: float = SECONDS) -> Figure:
     return Figure("publish to queryable, p99", p99, "s", "<= 1.5", p99 <= 1.5, beside)
 
 
-async def _owned(store: Path) -> None:
-    """Wait for the recorder's own log process: opened by us first, the store would be ours."""
+async def _recorded(node: app.Node) -> None:
+    """Wait until the recorder has opened the log and caught up: before that, the store would be ours or half made."""
     while True:
-        if owner(store):
+        if not await lag(node.bus):
             return
         await asyncio.sleep(LOOK_S)
 
