@@ -43,31 +43,33 @@ async def patch(work: Work, asked: HarnessPatchRequested) -> Sequence[Event]:
     parent = run.versions[asked.parent]
     try:
         specs = {v.name: await _spec(work, v.harness, task) for v in run.versions.values()}
+        # What was tried under other weights may be tried again: a harness fits the weights it was tried with.
+        tried = {template.digest(specs[v.name]) for v in run.versions.values() if v.weights == parent.weights}
+        seed = asked.seed + asked.generation
+        proposals = proposer.propose(specs[parent.name], _evidence(run), tried, asked.candidates, seed)
+        harnesses = [await store_tree(blobs, template.render(proposal.spec, task)) for proposal in proposals]
     except template.NotATemplate as error:
         # The built-in proposer knows one kind of harness; a task of another kind is not a fault of anybody.
-        reason = f"the built-in proposer has no template for this task: {error}"
-        return [ProposalFailed(generation=asked.generation, parent=parent.name, lever="harness", reason=reason)]
-    # What was tried under other weights may be tried again: a harness fits the weights it was tried with.
-    tried = {template.digest(specs[v.name]) for v in run.versions.values() if v.weights == parent.weights}
-    proposals = proposer.propose(
-        specs[parent.name], _evidence(run), tried, asked.candidates, asked.seed + asked.generation
-    )
+        return [_barren(asked, f"the built-in proposer has no template for this task: {error}")]
     if not proposals:
-        reason = f"every edit of {parent.name}'s harness has been tried"
-        return [ProposalFailed(generation=asked.generation, parent=parent.name, lever="harness", reason=reason)]
+        return [_barren(asked, f"every edit of {parent.name}'s harness has been tried")]
     return [
         HarnessPatched(
             version=f"g{asked.generation}{ascii_lowercase[i]}",
             generation=asked.generation,
             candidate=i,
             parent=parent.name,
-            harness=await store_tree(blobs, template.render(proposal.spec, task)),
+            harness=harness,
             weights=parent.weights,
             edits=proposal.edits,
             reason=proposal.reason,
         )
-        for i, proposal in enumerate(proposals)
+        for i, (proposal, harness) in enumerate(zip(proposals, harnesses, strict=True))
     ]
+
+
+def _barren(asked: HarnessPatchRequested, reason: str) -> ProposalFailed:
+    return ProposalFailed(generation=asked.generation, parent=asked.parent, lever="harness", reason=reason)
 
 
 async def _spec(work: Work, harness: str, task: Task) -> template.Spec:

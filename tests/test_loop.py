@@ -19,6 +19,7 @@ from sia_events.infra.memory import MemoryBlobs, MemoryBus, SystemTime
 from sia_events.meta_svc.service import meta_svc
 from sia_events.shared.events import (
     HarnessPatchRequested,
+    ProposalFailed,
     RunBranched,
     RunFinished,
     RunSettings,
@@ -321,3 +322,14 @@ async def test_the_wrong_answer_file_is_the_candidates_own_failure(world: World)
     await world.start("r1")
     end = (await world.finish("r1"))[-1].event
     assert isinstance(end, RunFinished) and end.outcome == "failed" and "no item" in end.reason
+
+
+async def test_a_task_that_the_template_does_not_fit_closes_its_generations_without_candidates(world: World):
+    task = replace(find_task("words"), labels=(), question="")
+    registered = await register(task, world.blobs, world.private, 32)
+    started = RunStarted(settings=RunSettings(generations=2, lever="harness"), code="test")
+    await world.bus.append("r1", opening("r1", [registered, started]))
+    history = await world.finish("r1")
+    barren = [r.event for r in history if isinstance(r.event, ProposalFailed)]
+    assert [e.generation for e in barren] == [1, 2] and "no template" in barren[0].reason
+    assert isinstance(history[-1].event, RunFinished) and history[-1].event.best == "g0a"
