@@ -61,23 +61,29 @@ async def judge(work: Work, logged: ExecutionLogged) -> Sequence[Event]:
 async def _own_judge(
     work: Work, task: Task, program: bytes, outputs: Mapping[str, bytes], right: Mapping[str, str]
 ) -> Grades:
-    """Run the task's evaluate.py in a box of its own: outputs go in as data, the agent's code never runs there."""
+    """Run the task's evaluate.py in a box of its own: outputs go in as data, the agent's code never runs there.
+
+    An interpreter runs code that it finds in its home, in the folder it is started in and in its script's folder. So
+    the outputs lie a level below the first two, which hold nothing else, and -I looks into none of the three.
+    """
     scratch = work.ports.home / "tmp"
     scratch.mkdir(parents=True, exist_ok=True)
     folder = Path(tempfile.mkdtemp(prefix="judge-", dir=scratch))
     try:
         answers = b"".join(msgspec.json.encode({"id": i, "label": label}) + b"\n" for i, label in right.items())
         write_tree({"public/evaluate.py": program, "private/answers.jsonl": answers}, folder / "data")
-        (folder / "work").mkdir()
-        write_tree({path: body for path, body in outputs.items() if path != "results.json"}, folder / "work")
-        argv = ("python", "/task/data/public/evaluate.py", "--gen-dir", "/work")
+        written = folder / "work" / "outputs"
+        written.mkdir(parents=True)
+        write_tree({path: body for path, body in outputs.items() if path.split("/")[0] != "results.json"}, written)
+        argv = ("python", "-I", "/task/data/public/evaluate.py", "--gen-dir", "/work/outputs")
         outcome = await work.ports.sandbox.run(
             Job(argv=argv, work=folder / "work", reads={"/task/data": folder / "data"}, limits=task.limits)
         )
         if outcome.status != "ok":
-            last = outcome.stderr.decode(errors="replace").strip().splitlines()[-1:] or [""]
-            raise RuntimeError(f"the task's evaluate.py ended with {outcome.status}: {last[0][:300]}")
-        return read_results(read_tree(folder / "work"), right)
+            # Its words are not passed on: an evaluator that trips over an answer may quote the right one.
+            kept = await work.ports.private.put(outcome.stderr) if work.ports.private else ""
+            raise OutputRefused(f"evaluate.py ended with {outcome.status} on these outputs (private blob {kept[:12]})")
+        return read_results(read_tree(written), right)
     except TreeRefused as refused:
         raise OutputRefused(str(refused)) from refused
     finally:

@@ -15,7 +15,7 @@ KERNEL = "kernel.py"
 
 
 async def measure_kernel(work: Work, logged: ExecutionLogged) -> Sequence[Event]:
-    """For a task that names a kernel problem: check and time the attempt's kernel.py. Of other tasks it says nothing."""
+    """Check and time the attempt's kernel.py, for a task that names a kernel problem; of others it says nothing."""
     assert work.run.task is not None
     task = decode_task(await work.ports.blobs.get(work.run.task.spec))
     if task.kernel is None:

@@ -66,6 +66,14 @@ class Bus(Protocol):
         """
         ...
 
+    async def again(self, run: str, service: str) -> None:
+        """Have those who serve `service` for all runs be handed the records of `run` once more, from the first on.
+
+        What was given up on gets its tries again; what was answered is answered already. An answer under way is begun
+        anew. Returns before anything is handed out.
+        """
+        ...
+
     async def trace(self, envelope: "Envelope") -> None:
         """Append one envelope of high-volume lines; returns when it is on disk."""
         ...
@@ -194,7 +202,11 @@ class Job:
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a job ended. `status` names the limit that ended it, if one did; output is cut at the limit's size."""
+    """How a job ended. `status` names the limit that ended it, if one did; output is cut at the limit's size.
+
+    `lost_connections` counts the job's requests that the gateway lost: it could not be reached, ended the connection
+    without a reply, or broke down with status 500. Their number is the platform's word, and not the job's.
+    """
 
     status: Literal["ok", "crash", "timeout", "cpu", "memory", "processes", "disk"]
     exit_code: int | None
@@ -202,6 +214,7 @@ class Outcome:
     stderr: bytes
     truncated: bool
     seconds: float
+    lost_connections: int = 0
 
 
 class Sandbox(Protocol):

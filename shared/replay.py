@@ -81,4 +81,6 @@ def _opens(record: Record) -> bool:
 def _difference(recorded: tuple[Event, ...], decided: tuple[Event, ...]) -> str:
     if recorded == decided:
         return "not the ids that these answers have"
-    return "decided otherwise now" if recorded and decided else "missing from the log" if decided else "no longer decided"
+    return (
+        "decided otherwise now" if recorded and decided else "missing from the log" if decided else "no longer decided"
+    )

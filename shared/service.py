@@ -1,6 +1,7 @@
 """A service is a value: a name and two tables. The live runner, replay and the tests take the same value."""
 
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections import OrderedDict
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 from uuid import UUID
@@ -9,7 +10,10 @@ from sia_events.shared.events import Event, RunBranched, ServiceFailed
 from sia_events.shared.failpoints import reach
 from sia_events.shared.ports import Bus, Ports
 from sia_events.shared.record import Record, answers
-from sia_events.shared.run import Run, evolve
+from sia_events.shared.run import Run, evolve, fold
+
+KEPT_EVERY = 64
+KEPT_RUNS = 64
 
 
 @dataclass(frozen=True)
@@ -48,7 +52,7 @@ class Service:
 
 
 class Lineage:
-    """The records of a run with the state after each, a branch's parents first; extended as records arrive.
+    """The records of a run and the state after each, a branch's parents first; extended as records arrive.
 
     A decide sees the state up to and including its cause, never more. The one thing a branch adds to a state it
     inherits is its own opening: its overrides hold for every cause it answers, also for its parent's.
@@ -56,7 +60,10 @@ class Lineage:
 
     def __init__(self, records: Sequence[Record] = ()) -> None:
         self.records: list[Record] = []
-        self._states: list[Run] = []
+        self.latest = Run()
+        # A state after each record would grow with the square of a run's length: some are kept, the rest folded again.
+        self._kept = [self.latest]
+        self._last = 0, self.latest
         self._given: dict[tuple[UUID | None, str], list[Record]] = {}
         self._forks: dict[str, Record] = {}
         self.extend(records)
@@ -64,21 +71,28 @@ class Lineage:
     def extend(self, records: Sequence[Record]) -> None:
         """Take over the records behind those already known; `records` is the whole history."""
         for record in records[len(self.records) :]:
-            self._states.append(evolve(self.latest, record))
+            self.latest = evolve(self.latest, record)
             self.records.append(record)
+            if len(self.records) % KEPT_EVERY == 0:
+                self._kept.append(self.latest)
             self._given.setdefault((record.cause, record.producer), []).append(record)
             if isinstance(record.event, RunBranched):
                 self._forks[record.run] = record
 
-    @property
-    def latest(self) -> Run:
-        return self._states[-1] if self._states else Run()
-
     def state(self, cause: Record, run: str) -> Run:
         """The fold on which `run` decides its answer to `cause`."""
-        state = self._states[cause.position - 1]
+        state = self._after(cause.position)
         fork = self._forks.get(run)
         return state if fork is None or fork.position <= cause.position else evolve(state, fork)
+
+    def _after(self, position: int) -> Run:
+        """The state after the record at `position`, from the nearest one kept before it."""
+        nearest = position // KEPT_EVERY
+        at, state = nearest * KEPT_EVERY, self._kept[nearest]
+        if at < self._last[0] <= position:
+            at, state = self._last
+        self._last = position, fold(self.records[at:position], state)
+        return self._last[1]
 
     def given(self, service: Service, cause: Record) -> list[Record]:
         """What the service answered to `cause`; a dead letter is no answer."""
@@ -88,6 +102,18 @@ class Lineage:
         """Records before `fork` that the service handles and had not answered there."""
         handled = {*service.decides, *service.performs}
         return [r for r in self.records[: fork.position - 1] if type(r.event) in handled and not self.given(service, r)]
+
+
+def gave_up(records: Iterable[Record]) -> set[str]:
+    """The services that gave up on one of the records and have not answered it since."""
+    failed: set[tuple[UUID | None, str]] = set()
+    answered: set[tuple[UUID | None, str]] = set()
+    for record in records:
+        if not isinstance(record.event, ServiceFailed):
+            answered.add((record.cause, record.producer))
+        elif record.event.failed:
+            failed.add((record.cause, record.producer))
+    return {service for _, service in failed - answered}
 
 
 async def answer(service: Service, lineage: Lineage, cause: Record, run: str, ports: Ports) -> None:
@@ -112,10 +138,13 @@ async def answer(service: Service, lineage: Lineage, cause: Record, run: str, po
 
 async def serve(service: Service, bus: Bus, ports: Ports, run: str | None = None) -> None:
     """Answer records from the bus until cancelled; of one run, or of all."""
-    lineages: dict[str, Lineage] = {}
+    lineages: OrderedDict[str, Lineage] = OrderedDict()
 
     async def handle(record: Record) -> None:
         lineage = lineages.setdefault(record.run, Lineage())
+        lineages.move_to_end(record.run)
+        if len(lineages) > KEPT_RUNS:
+            lineages.popitem(last=False)
         await answer(service, lineage, record, record.run, ports)
 
     await bus.serve(service.name, [kind.__name__ for kind in service.types], handle, run)

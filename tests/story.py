@@ -53,9 +53,7 @@ def proposed(version: str = "g0a") -> AgentProposed:
 
 def asked(version: str, split: str, tries: int = 0, **more: Any) -> AttemptRequested:
     name = f"{version}.{split}" + (f"~{tries}" if tries else "")
-    return AttemptRequested(
-        **{"attempt": name, "version": version, "split": split, "tries": tries, "seed": 0, **more}
-    )
+    return AttemptRequested(**{"attempt": name, "version": version, "split": split, "tries": tries, "seed": 0, **more})
 
 
 def logged(version: str, split: str) -> ExecutionLogged:

@@ -61,10 +61,11 @@ async def test_rot_is_found_and_the_file_named(tmp_path: Path):
         await blobs.get(digest)
 
 
-async def test_a_torn_blob_is_mended_by_putting_it_again(tmp_path: Path):
+@pytest.mark.parametrize("left", [b"pre", b"precioUs", b"precious and more", b""])
+async def test_a_torn_or_rotten_blob_is_mended_by_putting_it_again(tmp_path: Path, left: bytes):
     blobs = open_blobs(str(tmp_path))
     digest = await blobs.put(b"precious")
-    only_file(tmp_path).write_bytes(b"pre")
+    only_file(tmp_path).write_bytes(left)
     assert await blobs.put(b"precious") == digest
     assert await blobs.get(digest) == b"precious"
 

@@ -1,18 +1,22 @@
 """The Bus port's contract, in memory and on a real server; then what only a server can: die, fill up, be set wrong."""
 
 import asyncio
+import json
+import os
 import random
 from collections.abc import AsyncIterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 
 import nats
+import psutil
 import pytest
 from bus_on import STARTED, Bench, in_memory, kill_server, note, notes, on, on_a_server, opened, serving, until
 from nats.js import api
 from small_disk import fill, small_disk
 
-from sia_events.infra import nats_server
+from sia_events.infra import nats as infra_nats
+from sia_events.infra import nats_serve, nats_server
 from sia_events.infra.delivery import TRIES
 from sia_events.infra.memory import MemoryBlobs, SystemTime
 from sia_events.infra.nats import NatsBus, connect
@@ -20,7 +24,18 @@ from sia_events.infra.nats_server import running
 from sia_events.infra.nats_streams import StreamUnfit
 from sia_events.shared.events import RunBranched, RunFinished, RunSettings, ServiceFailed
 from sia_events.shared.ports import BusFull, BusUnreachable, Envelope, NoSuchPosition, RunExists
-from sia_events.shared.record import Record, answers, broken_link, opening, parse_record, to_wire
+from sia_events.shared.record import (
+    Draft,
+    Record,
+    answers,
+    broken_link,
+    derived_id,
+    opening,
+    parse_record,
+    place,
+    to_wire,
+)
+from sia_events.shared.service import gave_up
 
 MEMORY_ONLY = "memory"
 REAL = "nats-server"
@@ -197,6 +212,46 @@ async def test_after_the_last_try_there_is_a_dead_letter_and_the_service_goes_on
     assert parse_record(await bench.blobs.get(letter.event.payload)) == second
 
 
+async def test_what_was_given_up_is_offered_again_on_request_and_each_giving_up_has_a_letter(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(nats_serve, "WATCH_S", 0.2)
+    _, second, _ = await opened(bench.bus, "r", note("a"), note("b"))
+    got: list[str] = []
+    mended = False
+
+    async def answer(record: Record) -> None:
+        got.append(texts([record])[0])
+        if record.id == second.id and not mended:
+            raise OSError("not mended")
+
+    async with serving(bench.bus, "svc", ["RunResumed"], answer):
+        await until(lambda: got == ["a"] * TRIES + ["b"])
+        assert gave_up(await bench.bus.history("r")) == {"svc"}
+        await bench.other.again("r", "svc")
+        await until(lambda: got == (["a"] * TRIES + ["b"]) * 2)
+        got.clear()
+        mended = True
+        await bench.other.again("r", "svc")
+        await until(lambda: got == ["a", "b"])
+    letters = (await bench.bus.history("r"))[3:]
+    assert [type(each.event) for each in letters] == [ServiceFailed, ServiceFailed]
+    await bench.bus.append("r", answers("r", second, "svc", [note("answered")]))
+    assert gave_up(await bench.bus.history("r")) == set()
+
+
+async def test_a_run_that_nobody_serves_can_be_offered_again(bench: Bench):
+    await opened(bench.bus, "r", note("a"))
+    await bench.bus.again("r", "svc")
+    got: list[str] = []
+
+    async def answer(record: Record) -> None:
+        got.append(texts([record])[0])
+
+    async with serving(bench.bus, "svc", ["RunResumed"], answer):
+        await until(lambda: got == ["a"])
+
+
 async def test_a_handler_that_outlasts_the_ack_wait_runs_once(bench: Bench):
     await opened(bench.bus, "r", note("slow"), note("next"))
     got: list[str] = []
@@ -262,6 +317,30 @@ async def test_a_record_published_again_by_hand_is_no_second_record(bench: Bench
     await bench.inject("r", "RunResumed", to_wire(second))
     await bench.bus.append("r", notes("r", first, "b"))
     assert texts(await bench.other.history("r")) == ["RunStarted", "a", "b"]
+
+
+@pytest.mark.parametrize("forge", ["its position is taken", "its id is taken"])
+async def test_what_looks_like_a_record_and_is_none_of_the_run_is_answered_by_nobody(bench: Bench, forge: str):
+    first, second = await opened(bench.bus, "r", note("a"))
+    own_id = second.id if forge == "its id is taken" else derived_id("r", first.id, "forger", 0)
+    draft = Draft(note("forged"), "forger", first.id, first.correlation, own_id)
+    await bench.inject("r", "RunResumed", to_wire(place(draft, "r", 2, first.chain, first.time)))
+    await bench.bus.append("r", notes("r", first, "b"))
+    got: list[str] = []
+
+    async def answer(record: Record) -> None:
+        got.append(texts([record])[0])
+
+    for service in ("one", "two"):
+        got.clear()
+        async with serving(bench.bus, service, ["RunResumed"], answer, "r"):
+            await until(lambda: "b" in got)
+        assert got == ["a", "b"]
+    history = await bench.bus.history("r")
+    assert texts(history) == ["RunStarted", "a", "b", "ServiceFailed"]
+    letter = history[-1].event
+    assert isinstance(letter, ServiceFailed)
+    assert letter.failed is None and "no part of run r" in letter.error
 
 
 async def test_traces_come_back_by_key_in_order(bench: Bench):
@@ -380,6 +459,34 @@ async def test_a_second_append_finds_its_records_after_a_restart_and_beyond_the_
     async with running(store) as url, on(url) as bus:
         assert list(await bus.append("r", drafts)) == list(stored)
         assert len(await bus.history("r")) == 3
+
+
+async def test_only_the_runs_asked_about_last_are_kept_and_the_others_read_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(infra_nats, "KEPT_RUNS", 2)
+    async with running(tmp_path / "nats") as url, on(url) as bus:
+        for run in ("one", "two", "three"):
+            first, *_ = await opened(bus, run, note("a"))
+            await bus.append(run, notes(run, first, "b"))
+        assert list(bus._tails) == ["two", "three"]
+        first = (await bus.history("one"))[0]
+        await bus.append("one", notes("one", first, "c", producer="another"))
+        assert texts(await bus.history("one")) == ["RunStarted", "a", "b", "c"]
+        assert list(bus._tails) == ["three", "one"]
+
+
+async def test_an_old_process_number_that_is_another_users_now_is_left_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    def denied(process: psutil.Process) -> list[str]:
+        raise psutil.AccessDenied(process.pid)
+
+    (tmp_path / "nats").mkdir()
+    (tmp_path / "nats" / "server.json").write_text(json.dumps({"pid": os.getpid(), "name": "before"}))
+    monkeypatch.setattr(psutil.Process, "cmdline", denied)
+    async with running(tmp_path / "nats") as url, on(url) as bus:
+        await opened(bus, "r")
 
 
 async def test_serving_leaves_the_streams_as_they_were_made(tmp_path: Path):

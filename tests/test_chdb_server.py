@@ -3,6 +3,8 @@
 import http.client
 import json
 import signal
+import socket
+import subprocess
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -17,6 +19,8 @@ import pytest
 from clickhouse_connect.driver.client import Client
 from clickhouse_connect.driver.exceptions import ClickHouseError, DatabaseError, StreamFailureError
 from store_owner import Running, owner, start
+
+from sia_events.infra.store_lock import claim
 
 TABLE = """CREATE TABLE items (a UInt64, s String, l LowCardinality(String)) ENGINE = MergeTree ORDER BY a
 SETTINGS non_replicated_deduplication_window = 100, fsync_after_insert = 1"""
@@ -191,6 +195,22 @@ def test_a_second_owner_is_told_who_holds_the_store(tmp_path: Path):
         _, stderr = second.communicate(timeout=60)
         assert second.returncode == 2
         assert f"process {first.process.pid}".encode() in stderr
+
+
+def test_an_owner_waits_for_a_reader_that_has_the_store_open(tmp_path: Path):
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    with claim(tmp_path / "log"):
+        process = start(tmp_path / "log", "--port", str(port))
+        while process.poll() is None:  # it listens before it asks for the store
+            with suppress(ConnectionRefusedError), socket.create_connection(("127.0.0.1", port)):
+                break
+        with pytest.raises(subprocess.TimeoutExpired):
+            process.wait(1)
+    assert process.stdout and process.stdin
+    assert json.loads(process.stdout.readline())["ready"]
+    process.stdin.close()
+    assert process.wait(30) == 0
 
 
 def test_an_owner_that_was_killed_is_followed_at_the_same_address_with_the_same_token(tmp_path: Path):

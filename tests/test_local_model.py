@@ -19,8 +19,14 @@ import pytest
 import torch
 from tiny import make_model, stirred
 
+from sia_events.infra.memory import MemoryBlobs
+from sia_events.infra.models import LocalModels
 from sia_events.local_model import adapter, network, weights
+from sia_events.local_model import policy as policy_module
+from sia_events.local_model import server as server_module
 from sia_events.local_model.policy import ChoiceRequest, Policy, TextRequest, common_length
+from sia_events.shared.ports import Choice
+from sia_events.shared.tree import read_tree, store_tree
 
 CHOICES = ((3,), (4,), (5, 6, 7), (5, 8))
 PROMPTS = [(1, 2, 9, 9, 10), (1, 2, 9, 11), (1, 2, 9, 12, 13, 14, 15), (20, 21)]
@@ -87,6 +93,37 @@ def test_choices_score_as_in_a_plain_pass_whatever_is_shared_and_padded(tiny: Pa
                 after = full_pass(net, prompt + continuation)
                 expected = sum(float(after[len(prompt) - 1 + at, token]) for at, token in enumerate(continuation))
                 assert raw == pytest.approx(expected, abs=1e-4)
+
+
+class Watched:
+    """A network that notes how many key-value slots each pass holds."""
+
+    def __init__(self, net: network.Network) -> None:
+        self.net, self.slots = net, list[int]()
+
+    def extend(self, state: network.State, rows: Any, lora: Any) -> Any:
+        hidden, state = self.net.extend(state, rows, lora)
+        self.slots.append(state.valid.numel())
+        return hidden, state
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.net, name)
+
+
+def test_many_long_choices_behind_long_prompts_hold_no_more_than_a_pass_may(
+    tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(network, "SLOTS", 600)
+    monkeypatch.setattr(policy_module, "SLOTS", 600)
+    choices = tuple((3 + at % 30, 3 + at // 30, *([5] * (at % 3))) for at in range(77))
+    prompts = [(*([2] * 30), 3 + at, *([4] * 10)) for at in range(30)]
+    requests = [ChoiceRequest(None, prompt, choices, None, 0.0, 0) for prompt in prompts]
+    watched = Watched(network.load(tiny))
+    replies = Policy(watched, 0).choose(requests)  # type: ignore[arg-type]
+    assert max(watched.slots) <= 600
+    monkeypatch.setattr(network, "SLOTS", 10**9)
+    whole = policy(tiny).choose(requests)
+    assert all(a.raw == pytest.approx(b.raw, abs=1e-4) for a, b in zip(replies, whole, strict=True))
 
 
 def test_choice_logprobs_are_normalised_with_bias_and_temperature(tiny: Path) -> None:
@@ -254,10 +291,14 @@ def home(pytestconfig: pytest.Config) -> Path:
 
 
 @pytest.fixture(scope="module")
-def server(home: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[httpx.Client]:
-    path = tmp_path_factory.mktemp("socket") / "s"
-    child = start(home, "--socket", str(path))
-    with httpx.Client(transport=httpx.HTTPTransport(uds=str(path)), base_url="http://model", timeout=120) as client:
+def address(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("socket") / "s"
+
+
+@pytest.fixture(scope="module")
+def server(home: Path, address: Path) -> Iterator[httpx.Client]:
+    child = start(home, "--socket", str(address))
+    with httpx.Client(transport=httpx.HTTPTransport(uds=str(address)), base_url="http://model", timeout=120) as client:
         yield client
     assert child.stdin
     child.stdin.close()
@@ -353,6 +394,56 @@ def test_an_adapter_is_served_by_name_beside_the_base(server: httpx.Client, home
 
 
 @pytest.mark.model
+async def test_of_too_many_adapters_the_one_not_asked_for_longest_is_dropped(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(server_module, "KEPT_ADAPTERS", 2)
+    folder = weights.prepare(home)
+    api = server_module.Api(folder)
+    adapter.write(adapter.fresh(api._network.modules, 1, 1, 0), tmp_path / "a", folder.model, folder.digest)
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(api.app()), base_url="http://model") as client:
+
+        async def choose(name: str) -> int:
+            body = {"model": name, "messages": MENTION, "choices": ["Paris", "London"]}
+            return (await client.post("/v1/choice", json=body)).status_code
+
+        async def load(name: str) -> None:
+            body = {"lora_name": name, "lora_path": str(tmp_path / "a")}
+            assert (await client.post("/v1/load_lora_adapter", json=body)).status_code == 200
+
+        await load("one")
+        await load("two")
+        assert await choose("one") == 200
+        await load("three")
+        assert [await choose(name) for name in ("one", "two", "three")] == [200, 404, 200]
+        await load("two")
+        assert await choose("two") == 200
+        assert len(api._engine._policy.adapters) == 2
+
+
+@pytest.mark.model
+async def test_an_adapter_is_laid_down_from_its_blobs_whatever_a_folder_of_its_name_holds(
+    server: httpx.Client, address: Path, home: Path, tmp_path: Path
+) -> None:
+    folder = weights.prepare(home)
+    net = network.load(folder.path)
+    adapter.write(stirred(net, 3), tmp_path / "good", folder.model, folder.digest)
+    adapter.write(stirred(net, 4), tmp_path / "other", folder.model, folder.digest)
+    blobs = MemoryBlobs()
+    digest = await store_tree(blobs, read_tree(tmp_path / "good"))
+    shutil.copytree(tmp_path / "other", tmp_path / "adapters" / digest)
+    models = LocalModels(blobs, tmp_path / "adapters", address)
+    try:
+        reply = await models.choose(Choice(f"local/{BASE}", digest, MENTION, ["Paris", "London"]))
+    finally:
+        await models.close()
+    listed = server.get("/v1/models").json()["data"]  # noqa: ASYNC212 - nothing else is to go on meanwhile
+    good = server_module._digest(tmp_path / "good")
+    assert [card["sha256"] for card in listed if card["id"] == digest] == [good] and len(reply["raw"]) == 2
+    assert [path.name for path in (tmp_path / "adapters").iterdir()] == [digest], "nothing is left lying about"
+
+
+@pytest.mark.model
 @pytest.mark.parametrize(
     ("path", "change", "status", "says"),
     [
@@ -364,6 +455,12 @@ def test_an_adapter_is_served_by_name_beside_the_base(server: httpx.Client, home
         ("choice", {"messages": []}, 400, r"\$.messages"),
         ("choice", {"messages": [{"role": "tool", "content": "x"}]}, 400, "role 'tool'"),
         ("choice", {"messages": [{"role": "user", "content": "word " * 5000}]}, 400, "Shorten the prompt"),
+        (
+            "choice",
+            {"messages": [{"role": "user", "content": "word " * 1500}], "choices": [" a choice of words"] * 512},
+            400,
+            "512 choices of up to 4 tokens .* fewer choices",
+        ),
         ("chat/completions", {"max_tokens": 4096}, 400, "lower max_tokens"),
         ("chat/completions", {"stream": True}, 400, "Streaming"),
         ("chat/completions", {"n": 2}, 400, r"\$.n"),

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import clickhouse_connect
 import pytest
+from store_owner import owner
+
 from sia_events.infra.clickhouse import (
     ClickHouseLog,
     LogFull,
@@ -38,7 +40,6 @@ from sia_events.shared.events import (
 )
 from sia_events.shared.ports import Envelope, Log
 from sia_events.shared.record import GENESIS, Record, opening, place
-from store_owner import owner
 
 START = datetime(2026, 1, 2, 3, 4, 5, 678901, tzinfo=UTC)
 HARNESS = "a" * 64
@@ -163,7 +164,7 @@ async def test_model_calls_and_trace_lines_become_rows_once(embedded: ClickHouse
     steps = Envelope("r1", "step", "a1", (b'{"time":"not a time"}', b"not JSON at all \xff"))
     for token in ("t", "t", "u"):
         await embedded.append_traces([(7, calls), (8, steps)], token)
-    rows = await embedded.query("SELECT * FROM model_calls FINAL ORDER BY sequence, line")
+    rows = await embedded.query("SELECT *, call FROM model_calls FINAL ORDER BY sequence, line")
     assert [(r["sequence"], r["line"], r["call"], r["role"], r["attempt"]) for r in rows] == [
         (7, 0, "c1", "target", "a1"),
         (7, 1, "c2", "target", "a1"),

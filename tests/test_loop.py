@@ -225,7 +225,9 @@ def test_replay_finds_an_altered_record(finished: tuple[World, list[Record]]):
 def slipped_in(records: Sequence[Record], event: Any, producer: str, cause: Record | None) -> list[Record]:
     """The records and one more, in its place and rightly chained, that nobody had reason to write."""
     last = records[-1]
-    odd = Draft(event, producer, cause and cause.id, last.correlation, derived_id("r1", cause and cause.id, producer, 7))
+    odd = Draft(
+        event, producer, cause and cause.id, last.correlation, derived_id("r1", cause and cause.id, producer, 7)
+    )
     return [*records, place(odd, "r1", last.position + 1, last.chain, last.time)]
 
 

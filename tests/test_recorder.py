@@ -1,6 +1,8 @@
 """The recorder: from the streams to the log, once each, whatever breaks between; on memory and on the real pair."""
 
 import asyncio
+import os
+import signal
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -9,12 +11,16 @@ from pathlib import Path
 import pytest
 from bus_on import kill_server, note, notes, on, opened
 
+from sia_events.app import Node
+from sia_events.app import _record as run_recorder
 from sia_events.event_log.recorder import lag, rebuild, record
-from sia_events.infra import clickhouse
-from sia_events.infra.memory import MemoryBus, MemoryLog
+from sia_events.infra import child, clickhouse
+from sia_events.infra.memory import MemoryBlobs, MemoryBus, MemoryLog
 from sia_events.infra.nats_server import running
+from sia_events.infra.store_lock import owner
 from sia_events.shared.ports import Bus, Envelope, Log
 from sia_events.shared.record import Record
+from sia_events.shared.settings import Settings
 
 
 @pytest.fixture(params=["memory", "nats-server and chDB"])
@@ -116,6 +122,30 @@ async def test_an_empty_stream_rebuilds_to_an_empty_log(pair: tuple[Bus, Log]):
     bus, log = pair
     await rebuild(bus, log)
     assert list(await log.runs()) == []
+
+
+async def test_the_recorder_leaves_the_store_to_its_owner_also_while_that_is_started_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(child, "RESTARTS_S", 1.5)  # time enough for the recorder to try meanwhile
+    bus = MemoryBus()
+    store = tmp_path / "log"
+    first, *_ = await opened(bus, "r", note("before"))
+    node = Node(Settings(home=tmp_path), bus, MemoryBlobs(), MemoryBlobs())
+    task = asyncio.create_task(run_recorder(node))
+    try:
+        await caught_up(bus)
+        killed = owner(store)
+        assert killed and killed.pid != os.getpid()
+        os.kill(killed.pid, signal.SIGKILL)
+        await bus.append("r", notes("r", first, "meanwhile"))
+        await caught_up(bus)
+        after = owner(store)
+        assert after and after.pid not in (killed.pid, os.getpid())
+        assert not task.done()
+    finally:
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
 
 
 async def test_every_row_is_there_once_however_often_the_server_is_killed(tmp_path: Path):

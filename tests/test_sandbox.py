@@ -1,6 +1,7 @@
 """Each test tries one way a job could do harm, or one thing it must be able to do."""
 
 import asyncio
+import contextlib
 import http.server
 import os
 import resource
@@ -14,15 +15,15 @@ import sysconfig
 import textwrap
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 import sia_events.shared
-from sia_events.infra.box import masks
-from sia_events.infra.limits import find_controllers
-from sia_events.infra.sandbox import Bubblewrap, UnsafeProcess, check, limits_applied
+from sia_events.infra.box import kernel_box, masks
+from sia_events.infra.limits import find_controllers, sweep
+from sia_events.infra.sandbox import Bubblewrap, UnsafeProcess, binary, check, limits_applied
 from sia_events.shared.ports import Job, Limits, Outcome, Sandbox, SandboxUnavailable
 
 pytestmark = pytest.mark.skipif(check() is not None, reason=str(check()))
@@ -228,6 +229,92 @@ async def test_the_relay_carries_64_requests_at_once_and_streams(box: Sandbox, w
     assert (outcome.status, outcome.stdout) == ("ok", b"True\n10\n"), outcome
 
 
+@contextlib.contextmanager
+def serving(path: Path, answer: Callable[[socket.socket], object] | None) -> Iterator[None]:
+    """A gateway that does `answer` with each connection and closes it; None: nobody listens any more."""
+
+    class Answer(socketserver.BaseRequestHandler):
+        def handle(self) -> None:
+            if answer:
+                answer(self.request)
+
+    with UnixServer(str(path), Answer) as server:
+        if answer is None:
+            server.server_close()
+            yield
+            return
+        thread = threading.Thread(target=server.serve_forever, args=(0.01,))
+        thread.start()
+        yield
+        server.shutdown()
+        thread.join()
+
+
+def replying(replies: bytes) -> Callable[[socket.socket], object]:
+    return lambda connection: (connection.recv(65536), connection.sendall(replies))
+
+
+def read_to_the_end(connection: socket.socket) -> None:
+    while connection.recv(65536):
+        pass
+
+
+# An agent that swallows whatever its model call ends with.
+SWALLOWING = """
+    import os, urllib.request
+    for _ in range(2):
+        try: print(urllib.request.urlopen(os.environ["OPENAI_BASE_URL"], data=b"{}").status)
+        except OSError: pass
+"""
+
+
+@BOTH
+@pytest.mark.parametrize(
+    ("replies", "lost"),
+    [
+        (None, 2),
+        (b"", 2),
+        (b"HTTP/1.1 500 Internal Server Error\r\n\r\n", 2),
+        (b"HTTP/1.1 502 Bad Gateway\r\n\r\n", 0),
+        (b"HTTP/1.1 404 Not Found\r\n\r\n", 0),
+        (b"HTTP/1.1 200 OK\r\n\r\n", 0),
+    ],
+    ids=["not there", "no reply", "500", "502", "404", "200"],
+)
+async def test_requests_that_the_gateway_lost_are_counted_outside_the_job(
+    box: Sandbox, work: Path, tmp_path: Path, replies: bytes | None, lost: int
+):
+    with serving(path := tmp_path / "gateway.sock", None if replies is None else replying(replies)):
+        env = {"OPENAI_BASE_URL": "http://127.0.0.1:8080/v1"}
+        outcome = await box.run(python(work, SWALLOWING, socket=path, env=env))
+    assert (outcome.status, outcome.lost_connections) == ("ok", lost), outcome
+
+
+@BOTH
+async def test_what_is_lost_before_the_deadline_is_counted_too(box: Sandbox, work: Path, tmp_path: Path):
+    with serving(path := tmp_path / "gateway.sock", None):
+        code = textwrap.dedent(SWALLOWING) + "import time; time.sleep(1000)"
+        env = {"OPENAI_BASE_URL": "http://127.0.0.1:8080/v1"}
+        outcome = await box.run(python(work, code, limits(wall_s=1.5), socket=path, env=env))
+    assert (outcome.status, outcome.lost_connections) == ("timeout", 2)
+
+
+@BOTH
+async def test_a_request_that_the_job_gave_up_or_never_made_is_not_lost(box: Sandbox, work: Path, tmp_path: Path):
+    code = """
+        import os, socket, struct
+        port = int(os.environ["URL"].rpartition(":")[2])
+        for words in b"", b"POST / HTTP/1.1", b"bytes":
+            for linger in (0, 0), (1, 0):
+                with socket.create_connection(("127.0.0.1", port)) as connection:
+                    connection.sendall(words)
+                    connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", *linger))
+    """
+    with serving(path := tmp_path / "gateway.sock", read_to_the_end):
+        outcome = await box.run(python(work, code, socket=path, env={"URL": "http://127.0.0.1:8080"}))
+    assert (outcome.status, outcome.lost_connections) == ("ok", 0), outcome
+
+
 @BOTH
 async def test_a_daemon_ends_with_its_job(box: Sandbox, work: Path, bell: socket.socket):
     running = asyncio.create_task(box.run(daemon(work, bell, box, "")))
@@ -324,6 +411,36 @@ def test_masks_are_the_outermost_hidden_folders_that_can_be_seen(tmp_path: Path)
         (tmp_path / name).mkdir(parents=True)
     hidden = [tmp_path / name for name in ("runtime/venv/lib", "runtime/venv", "elsewhere", "not-there")]
     assert masks([tmp_path / "runtime"], hidden) == [tmp_path / "runtime/venv"]
+
+
+async def test_of_the_hosts_data_folders_only_the_time_zones_show(work: Path):
+    # Debian keeps the corpora that the answers of a task may be made of in /usr/share, and NLTK in all of these.
+    code = """
+        import os, zoneinfo
+        print([name for name in os.listdir("/usr/share") if name != "zoneinfo"])
+        print(set(os.listdir("/usr")) & {"local", "src", "include", "games", "doc"})
+        for folder, folders, files in os.walk("/"):
+            if folder == "/proc": folders.clear()
+            if {"data.noun", "index.sense"} & set(files): print("a corpus in", folder)
+            if "nltk_data" in folders and os.listdir(folder + "/nltk_data"): print("corpora in", folder)
+        assert os.system("ls / > /tmp/listing && sort /tmp/listing | grep -q work") == 0
+    """
+    assert await report(work, code, limits=limits(cpu_s=60, wall_s=60)) == "[]\nset()\n"
+
+
+async def test_a_kernel_worker_sees_its_packages_but_no_hidden_folder(tmp_path: Path):
+    hidden = Path(pytest.__file__).parent
+    program, scratch = tmp_path / "program/worker.py", tmp_path / "home/scratch"
+    program.parent.mkdir()
+    scratch.mkdir(parents=True)
+    (tmp_path / "home/answers").write_text("canary")
+    program.write_text(
+        f"import os, numpy; open('mine', 'w').close(); print(os.listdir({str(hidden)!r}), os.listdir('..'))"
+    )
+    command = kernel_box(binary(), (sys.executable, str(program)), scratch, (hidden, tmp_path / "home"))
+    process = await asyncio.create_subprocess_exec(*command, stdout=asyncio.subprocess.PIPE)
+    assert (await process.communicate())[0] == b"[] ['scratch']\n"
+    assert (scratch / "mine").exists()
 
 
 async def test_nothing_but_the_work_folder_and_scratch_can_be_written(work: Path):
@@ -530,13 +647,21 @@ async def test_what_is_left_in_the_work_folder_cannot_lead_or_hang_or_become_its
 
 async def test_a_box_that_cannot_be_built_is_not_the_jobs_crash(work: Path):
     with pytest.raises(SandboxUnavailable, match="bubblewrap cannot build a box here: bwrap:"):
-        await Bubblewrap().run(python(work, "", reads={"/usr/not-there/data": work}))
+        await Bubblewrap().run(python(work, "", reads={"/usr/bin/not-there/data": work}))
 
 
 async def test_no_control_group_is_left(work: Path):
     await Bubblewrap().run(python(work, "pass"))
     for parent in find_controllers().values():
         assert not list(parent.glob(f"sia-{os.getpid()}-*"))
+
+
+def test_groups_of_the_dead_are_swept_and_those_of_others_left_alone(tmp_path: Path):
+    names = {"sia-999999999-0", f"sia-{os.getpid()}-0", "sia-run-x", "sia-999999999-x", "sia-²-0"}
+    for name in names:
+        (tmp_path / name).mkdir()
+    sweep(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == names - {"sia-999999999-0"}
 
 
 def test_every_limit_says_how_it_is_held():

@@ -36,6 +36,7 @@ from sia_events.kernel_bench.service import kernel_bench
 from sia_events.local_model.weights import prepare
 from sia_events.meta_svc.service import meta_svc
 from sia_events.model_gateway.door import gateway
+from sia_events.model_gateway.journal import Journal
 from sia_events.model_gateway.token import TokenDoor, keep_secret
 from sia_events.shared.ports import Blobs, Bus, Log, ModelFailed, Models, Ports, Sandbox, SandboxUnavailable
 from sia_events.shared.record import Record
@@ -265,7 +266,7 @@ def ports_of(name: str, node: Node) -> Ports:
         home=node.settings.home,
         private=node.private if name == "evaluator" else None,
         threads=node.settings.model_threads,
-        boxed=None if node.sandbox == "process" else partial(kernel_box, binary()),
+        boxed=None if node.sandbox == "process" else partial(kernel_box, binary(), hidden=(node.settings.home,)),
     )
 
 
@@ -292,8 +293,9 @@ async def _serve_gateway(node: Node) -> None:
         {"OMP_NUM_THREADS": threads, "OMP_WAIT_POLICY": "PASSIVE", "TOKENIZERS_PARALLELISM": "false"},
     )
     local = LocalModels(node.blobs, settings.home / "models" / "adapters", inner)
+    journal = Journal(node.bus)
     app = gateway(
-        node.bus,
+        journal,
         _model_finder(dict(zip(PROVIDERS, (local, InstantModels()), strict=True))),
         keep_secret(settings.home, settings.gateway_secret),
         SystemClock(),
@@ -301,14 +303,15 @@ async def _serve_gateway(node: Node) -> None:
     outer.unlink(missing_ok=True)
     config = uvicorn.Config(app, uds=str(outer), log_level="error", lifespan="off", timeout_graceful_shutdown=1)
     door = _Door(config)
-    try:
+    async with AsyncExitStack() as ending:
+        # Last: what was answered until then has been paid for, and goes on disk.
+        ending.push_async_callback(journal.close)
+        ending.push_async_callback(local.close)
+        ending.push_async_callback(server.close)
         async with asyncio.TaskGroup() as group:
             group.create_task(door.serve())
             if node.local_model:
                 group.create_task(server.start())
-    finally:
-        await server.close()
-        await local.close()
 
 
 class _Door(uvicorn.Server):
@@ -332,14 +335,18 @@ def _model_finder(providers: Mapping[str, Models]) -> Callable[[str], Models]:
 async def _record(node: Node) -> None:
     """The recorder; the embedded store gets an owner process, so that other processes can ask it meanwhile."""
     keeper: Child | None = None
-    if node.settings.log_dsn is None:
-        command = ("-m", "sia_events.infra.chdb_server", "--path", str(node.settings.home / "log"), "--die-with-parent")
+    dsn, store = node.settings.log_dsn or "", node.settings.home / "log"
+    if not dsn:
+        command = ("-m", "sia_events.infra.chdb_server", "--path", str(store), "--die-with-parent")
         keeper = Child("the log's owner", (sys.executable, *command))
-        await keeper.start()
+        dsn = (await keeper.start())["dsn"]
     try:
         while True:
+            # Never opened here: while the owner is being started again we would be in its way.
+            if keeper and (held := owner(store)) and held.dsn:
+                dsn = held.dsn
             try:
-                log = await asyncio.to_thread(clickhouse.connect, log_dsn(node.settings))
+                log = await asyncio.to_thread(clickhouse.connect, dsn)
                 try:
                     await record(node.bus, log)
                 finally:

@@ -188,4 +188,4 @@ async def _tried(name: str, detail: str | None, work: Callable) -> Check:  # typ
             f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}",
             str(error) or None,
         )
-    return Check(name, "ok", detail and f"{detail}: {found}" or found)
+    return Check(name, "ok", (detail and f"{detail}: {found}") or found)

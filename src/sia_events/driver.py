@@ -24,7 +24,7 @@ from sia_events.evaluator.trial import require_loadable
 from sia_events.event_log import recorder
 from sia_events.infra.clickhouse import LogUnavailable
 from sia_events.infra.store_lock import StoreHeld
-from sia_events.local_model.weights import prepare
+from sia_events.local_model.weights import CARRIER, prepare
 from sia_events.shared.events import RunBranched, RunFinished, RunSettings, RunStarted, ServiceFailed
 from sia_events.shared.failpoints import reach
 from sia_events.shared.ports import Log
@@ -72,7 +72,9 @@ async def run(
             if chosen is None:
                 raise Unusable(f"no run {name!r} to resume; sia runs lists them")
             if wanted.sandbox == "process" and not node.names:
-                raise Unusable("services that are up run agents in bubblewrap only; for --sandbox process: sia down first")
+                raise Unusable(
+                    "services that are up run agents in bubblewrap only; for --sandbox process: sia down first"
+                )
             await _open(node, name, chosen, wanted)
         else:
             state = fold(await node.bus.history(name))
@@ -320,7 +322,7 @@ async def serve(settings: Settings, names: Sequence[str], as_json: bool) -> int:
         raise NodeHeld(f"{app.describe(running, settings.home)}; wait for its end, or set SIA_HOME to another folder")
     if "target_runner" in names:
         await app.ready(settings, "bubblewrap", local_model=False)
-    local = "model_gateway" in names and find_spec("torch") is not None
+    local = "model_gateway" in names and None not in (find_spec("torch"), find_spec(CARRIER))
     if local:
         await asyncio.to_thread(prepare, settings.home)
     alone = settings.nats_url or (app.own_nats_url(settings) if running else None)

@@ -1,0 +1,85 @@
+"""Settings of a process: variables over the file over the defaults, each mistake named where it stands."""
+
+from pathlib import Path
+
+import pytest
+
+from sia_events.driver import merged
+from sia_events.errors import Unusable
+from sia_events.shared.events import RunSettings
+from sia_events.shared.settings import Settings, SettingsError, load_settings
+
+
+def test_with_nothing_set_all_is_kept_under_the_users_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert load_settings({}) == Settings(home=tmp_path / ".sia")
+
+
+def test_a_variable_wins_over_the_file_and_the_file_over_the_default(tmp_path: Path):
+    (tmp_path / "config.toml").write_text('model_threads = 3\nnats_url = "nats://file:4222"\n')
+    found = load_settings({"SIA_HOME": str(tmp_path), "SIA_NATS_URL": "nats://variable:4222"})
+    assert (found.model_threads, found.nats_url, found.log_dsn) == (3, "nats://variable:4222", None)
+
+
+def test_another_file_can_be_named(tmp_path: Path):
+    (tmp_path / "mine.toml").write_text("model_threads = 5\n")
+    found = load_settings({"SIA_HOME": str(tmp_path), "SIA_CONFIG": str(tmp_path / "mine.toml")})
+    assert found.model_threads == 5
+
+
+def test_the_home_is_absolute_however_it_is_given(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    monkeypatch.chdir(tmp_path)
+    assert load_settings({"SIA_HOME": "here"}).home == tmp_path / "here"
+
+
+def test_an_empty_variable_is_an_unset_one(tmp_path: Path):
+    assert load_settings({"SIA_HOME": str(tmp_path), "SIA_NATS_URL": "", "SIA_MODEL_THREADS": ""}).nats_url is None
+
+
+def test_variables_of_other_purposes_are_left_alone(tmp_path: Path):
+    environ = {"SIA_HOME": str(tmp_path), "SIA_FAIL_AT": "x", "SIA_NATS_SERVER": "/bin/nats-server", "PATH": "/bin"}
+    assert load_settings(environ) == Settings(home=tmp_path)
+
+
+@pytest.mark.parametrize("value", ["0", "65", "two", "1.5"])
+def test_a_bad_variable_is_named(value: str, tmp_path: Path):
+    with pytest.raises(SettingsError, match="SIA_MODEL_THREADS"):
+        load_settings({"SIA_HOME": str(tmp_path), "SIA_MODEL_THREADS": value})
+
+
+@pytest.mark.parametrize(
+    ("text", "named"),
+    [("model_threads = 0", "model_threads"), ("thread = 2", "thread"), ("nats_url = [", "config.toml")],
+)
+def test_a_bad_line_of_the_file_is_named_with_the_file(text: str, named: str, tmp_path: Path):
+    (tmp_path / "config.toml").write_text(text)
+    with pytest.raises(SettingsError) as raised:
+        load_settings({"SIA_HOME": str(tmp_path)})
+    assert named in str(raised.value) and "config.toml" in str(raised.value)
+
+
+def test_loading_settings_writes_nothing(tmp_path: Path):
+    load_settings({"SIA_HOME": str(tmp_path / "new")})
+    assert not list(tmp_path.iterdir())
+
+
+def test_settings_of_a_run_are_changed_one_by_one():
+    changed = merged(RunSettings(), {"lever": "weights", "alpha": 0.01})
+    assert (changed.lever, changed.alpha) == ("weights", 0.01)
+    assert changed.generations == RunSettings().generations
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"lver": "weights"}, "did you mean lever"),
+        ({"zzz": 1}, "there are: generations"),
+        ({"alpha": 0.5}, "setting alpha: .* not 0.5"),
+        ({"lever": "brute force"}, "setting lever"),
+        ({"generations": "many"}, "setting generations"),
+        ({"generations": True}, "setting generations"),
+    ],
+)
+def test_a_bad_setting_of_a_run_is_named_with_what_was_given(changes: dict[str, object], message: str):
+    with pytest.raises(Unusable, match=message):
+        merged(RunSettings(), changes)
