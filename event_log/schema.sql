@@ -7,7 +7,8 @@
 -- One row a record. `record` holds its canonical bytes and is the truth; the engine reads every other column from it.
 -- A write is fsynced before it is acknowledged. A batch sent again is dropped by its token within the window, and a row
 -- that slips through is collapsed by (run, position): readers use FINAL or LIMIT 1 BY, as merges come when they like.
--- Merged parts are fsynced too, so the many small ones they replace need not be kept for eight minutes.
+-- Merged parts are fsynced too, so the many small ones they replace need not be kept for eight minutes: on a busy
+-- table even those of ten seconds take several times its own size.
 -- After a power cut, parts that were never acknowledged may be torn; the store must set them aside and open all the same.
 CREATE TABLE IF NOT EXISTS events
 (
@@ -29,11 +30,12 @@ CREATE TABLE IF NOT EXISTS events
 ENGINE = ReplacingMergeTree
 ORDER BY (run, position)
 SETTINGS non_replicated_deduplication_window = 10000, fsync_after_insert = 1, fsync_part_directory = 1,
-    min_rows_to_fsync_after_merge = 1, old_parts_lifetime = 10,
+    min_rows_to_fsync_after_merge = 1, old_parts_lifetime = 1,
+    cleanup_delay_period = 1, max_cleanup_delay_period = 2, cleanup_delay_period_random_add = 0,
     max_suspicious_broken_parts = 1000000, max_suspicious_broken_parts_bytes = 1000000000000;
 
 -- One row a model call: `body` is the line as the gateway recorded it (shared/calls.py), `sequence` and `line` say where
--- on the stream it stands, `key` is what an attempt's tries share.
+-- on the stream it stands, `key` is what an attempt's tries share. Random names do not compress, so no column repeats them.
 CREATE TABLE IF NOT EXISTS model_calls
 (
     run               LowCardinality(String),
@@ -43,7 +45,7 @@ CREATE TABLE IF NOT EXISTS model_calls
     body              String CODEC(ZSTD(3)),
     time              DateTime64(6, 'UTC')   DEFAULT
         toDateTime64OrZero(replaceRegexpOne(JSONExtractString(body, 'time'), '^(.{10})T(.*)Z$', '\\1 \\2'), 6, 'UTC'),
-    call              String                 DEFAULT JSONExtractString(body, 'call'),
+    call              String                 ALIAS JSONExtractString(body, 'call'),
     attempt           String                 DEFAULT JSONExtractString(body, 'attempt'),
     version           String                 DEFAULT JSONExtractString(body, 'version'),
     item              String                 DEFAULT JSONExtractString(body, 'item'),
@@ -51,7 +53,7 @@ CREATE TABLE IF NOT EXISTS model_calls
     kind              LowCardinality(String) DEFAULT JSONExtractString(body, 'kind'),
     model             LowCardinality(String) DEFAULT JSONExtractString(body, 'model'),
     adapter           String                 DEFAULT JSONExtractString(body, 'adapter'),
-    digest            String                 DEFAULT JSONExtractString(body, 'digest'),
+    digest            String                 ALIAS JSONExtractString(body, 'digest'),
     error             String                 DEFAULT JSONExtractString(body, 'error'),
     prompt_tokens     UInt64                 DEFAULT JSONExtractUInt(body, 'prompt_tokens'),
     completion_tokens UInt64                 DEFAULT JSONExtractUInt(body, 'completion_tokens'),
@@ -61,7 +63,8 @@ CREATE TABLE IF NOT EXISTS model_calls
 ENGINE = ReplacingMergeTree
 ORDER BY (run, key, sequence, line)
 SETTINGS non_replicated_deduplication_window = 10000, fsync_after_insert = 1, fsync_part_directory = 1,
-    min_rows_to_fsync_after_merge = 1, old_parts_lifetime = 10,
+    min_rows_to_fsync_after_merge = 1, old_parts_lifetime = 1,
+    cleanup_delay_period = 1, max_cleanup_delay_period = 2, cleanup_delay_period_random_add = 0,
     max_suspicious_broken_parts = 1000000, max_suspicious_broken_parts_bytes = 1000000000000;
 
 -- One row a line of everything else that comes in volume: agent steps, training steps, log lines.
@@ -79,7 +82,8 @@ CREATE TABLE IF NOT EXISTS trace
 ENGINE = ReplacingMergeTree
 ORDER BY (run, kind, key, sequence, line)
 SETTINGS non_replicated_deduplication_window = 10000, fsync_after_insert = 1, fsync_part_directory = 1,
-    min_rows_to_fsync_after_merge = 1, old_parts_lifetime = 10,
+    min_rows_to_fsync_after_merge = 1, old_parts_lifetime = 1,
+    cleanup_delay_period = 1, max_cleanup_delay_period = 2, cleanup_delay_period_random_add = 0,
     max_suspicious_broken_parts = 1000000, max_suspicious_broken_parts_bytes = 1000000000000;
 
 -- Every version: where it comes from, which lever made it, what the gate said of it.

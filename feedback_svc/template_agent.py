@@ -14,11 +14,12 @@ import urllib.request
 from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from http.client import HTTPException
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
-BUSY = (429, 502, 503, 504)
+BUSY = (408, 429)
 WAITS = (0.2, 0.5, 1, 2, 4, 8)
 SAMPLING = 0.7  # temperature of a second try, which at 0 would repeat the first
 
@@ -28,7 +29,7 @@ Pick = Callable[[str], list[Example]]
 
 
 def post(path: str, body: dict[str, Any]) -> dict[str, Any]:
-    """The model's reply. A busy or unreachable model is asked again, a little later each time; then OSError."""
+    """The model's reply. A busy or unreachable model is asked again, a little later each time, and then raised."""
     request = urllib.request.Request(
         f"{os.environ['OPENAI_BASE_URL']}/{path}",
         data=json.dumps({"model": os.environ["SIA_MODEL"], **body}).encode(),
@@ -38,12 +39,16 @@ def post(path: str, body: dict[str, Any]) -> dict[str, Any]:
         try:
             with urllib.request.urlopen(request, timeout=600) as response:
                 return json.load(response)
-        except OSError as error:
-            refused = isinstance(error, urllib.error.HTTPError) and error.code not in BUSY
-            if refused or wait is None:
+        except (OSError, HTTPException) as error:
+            if refused(error) or wait is None:
                 raise
             time.sleep(wait)
     raise AssertionError("the last try returns or raises")
+
+
+def refused(error: BaseException) -> bool:
+    """Whether the request itself was at fault, so that asking again cannot help."""
+    return isinstance(error, urllib.error.HTTPError) and 400 <= error.code < 500 and error.code not in BUSY
 
 
 def fixed_examples(train: Sequence[Example], labels: Sequence[str], count: int) -> Pick:
@@ -168,6 +173,8 @@ def main() -> None:
     failed = [(item["id"], error) for item, future in pending if (error := future.exception())]
     for id, error in failed:
         print(f"{id}: not answered: {error!r}", file=sys.stderr)
+    if any(isinstance(error, OSError | HTTPException) and not refused(error) for _, error in failed):
+        sys.exit("the model could not be reached for every item: no answers are better than fewer")
     if failed and len(failed) == len(items):
         sys.exit("no item could be answered")
     labels = {item["id"]: future.result() for item, future in pending if not future.exception()}

@@ -28,8 +28,8 @@ class StoredBlobs:
         digest = hashlib.sha256(body).hexdigest()
         path = _path(digest)
         try:
-            # Of another size is a torn one, and writing it again mends it.
-            if await self._size(path) != len(body):
+            # One that was torn, or has rotted since, is mended by writing it again.
+            if await self._stored(path) != body:
                 await obstore.put_async(self._store, path, body)
                 if self._root:
                     await asyncio.to_thread(_sync, self._root / path)
@@ -40,11 +40,11 @@ class StoredBlobs:
     async def get(self, digest: str) -> bytes:
         path = _path(digest)
         try:
-            body = bytes(await (await obstore.get_async(self._store, path)).bytes_async())
-        except FileNotFoundError:
-            raise BlobMissing(f"no blob {digest} in {self._where}") from None
+            body = await self._stored(path)
         except (BaseError, OSError) as error:
             raise BlobsUnavailable(f"cannot read blob {digest} from {self._where}: {error}") from error
+        if body is None:
+            raise BlobMissing(f"no blob {digest} in {self._where}")
         if hashlib.sha256(body).hexdigest() != digest:
             raise BlobCorrupt(
                 f"blob {self._where}/{path} is corrupt: its bytes are not those it was stored with. "
@@ -52,9 +52,9 @@ class StoredBlobs:
             )
         return body
 
-    async def _size(self, path: str) -> int | None:
+    async def _stored(self, path: str) -> bytes | None:
         try:
-            return (await obstore.head_async(self._store, path))["size"]
+            return bytes(await (await obstore.get_async(self._store, path)).bytes_async())
         except FileNotFoundError:
             return None
 
@@ -62,11 +62,14 @@ class StoredBlobs:
 def open_blobs(place: str) -> StoredBlobs:
     """Blobs in a folder, made when it is missing, or in an object store by URL, such as s3://bucket/prefix.
 
-    In a folder a put is on disk when it returns. A bucket's keys and region come from the environment, as usual there.
+    In a folder a put is on disk when it returns. A folder that is made is its owner's alone to read, since blobs hold
+    answers and what agents were told. A bucket's keys and region come from the environment, as usual there.
     """
     if "://" in place:
         return StoredBlobs(from_url(place), place)
-    return StoredBlobs(LocalStore(place, mkdir=True, automatic_cleanup=True), place, Path(place))
+    root = Path(place)
+    root.mkdir(mode=0o700, parents=True, exist_ok=True)
+    return StoredBlobs(LocalStore(place, automatic_cleanup=True), place, root)
 
 
 def _path(digest: str) -> str:

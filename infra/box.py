@@ -11,7 +11,11 @@ from sia_events.shared.ports import Job, Limits
 RELAY = Path(__file__).with_name("relay.py")
 PYTHON = Path(getattr(sys, "_base_executable", sys.executable)).resolve()
 PREFIX = Path(sys.base_prefix).resolve()
-RUNTIME = ("/usr", "/bin", "/sbin", "/lib", "/lib32", "/lib64", "/libx32", "/etc/ld.so.cache", "/etc/alternatives")
+PROGRAMS, LIBRARIES = ("bin", "sbin", "libexec"), ("lib", "lib32", "lib64", "libx32")
+RUNTIME = (
+    *(f"{top}/{name}" for top in ("", "/usr") for name in (*PROGRAMS, *LIBRARIES)),
+    *("/usr/share/zoneinfo", "/etc/ld.so.cache", "/etc/alternatives"),
+)
 PYTHON_INSIDE, RELAY_INSIDE, SOCKET_INSIDE = "/run/bin/python", "/run/relay.py", "/run/gateway.sock"
 
 
@@ -19,12 +23,10 @@ def box(hidden: Sequence[Path], limits: Limits) -> Iterator[str]:
     """bubblewrap's options for the empty box: namespaces, runtime, masks and scratch; read-only but for the scratch."""
     yield from ("--unshare-user", "--unshare-all", "--disable-userns", "--cap-drop", "ALL", "--die-with-parent")
     yield from ("--new-session", "--hostname", "box", "--uid", "1000", "--gid", "1000")
-    bound = [Path(path) for path in RUNTIME if os.path.exists(path) and not os.path.islink(path)]
     for path in RUNTIME:
         if os.path.islink(path):
             yield from ("--symlink", os.readlink(path), path)
-    if not any(PREFIX.is_relative_to(path) for path in bound):
-        bound.append(PREFIX)
+    bound = runtime()
     for path in bound:
         yield from ("--ro-bind", str(path), str(path))
     for path in masks(bound, [*hidden, *own_folders()]):
@@ -50,6 +52,19 @@ def contents(job: Job) -> Iterator[str]:
         yield from ("--setenv", name, value)
 
 
+def runtime() -> list[Path]:
+    """The host's programs and libraries and this interpreter's, outermost folders only.
+
+    Not all of /usr nor all of the interpreter's prefix: their data folders may hold what a task's answers were made
+    of, such as Debian's /usr/share/wordnet.
+    """
+    found = [Path(path) for path in RUNTIME if os.path.exists(path) and not os.path.islink(path)]
+    for path in (PYTHON.parent, *(PREFIX / name for name in LIBRARIES)):
+        if path.is_dir() and not any(path.resolve().is_relative_to(folder) for folder in found):
+            found.append(path)
+    return found
+
+
 def masks(bound: Sequence[Path], hidden: Sequence[Path]) -> list[Path]:
     """Those of the `hidden` folders that can be seen through the `bound` ones, the outermost of each nest."""
     folders = {path.resolve() for path in hidden if path.is_dir()}
@@ -58,8 +73,11 @@ def masks(bound: Sequence[Path], hidden: Sequence[Path]) -> list[Path]:
 
 
 def own_folders() -> list[Path]:
-    """Where this package and its environment live: it carries private data, and a job gets the bare interpreter."""
-    found = [RELAY.parents[1]]
+    """Where this package and its environment live: it carries private data, and a job gets the bare interpreter.
+
+    So do the places beside libraries where NLTK looks for corpora (nltk.data, "Data path").
+    """
+    found = [RELAY.parents[1], *(Path(prefix) / "lib/nltk_data" for prefix in ("/usr", PREFIX))]
     if sys.prefix != sys.base_prefix:
         found.append(Path(sys.prefix))
     for variables in ({}, {"base": sys.base_prefix, "platbase": sys.base_prefix}):
@@ -71,19 +89,21 @@ def environment(job: Job, programs: str) -> dict[str, str]:
     return {"PATH": f"{programs}:/usr/bin:/bin", "HOME": "/work", "LANG": "C.UTF-8", **job.env}
 
 
-def kernel_box(bwrap: str, argv: Sequence[str], scratch: Path) -> list[str]:
+def kernel_box(bwrap: str, argv: Sequence[str], scratch: Path, hidden: Sequence[Path] = ()) -> list[str]:
     """A command line that has `bwrap` run a kernel worker: this environment's packages to read, `scratch` to write.
 
     Unlike a job of the sandbox it sees the installed packages, since a kernel needs torch; this package, which
-    carries private data, is masked but for the folder that the worker's program lies in.
+    carries private data, is masked but for the folder that the worker's program lies in, and so are the `hidden`
+    folders but for `scratch`.
     """
     program = next(Path(word) for word in argv if word.endswith(".py"))
-    bound = [Path(path) for path in (*RUNTIME, PREFIX, sys.prefix) if os.path.exists(path)]
+    bound = [*(Path(path) for path in RUNTIME if os.path.islink(path)), *runtime(), Path(sys.prefix)]
     options = ["--unshare-all", "--die-with-parent", "--new-session", "--cap-drop", "ALL", "--clearenv"]
+    options += ["--tmpfs", "/tmp"]
     for path in bound:
         options += ["--ro-bind", str(path), str(path)]
-    for path in masks(bound, [RELAY.parents[1]]):
+    for path in masks(bound, [*hidden, RELAY.parents[1]]):
         options += ["--tmpfs", str(path)]
     options += ["--ro-bind", str(program.parent), str(program.parent), "--proc", "/proc", "--remount-ro", "/proc"]
-    options += ["--dev", "/dev", "--tmpfs", "/tmp", "--bind", str(scratch), str(scratch), "--chdir", str(scratch)]
+    options += ["--dev", "/dev", "--bind", str(scratch), str(scratch), "--chdir", str(scratch)]
     return [bwrap, *options, "--", *argv]

@@ -21,6 +21,7 @@ import sys
 import threading
 from base64 import b64decode
 from collections.abc import Iterator
+from contextlib import suppress
 from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from socketserver import TCPServer, ThreadingMixIn
@@ -33,6 +34,7 @@ from sia_events.infra.store_lock import StoreHeld, claim, owner
 USER = "sia"
 DRAIN_SECONDS = 10.0
 STALLED_SECONDS = 60.0
+READERS_SECONDS = 15.0  # a store without an owner is opened by whoever reads it, for as long as one question takes
 HTTP_STATUS = {36: 400, 46: 404, 60: 404, 62: 400, 81: 404, 115: 404, 164: 403, 241: 507, 243: 507}
 
 
@@ -203,7 +205,7 @@ def serve(path: Path, port: int, token: str | None, die_with_parent: bool) -> in
     with _listen(port, last.port or 0, token, Engine(path, spool)) as server:
         taken = server.server_address[1]
         dsn = f"clickhouse://{USER}:{quote(token, safe='')}@127.0.0.1:{taken}/default"
-        with claim(path, dsn):
+        with claim(path, dsn, READERS_SECONDS):
             shutil.rmtree(spool, ignore_errors=True)
             server.engine.open()
             listener = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True)
@@ -244,7 +246,9 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    # Client threads may still sit in the engine's library, which does not survive the interpreter's teardown.
-    status = main()
-    sys.stdout.flush()
+    # Client threads may still sit in the engine's library, which does not survive the interpreter's teardown: it would
+    # catch its own crash and sleep on it for minutes. So nothing leads there, nor a parent that died before we were up.
+    status = 2
+    with suppress(BrokenPipeError):
+        status = main()
     os._exit(status)

@@ -2,6 +2,7 @@
 
 import asyncio
 import re
+import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from importlib.resources import files
@@ -12,6 +13,7 @@ from urllib.parse import unquote, urlsplit
 import clickhouse_connect
 from clickhouse_connect.driver.client import Client
 from clickhouse_connect.driver.exceptions import DatabaseError, OperationalError, ProgrammingError
+
 from sia_events.infra.chdb_engine import ENGINE_OPTIONS
 from sia_events.infra.store_lock import StoreHeld, claim
 from sia_events.shared.ports import Envelope
@@ -22,6 +24,7 @@ TABLES = ("events", "model_calls", "trace")
 # Without async_insert=0 an insert may be acknowledged from memory.
 SETTINGS = {"async_insert": "0", "wait_for_async_insert": "1", "insert_deduplicate": "1", "max_threads": "2"}
 TABLE_SETTINGS = ("fsync_after_insert = 1", "fsync_part_directory = 1", "non_replicated_deduplication_window = 10000")
+READERS_S = 5.0
 NO_SPACE = 243  # ClickHouse's NOT_ENOUGH_SPACE
 
 T = TypeVar("T")
@@ -62,12 +65,18 @@ def connect(dsn: str) -> "ClickHouseLog":
         return _open(lambda **more: clickhouse_connect.get_client(**remote, **more), ExitStack())
     path = Path(unquote(url.path))
     held = ExitStack()
-    try:
-        held.enter_context(claim(path))
-    except StoreHeld as error:
-        if error.owner is None or error.owner.dsn is None:
-            raise
-        return connect(error.owner.dsn)
+    deadline = time.monotonic() + READERS_S
+    while True:
+        try:
+            held.enter_context(claim(path))
+            break
+        except StoreHeld as error:
+            if error.owner and error.owner.dsn:
+                return connect(error.owner.dsn)
+            # Somebody who reads, as we do, and is done soon; or an owner that has not said yet how to ask it.
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.05)
     options = {"interface": "chdb", "path": str(path), "chdb_options": ENGINE_OPTIONS}
     return _open(lambda **more: clickhouse_connect.get_client(**options, **more), held)
 

@@ -30,7 +30,7 @@ def delay(tries: int, first: float) -> float:
 async def give_up(
     bus: Bus, blobs: Blobs, service: str, record: Record, payload: bytes, sequence: int, error: Exception, tries: int
 ) -> None:
-    """Record that `service` failed on `record`, for good, with the payload kept. A second time changes nothing."""
+    """Record that `service` failed on `record`, with the payload kept: a letter each time that it gave up."""
     log.error("gave up on a record", service=service, run=record.run, record=record.type, tries=tries, error=str(error))
     if isinstance(record.event, ServiceFailed):
         return  # a dead letter about a dead letter would never end
@@ -42,7 +42,9 @@ async def give_up(
         payload=await blobs.put(payload),
         tries=tries,
     )
-    letter = derived_id(record.run, record.id, service, "failed")
+    letters = [r for r in await bus.history(record.run) if isinstance(r.event, ServiceFailed)]
+    nth = sum((each.cause, each.producer) == (record.id, service) for each in letters)
+    letter = derived_id(record.run, record.id, service, f"failed {nth}" if nth else "failed")
     await bus.append(record.run, [Draft(event, service, record.id, record.correlation, letter)])
 
 

@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import itertools
 import os
+import re
 import stat
 import time
 from collections.abc import Mapping
@@ -221,7 +222,8 @@ def folder_bytes(folder: Path, limit: int) -> int:
 def sweep(parent: Path) -> None:
     """Remove groups that an earlier process of ours left when it was killed."""
     for group in parent.glob("sia-*-*"):
-        if not psutil.pid_exists(int(group.name.split("-")[1])):
+        ours = re.fullmatch(r"sia-(\d+)-\d+", group.name, re.ASCII)
+        if ours and not psutil.pid_exists(int(ours[1])):
             with contextlib.suppress(OSError):
                 group.rmdir()
 

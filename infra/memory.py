@@ -9,7 +9,7 @@ from datetime import UTC, datetime
 from typing import Any, Literal
 
 from sia_events.infra.delivery import TRIES, checked_name, delay, give_up, give_up_unread
-from sia_events.infra.tail import Tail, following, stored
+from sia_events.infra.tail import Tail, check_part, following, stored
 from sia_events.shared.events import RunBranched
 from sia_events.shared.ports import BlobMissing, Blobs, Clock, Envelope, Feed, NoSuchPosition
 from sia_events.shared.record import Draft, Record, UnreadableRecord, parse_record, to_wire
@@ -65,6 +65,7 @@ class MemoryBus:
         self._envelopes: list[Envelope] = []
         self._tails: dict[str, Tail] = {}
         self._served: Counter[str] = Counter()
+        self._again: set[tuple[str, str]] = set()
         self._places: dict[str, dict[str, tuple[int, int]]] = {}
         self._news = asyncio.Event()
 
@@ -119,8 +120,14 @@ class MemoryBus:
     ) -> None:
         place = 0 if run else self._served[service]
         while True:
+            for asked in [(name, each) for name, each in self._again if name == service and run is None]:
+                self._again.discard(asked)
+                for sequence, message in enumerate(self._events[:place], 1):
+                    if message.type in types and message.run == asked[1]:
+                        await self._deliver(service, message, sequence, answer)
             if place == len(self._events):
                 await self._news.wait()
+                continue
             message = self._events[place]
             place += 1
             if message.type in types and message.run == (run or message.run):
@@ -128,10 +135,14 @@ class MemoryBus:
             if run is None:
                 self._served[service] = place
 
+    async def again(self, run: str, service: str) -> None:
+        self._again.add((service, checked_name(run)))
+        self._tell()
+
     async def _deliver(
         self, service: str, message: Message, sequence: int, answer: Callable[[Record], Awaitable[None]]
     ) -> None:
-        if message.record is None:
+        if message.record is None or self._tail(message.run).ids.get(message.record.id) != message.record:
             await self._unread(service, message, sequence)
             return
         for tries in range(1, TRIES + 1):
@@ -146,7 +157,7 @@ class MemoryBus:
 
     async def _unread(self, reader: str, message: Message, sequence: int) -> None:
         try:
-            parse_record(message.wire)
+            check_part(self._tail(message.run), parse_record(message.wire))
         except UnreadableRecord as error:
             await give_up_unread(self, self._blobs, reader, message.run, message.wire, sequence, error)
 

@@ -1,9 +1,9 @@
 """The local model as a `Models` port: an HTTP client of the model server, which holds adapters by name."""
 
 import asyncio
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import httpx
@@ -73,13 +73,12 @@ class LocalModels:
             listed = await self._send_get("/v1/models")
             if any(model["id"] == adapter for model in listed["data"]):
                 return
-            folder = self._adapters / adapter
-            if not folder.exists():
-                half = folder.with_suffix(".tmp")
-                shutil.rmtree(half, ignore_errors=True)
-                write_tree(await load_tree(self._blobs, adapter), half)
-                half.rename(folder)
-            loaded = await self._send("/v1/load_lora_adapter", {"lora_name": adapter, "lora_path": str(folder)})
+            files = await load_tree(self._blobs, adapter)
+            self._adapters.mkdir(parents=True, exist_ok=True)
+            # Laid down anew from blobs that are checked, for as long as it is read: a copy that is kept may rot.
+            with TemporaryDirectory(dir=self._adapters) as folder:
+                write_tree(files, Path(folder))
+                loaded = await self._send("/v1/load_lora_adapter", {"lora_name": adapter, "lora_path": folder})
             if loaded.status_code != 200:
                 raise ModelFailed(loaded.status_code, f"adapter {adapter[:12]} was refused: {loaded.text[:500]}")
 

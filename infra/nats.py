@@ -1,6 +1,7 @@
 """The bus on NATS JetStream: append, history, serve, trace and feed over one connection."""
 
 import asyncio
+from collections import OrderedDict
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager, suppress
 from secrets import token_hex
@@ -11,6 +12,7 @@ from uuid import uuid4
 import structlog
 from faststream.nats import NatsBroker
 from nats.aio.client import Client
+from nats.js.errors import NotFoundError
 
 from sia_events.infra import nats_feed
 from sia_events.infra.delivery import checked_name, give_up, give_up_unread
@@ -37,7 +39,7 @@ from sia_events.infra.nats_wire import (
     subject_of,
     trace_subject,
 )
-from sia_events.infra.tail import Tail, following, stored
+from sia_events.infra.tail import Tail, check_part, following, stored
 from sia_events.shared.events import RunBranched
 from sia_events.shared.ports import Blobs, BusUnreachable, Clock, Envelope, Feed, NoSuchPosition
 from sia_events.shared.record import Draft, Record, UnreadableRecord, to_wire
@@ -50,6 +52,7 @@ FEED_S = 0.1  # how long news gathers before it is handed out: an insert costs t
 OPENINGS_S = 1.0
 OPENINGS = ("RunStarted", "RunBranched")
 CLOSINGS = ("RunFinished", "RunCancelled")
+KEPT_RUNS = 64
 
 Answer = Callable[[Record], Awaitable[None]]
 T = TypeVar("T")
@@ -58,7 +61,7 @@ log = structlog.get_logger()
 
 
 class NatsBus:
-    """The `Bus` port. It keeps the records of every run that it was asked about, so that only news is read."""
+    """The `Bus` port. It keeps the records of the runs that it was asked about last, so that only news is read."""
 
     def __init__(
         self,
@@ -78,8 +81,7 @@ class NatsBus:
         self._ack_wait = ack_wait
         self._retry_delay = retry_delay
         self._patience = patience
-        self._tails: dict[str, Tail] = {}
-        self._locks: dict[str, asyncio.Lock] = {}
+        self._tails: OrderedDict[str, tuple[Tail, asyncio.Lock]] = OrderedDict()
 
     async def append(self, run: str, drafts: Sequence[Draft]) -> Sequence[Record]:
         if not drafts:
@@ -137,9 +139,16 @@ class NatsBus:
             # A consumer of its own each time: what was answered before is answered again from the record.
             name = f"{service}-{checked_name(run)}-{token_hex(4)}"
             await serve(self._broker, self._client, self._serving(name, service, types, answer, run), keep=False)
+            return
         async with asyncio.TaskGroup() as group:
             async for opened in self._open_runs():
                 group.create_task(self._serve_to_its_end(service, types, answer, opened))
+
+    async def again(self, run: str, service: str) -> None:
+        name = _shared(service, checked_name(run))
+        with suppress(NotFoundError):
+            # Whoever serves the run misses the consumer and makes it anew, from the first record on.
+            await self._patiently(lambda: self._client.jetstream().delete_consumer(EVENTS, name))
 
     async def _serve_to_its_end(self, service: str, types: Sequence[str], answer: Answer, run: str) -> None:
         """Serve one run, shared with other processes that serve it, until its closing record has been handled."""
@@ -151,7 +160,7 @@ class NatsBus:
             if record.type in CLOSINGS:
                 closed.set()
 
-        serving = self._serving(f"{service}-{run}", service, [*types, *CLOSINGS], until_closed, run)
+        serving = self._serving(_shared(service, run), service, [*types, *CLOSINGS], until_closed, run)
         task = asyncio.create_task(serve(self._broker, self._client, serving, keep=True))
         ended = asyncio.create_task(closed.wait())
         try:
@@ -180,9 +189,9 @@ class NatsBus:
         async def handle(message: Message) -> None:
             try:
                 record = read_record(message)
+                check_part(await self._see(run, message.sequence), record)
             except UnreadableRecord as error:
                 raise Unanswerable from error
-            await self._see(run, message.sequence)
             await answer(record)
 
         async def bury(message: Message, error: Exception, tries: int) -> None:
@@ -256,7 +265,12 @@ class NatsBus:
         return tuple(records)
 
     def _tail(self, run: str) -> tuple[Tail, asyncio.Lock]:
-        return self._tails.setdefault(checked_name(run), Tail(run)), self._locks.setdefault(run, asyncio.Lock())
+        found = self._tails.setdefault(checked_name(run), (Tail(run), asyncio.Lock()))
+        self._tails.move_to_end(run)
+        if len(self._tails) > KEPT_RUNS:
+            # Whoever works with it still does so safely: an append is checked against the stream.
+            self._tails.popitem(last=False)
+        return found
 
     async def _catch_up(self, tail: Tail) -> None:
         for message in await read(self._client, EVENTS, tail.sequence + 1, f"sia.events.{tail.run}.>"):
@@ -265,7 +279,7 @@ class NatsBus:
             except UnreadableRecord:
                 tail.take(message.sequence, None)
 
-    async def _see(self, run: str, sequence: int) -> None:
+    async def _see(self, run: str, sequence: int) -> Tail:
         """Read a run at least up to a message that was delivered: another replica may be behind the one that did."""
         tail, lock = self._tail(run)
         while tail.sequence < sequence:
@@ -273,6 +287,7 @@ class NatsBus:
                 await self._patiently(lambda: self._catch_up(tail))
             if tail.sequence < sequence:
                 await asyncio.sleep(FEED_S)
+        return tail
 
     async def _read(self, stream: str, start: int, subject: str | None = None, limit: int = 2**62) -> list[Message]:
         return await self._patiently(lambda: read(self._client, stream, start, subject, limit))
@@ -295,6 +310,11 @@ class NatsBus:
                         "What it acknowledged is kept. See that it runs and has disk left, then run the same command."
                     ) from error
             await asyncio.sleep(FEED_S)
+
+
+def _shared(service: str, run: str) -> str:
+    """The consumer that all processes share who serve a run among others."""
+    return f"{service}-{run}"
 
 
 def _envelopes(messages: Sequence[Message]) -> tuple[tuple[int, Envelope], ...]:

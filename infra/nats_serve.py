@@ -131,8 +131,11 @@ async def _handle(raw: Msg, serving: Serving) -> None:
             log.error("cannot write a dead letter", subject=raw.subject, error=repr(lost))
             await _settle(lambda: raw.nak(delay(tries, serving.retry_delay)))
         else:
+            # Offered once more on request, it has all its tries again.
+            del serving.failures[message.sequence]
             await _settle(raw.term)
     else:
+        serving.failures.pop(message.sequence, None)
         # Confirmed: an ack lost with a dying server would hold up the run until the ack wait is over.
         await _settle(lambda: raw.ack_sync(ANSWER_S))
 

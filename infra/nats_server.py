@@ -246,8 +246,8 @@ async def _end_orphan(server: NatsServer) -> None:
         for process in alive:
             process.kill()
         await asyncio.to_thread(psutil.wait_procs, alive, 5)
-    except (FileNotFoundError, ValueError, KeyError, psutil.NoSuchProcess):
-        return
+    except (FileNotFoundError, ValueError, KeyError, psutil.NoSuchProcess, psutil.AccessDenied):
+        return  # gone, or the number is another user's by now
 
 
 def _prepare(server: NatsServer) -> None:

@@ -2,12 +2,14 @@
 
 Run by path under a bare `python -I -S`: it sees none of the package, and imports only what loads in milliseconds.
 
-    relay.py [socket=PATH] [port=N] [lifeline=1] [cpu=S] [fsize=BYTES] [data=BYTES] [nofile=N] -- ARGV…
+    relay.py [socket=PATH] [port=N] [lost=FD] [lifeline=1] [cpu=S] [fsize=BYTES] [data=BYTES] [nofile=N] -- ARGV…
 
 One thread and one epoll carry every connection, because a thread per connection would be charged to the job's
-process limit. The exit status is the job's, 128 + N when signal N ended it.
+process limit. The exit status is the job's, 128 + N when signal N ended it. For each request that the gateway lost, one
+byte is written to the descriptor `lost`: a gateway that is down keeps no record of what it did not answer.
 """
 
+import contextlib
 import os
 import resource
 import select
@@ -18,38 +20,49 @@ import sys
 CHUNK = 65536
 CONNECTIONS = 256
 ADDRESS = "127.0.0.1:8080"
+REQUESTS = (b"GET ", b"POST ")
+# A gateway that broke down over a request; what it refuses, or a provider did not answer, has another status.
+BROKEN = (b"HTTP/1.0 500", b"HTTP/1.1 500")
 SUBREAPER = 36  # PR_SET_CHILD_SUBREAPER, linux/prctl.h
 
 
 class Half:
-    """One direction of a connection. It holds one chunk at most, so a slow reader slows its writer."""
+    """One direction of a connection. It holds one chunk at most, so a slow reader slows its writer.
 
-    __slots__ = ("chunk", "ended", "other", "sink", "source")
+    The client's is `asking` from a request's first byte to the reply's.
+    """
+
+    __slots__ = ("asking", "chunk", "ended", "other", "sink", "source")
 
     other: "Half"
 
     def __init__(self, source: socket.socket, sink: socket.socket) -> None:
         self.source, self.sink = source, sink
-        self.chunk, self.ended = b"", False
+        self.chunk, self.ended, self.asking = b"", False, False
 
-    def fill(self) -> None:
+    def fill(self) -> bool:
+        """Whether there was something to take from the source, its end included."""
         if self.chunk or self.ended:
-            return
+            return False
         self.chunk = self.source.recv(CHUNK)
-        if not self.chunk:
-            self.ended = True
-            self.sink.shutdown(socket.SHUT_WR)
+        self.ended = not self.chunk
+        return True
 
     def flush(self) -> None:
         if self.chunk:
             self.chunk = self.chunk[self.sink.send(self.chunk) :]
+        elif self.ended:
+            self.sink.shutdown(socket.SHUT_WR)
 
 
 class Relay:
-    """Carries every connection of `listener` to the unix socket at `path`, byte for byte, half-closes included."""
+    """Carries every connection of `listener` to the unix socket at `path`, byte for byte, half-closes included.
 
-    def __init__(self, poll: select.epoll, listener: socket.socket, path: str) -> None:
-        self.poll, self.listener, self.path = poll, listener, path
+    What the gateway loses is told to the descriptor `lost`.
+    """
+
+    def __init__(self, poll: select.epoll, listener: socket.socket, path: str, lost: int) -> None:
+        self.poll, self.listener, self.path, self.lost = poll, listener, path, lost
         self.halves: dict[int, Half] = {}  # by the descriptor that is read
         self.masks: dict[int, int] = {}
         listener.setblocking(False)
@@ -61,17 +74,37 @@ class Relay:
             self.accept()
         elif half := self.halves.get(fd):
             try:
+                if events & ~select.EPOLLOUT and half.fill():
+                    self.account(half)
                 if events & select.EPOLLOUT:
                     half.other.flush()
-                if events & ~select.EPOLLOUT:
-                    half.fill()
-                    half.flush()
             except BlockingIOError:
                 pass
             except OSError:
+                self.account(half)
                 self.close(half)
                 return
+            # What is wrong with the other end is told by an event of its own, so that it is charged to that end.
+            with contextlib.suppress(OSError):
+                half.flush()
             self.settle(half)
+
+    def account(self, half: Half) -> None:
+        """Keep track of what was asked, and report what the gateway ended or broke down over before it replied.
+
+        A client that ended first gave up, and is owed nothing.
+        """
+        if half.source.family != socket.AF_UNIX:
+            half.asking = half.chunk.startswith(REQUESTS) or (half.asking and not half.ended)
+        elif half.other.asking:
+            half.other.asking = False
+            if not half.chunk or half.chunk.startswith(BROKEN):
+                self.lose()
+
+    def lose(self) -> None:
+        # Beyond what the pipe holds nobody counts.
+        with contextlib.suppress(BlockingIOError):
+            os.write(self.lost, b".")
 
     def accept(self) -> None:
         try:
@@ -85,6 +118,7 @@ class Relay:
             gateway.connect(self.path)
         except OSError:
             # The job sees a closed connection, as it would from a server that is down, and may try again.
+            self.lose()
             client.close()
             gateway.close()
             return
@@ -175,9 +209,12 @@ def main(words: list[str]) -> int:
     options, argv = dict(word.split("=", 1) for word in words[:split]), words[split + 1 :]
     poll = select.epoll()
     relay = None
+    lost = int(options["lost"])
+    os.set_inheritable(lost, False)
+    os.set_blocking(lost, False)
     if "socket" in options:
         listener = socket.create_server(("127.0.0.1", int(options["port"])), backlog=CONNECTIONS)
-        relay = Relay(poll, listener, options["socket"])
+        relay = Relay(poll, listener, options["socket"], lost)
         address = f"127.0.0.1:{listener.getsockname()[1]}"
         for name, value in os.environ.items():
             os.environ[name] = value.replace(ADDRESS, address)

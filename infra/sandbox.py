@@ -12,6 +12,7 @@ import subprocess
 import time
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from io import FileIO
 from pathlib import Path
 
 from sia_events.infra.box import (
@@ -58,11 +59,17 @@ class Bubblewrap:
     async def run(self, job: Job) -> Outcome:
         """As `Sandbox.run`; FileNotFoundError when a path that the job names is not there."""
         require(job)
-        program = ("-I", "-S", RELAY_INSIDE, *relay_words(job, SOCKET_INSIDE, PORT, self.controllers), "--", *job.argv)
         status, status_inside = os.pipe()
         gate_inside, gate = os.pipe()
+        lost, lost_inside = os.pipe()
+        words = relay_words(job, SOCKET_INSIDE, PORT, lost_inside, self.controllers)
+        program = ("-I", "-S", RELAY_INSIDE, *words, "--", *job.argv)
         options = memory_file([*box(self.hidden, job.limits), *contents(job)])
-        with os.fdopen(status, "rb") as report, os.fdopen(gate, "wb", buffering=0) as go:
+        with (
+            os.fdopen(status, "rb") as report,
+            os.fdopen(gate, "wb", buffering=0) as go,
+            os.fdopen(lost, "rb", buffering=0) as losses,
+        ):
             try:
                 process = await asyncio.create_subprocess_exec(
                     # The job can read this command line and environment in /proc/1: there is nothing in them.
@@ -73,11 +80,11 @@ class Bubblewrap:
                     stdin=asyncio.subprocess.DEVNULL,
                     stdout=asyncio.subprocess.PIPE,
                     stderr=asyncio.subprocess.PIPE,
-                    pass_fds=(options, status_inside, gate_inside),
+                    pass_fds=(options, status_inside, gate_inside, lost_inside),
                     start_new_session=True,
                 )
             finally:
-                for descriptor in (options, status_inside, gate_inside):
+                for descriptor in (options, status_inside, gate_inside, lost_inside):
                     os.close(descriptor)
             try:
                 first = await asyncio.to_thread(report.readline)
@@ -99,13 +106,13 @@ class Bubblewrap:
 
                 tree = Tree(root, job.limits, job.work, new_groups(self.controllers), spare=2)
                 hit, ending = await supervise(job, process, tree, lambda: go.write(b"1"), end)
-            last = report.readline()
+            last, lost_connections = report.readline(), count(losses)
         if hit:
-            return ending.outcome(hit, None)
+            return ending.outcome(hit, None, lost_connections)
         if not last:
             # bubblewrap says nothing when the box, and not the job in it, failed.
             raise unavailable(ending.stderr)
-        return ending.outcome(None, json.loads(last)["exit-code"])
+        return ending.outcome(None, json.loads(last)["exit-code"], lost_connections)
 
 
 @dataclass(frozen=True)
@@ -123,31 +130,38 @@ class UnsafeProcess:
         require(job)
         argv = [str(PYTHON) if job.argv[0] == "python" else job.argv[0], *(outside(job, word) for word in job.argv[1:])]
         socket = str(job.socket) if job.socket else ""
-        process = await asyncio.create_subprocess_exec(
-            *(str(PYTHON), "-I", "-S", str(RELAY), *relay_words(job, socket, 0, self.controllers), "lifeline=1"),
-            *("--", *argv),
-            cwd=job.work,
-            env={name: outside(job, value) for name, value in environment(job, str(PYTHON.parent)).items()},
-            stdin=asyncio.subprocess.PIPE,
-            stdout=asyncio.subprocess.PIPE,
-            stderr=asyncio.subprocess.PIPE,
-            start_new_session=True,
-        )
-        lifeline = process.stdin
-        assert lifeline is not None
-        tree = Tree(process.pid, job.limits, job.work, new_groups(self.controllers), spare=1)
-
-        async def end() -> None:
-            # The relay ends its descendants when the lifeline closes; one that the job has stopped is ended from here.
-            lifeline.close()
+        lost, lost_inside = os.pipe()
+        words = relay_words(job, socket, 0, lost_inside, self.controllers)
+        with os.fdopen(lost, "rb", buffering=0) as losses:
             try:
-                await asyncio.wait_for(process.wait(), timeout=2.0)
-            except TimeoutError:
-                tree.kill()
+                process = await asyncio.create_subprocess_exec(
+                    *(str(PYTHON), "-I", "-S", str(RELAY), *words, "lifeline=1", "--", *argv),
+                    cwd=job.work,
+                    env={name: outside(job, value) for name, value in environment(job, str(PYTHON.parent)).items()},
+                    stdin=asyncio.subprocess.PIPE,
+                    stdout=asyncio.subprocess.PIPE,
+                    stderr=asyncio.subprocess.PIPE,
+                    pass_fds=(lost_inside,),
+                    start_new_session=True,
+                )
+            finally:
+                os.close(lost_inside)
+            lifeline = process.stdin
+            assert lifeline is not None
+            tree = Tree(process.pid, job.limits, job.work, new_groups(self.controllers), spare=1)
 
-        hit, ending = await supervise(job, process, tree, lambda: lifeline.write(b"1"), end)
-        code = process.returncode
-        return ending.outcome(hit, None if hit or code is None else code if code >= 0 else 128 - code)
+            async def end() -> None:
+                # The relay ends its descendants when the lifeline closes; one that the job has stopped is ended here.
+                lifeline.close()
+                try:
+                    await asyncio.wait_for(process.wait(), timeout=2.0)
+                except TimeoutError:
+                    tree.kill()
+
+            hit, ending = await supervise(job, process, tree, lambda: lifeline.write(b"1"), end)
+            code = process.returncode
+            code = None if hit or code is None else code if code >= 0 else 128 - code
+            return ending.outcome(hit, code, count(losses))
 
 
 @dataclass(frozen=True)
@@ -159,9 +173,9 @@ class Ending:
     truncated: bool
     seconds: float
 
-    def outcome(self, hit: Hit | None, code: int | None) -> Outcome:
+    def outcome(self, hit: Hit | None, code: int | None, lost_connections: int) -> Outcome:
         status = hit or ("ok" if code == 0 else "cpu" if code == 128 + signal.SIGXCPU else "crash")
-        return Outcome(status, code, self.stdout, self.stderr, self.truncated, self.seconds)
+        return Outcome(status, code, self.stdout, self.stderr, self.truncated, self.seconds, lost_connections)
 
 
 def check() -> str | None:
@@ -192,15 +206,22 @@ def binary() -> str:
     return found
 
 
-def relay_words(job: Job, socket: str, port: int, controllers: Mapping[str, Path]) -> Iterator[str]:
-    """The relay's options: where the gateway is, and what the kernel limits process by process."""
+def relay_words(job: Job, socket: str, port: int, lost: int, controllers: Mapping[str, Path]) -> Iterator[str]:
+    """The relay's options: where the gateway is, where to tell what it lost, what the kernel limits by process."""
     limits = job.limits
+    yield f"lost={lost}"
     yield from (f"cpu={math.ceil(limits.cpu_s)}", f"fsize={limits.file_mb << 20}", f"nofile={limits.open_files}")
     if "memory" not in controllers:
         # Generous, because what is reserved counts and not what is used. The watcher holds the limit itself.
         yield f"data={(limits.memory_mb << 21) + limits.processes * STACK_BYTES}"
     if job.socket:
         yield from (f"socket={socket}", f"port={port}")
+
+
+def count(losses: FileIO) -> int:
+    """How many requests the relay has told of as lost; it lived until now, so nothing comes behind them."""
+    os.set_blocking(losses.fileno(), False)
+    return len(losses.read(CHUNK) or b"")
 
 
 def outside(job: Job, word: str) -> str:

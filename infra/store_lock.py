@@ -32,16 +32,16 @@ class StoreHeld(Exception):
 
 
 @contextmanager
-def claim(path: Path, dsn: str | None = None) -> Iterator[Owner]:
+def claim(path: Path, dsn: str | None = None, patience: float = 0.0) -> Iterator[Owner]:
     """Hold the store at `path` until the block ends; the kernel releases it when the process dies.
 
     The name of the owner goes into `PATH.owner`, readable by this user alone since a DSN carries a token.
-    Raises StoreHeld at once when another process, or another claim of this one, has it.
+    Raises StoreHeld when another process, or another claim of this one, still has it after `patience` seconds.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     lock = FileLock(_beside(path, "lock"))
     try:
-        lock.acquire(timeout=0)
+        lock.acquire(timeout=patience)
     except Timeout:
         raise StoreHeld(path, owner(path)) from None
     try:

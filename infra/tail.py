@@ -7,7 +7,7 @@ from uuid import UUID
 
 from sia_events.shared.events import RunBranched
 from sia_events.shared.ports import NoSuchPosition, RunExists
-from sia_events.shared.record import GENESIS, Draft, Record, place
+from sia_events.shared.record import GENESIS, Draft, Record, UnreadableRecord, place
 
 
 @dataclass
@@ -43,6 +43,12 @@ class Tail:
         """Where the run leaves its parent, if it has one."""
         first = self.records[0].event if self.records else None
         return first if isinstance(first, RunBranched) else None
+
+
+def check_part(tail: Tail, record: Record) -> None:
+    """Raises UnreadableRecord for what looks like a record and is none of the run: it stood where another one does."""
+    if tail.ids.get(record.id) != record:
+        raise UnreadableRecord(f"record {record.id} is no part of run {tail.run}: it has no position of its own there")
 
 
 def stored(tail: Tail, drafts: Sequence[Draft]) -> list[Record] | None:

@@ -19,6 +19,9 @@ from sia_events.local_model.adapter import Adapter
 
 Tokens = Sequence[int]
 
+SLOTS = 12_288
+"""Key-value slots (46 kB each in the embedded model) of one pass: what bounds memory."""
+
 
 @dataclass(frozen=True)
 class Shape:
@@ -183,17 +186,22 @@ def continuation_logprobs(
 
     `prefix` is a state of one row that all prompts share. Result [i][j] is a vector as long as continuation j of
     prompt i. The prompt is passed over once, whatever the number of its continuations; continuations of a single
-    token need no further pass. Differentiable in the adapter, and through the prefix when it was made with gradients.
+    token need no further pass, longer ones as many passes as keep each within SLOTS. Differentiable in the adapter,
+    and through the prefix when it was made with gradients.
     """
     hidden, state = network.extend(prefix.spread(len(prompts)), prompts, adapter)
     last = hidden[torch.arange(len(prompts)), torch.tensor([len(prompt) - 1 for prompt in prompts])]
     first = torch.log_softmax(network.logits(last) / temperature, dim=-1)
     scores = [[first[i, continuation[:1]] for continuation in group] for i, group in enumerate(continuations)]
     longer = [(i, j) for i, group in enumerate(continuations) for j, tokens in enumerate(group) if len(tokens) > 1]
-    if longer:
-        read = [list(continuations[i][j][:-1]) for i, j in longer]
-        hidden, _ = network.extend(state.rows([i for i, _ in longer]), read, adapter)
-        for row, (i, j) in enumerate(longer):
+    longest = max((len(continuations[i][j]) for i, j in longer), default=0)
+    # Each row takes a copy of its prompt's keys and values.
+    rows = max(1, SLOTS // (state.valid.shape[1] + longest))
+    for start in range(0, len(longer), rows):
+        part = longer[start : start + rows]
+        read = [list(continuations[i][j][:-1]) for i, j in part]
+        hidden, _ = network.extend(state.rows([i for i, _ in part]), read, adapter)
+        for row, (i, j) in enumerate(part):
             rest = list(continuations[i][j][1:])
             after = torch.log_softmax(network.logits(hidden[row, : len(rest)]) / temperature, dim=-1)
             scores[i][j] = torch.cat([scores[i][j], after[torch.arange(len(rest)), rest]])

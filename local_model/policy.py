@@ -9,13 +9,12 @@ import torch
 from torch import Tensor
 
 from sia_events.local_model.adapter import Adapter
-from sia_events.local_model.network import Network, State, continuation_logprobs
+from sia_events.local_model.network import SLOTS, Network, State, continuation_logprobs
 
 Prompt = tuple[int, ...]
 
 ROWS = 32
-SLOTS = 12_288
-"""Rows and key-value slots (46 kB each) of one pass: what bounds memory."""
+"""Prompts of one pass."""
 PASS_COST = 64
 """What starting another pass costs, in tokens: decides when prompts with little in common are run apart."""
 KEPT_PREFIXES, KEPT_SCORES = 16, 8192

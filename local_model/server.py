@@ -14,6 +14,7 @@ import socket
 import stat
 import sys
 import time
+from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
@@ -34,6 +35,9 @@ from sia_events.local_model.policy import ChoiceRequest, Policy, TextRequest
 
 CONTEXT = 4096
 """Tokens of prompt and reply together. The model could take 8192; this bounds the memory of a batch."""
+CHOICE_TOKENS = 524_288
+"""Choices times tokens of prompt and choice: every choice of several tokens reads the whole prompt once more."""
+KEPT_ADAPTERS = 32
 
 Temperature = Annotated[float, msgspec.Meta(ge=0, le=10)]
 Seed = Annotated[int, msgspec.Meta(ge=0)]
@@ -97,14 +101,14 @@ Body = TypeVar("Body", bound=msgspec.Struct)
 
 
 class Api:
-    """The HTTP face of one engine. `adapters` maps each served name to the digest of its files."""
+    """The HTTP face of one engine. `adapters` maps each served name to the digest of its files, last used last."""
 
     def __init__(self, folder: weights.ModelFolder) -> None:
         self._folder = folder
         self._chat = Chat(folder.path)
         self._network = network.load(folder.path)
         self._engine = Engine(Policy(self._network, self._chat.end_token))
-        self._adapters: dict[str, str] = {}
+        self._adapters: OrderedDict[str, str] = OrderedDict()
 
     def app(self) -> Starlette:
         return Starlette(
@@ -166,7 +170,14 @@ class Api:
             )
         prompt = self._prompt(body.messages)
         choices = tuple(self._chat.tokens(choice) for choice in body.choices)
-        self._check_length(len(prompt), max(map(len, choices)))
+        longest = max(map(len, choices))
+        self._check_length(len(prompt), longest)
+        if longest > 1 and len(choices) * (len(prompt) + longest) > CHOICE_TOKENS:
+            raise Refused(
+                f"{len(choices)} choices of up to {longest} tokens behind a prompt of {len(prompt)} are too much for "
+                f"one call: number times length may be {CHOICE_TOKENS:,}. Shorten the prompt or send fewer choices.",
+                code="context_length_exceeded",
+            )
         bias = None if body.bias is None else tuple(body.bias)
         request = ChoiceRequest(self._adapter(body.model), prompt, choices, bias, body.temperature, _seed(body.seed))
         chosen = await asyncio.wrap_future(self._engine.choose(request))
@@ -185,7 +196,10 @@ class Api:
         }
 
     async def load(self, body: LoadBody) -> dict[str, Any]:
-        """Serve an adapter folder under a new name. The same files under the same name again change nothing."""
+        """Serve an adapter folder under a new name. The same files under the same name again change nothing.
+
+        Of more than KEPT_ADAPTERS the one that was not asked for longest is served no more.
+        """
         folder = Path(body.lora_path)
         try:
             loaded = await asyncio.to_thread(
@@ -201,12 +215,14 @@ class Api:
             added = {body.lora_name: loaded}
             await asyncio.wrap_future(self._engine.call(lambda policy: policy.adapters.update(added)))
             self._adapters[body.lora_name] = digest
+            while len(self._adapters) > KEPT_ADAPTERS:
+                await self._drop(next(iter(self._adapters)))
         return {"lora_name": body.lora_name, "sha256": digest}
 
     async def unload(self, body: UnloadBody) -> dict[str, Any]:
-        if self._adapters.pop(body.lora_name, None) is None:
+        if body.lora_name not in self._adapters:
             raise self._unknown(body.lora_name)
-        await asyncio.wrap_future(self._engine.call(lambda policy: policy.forget(body.lora_name)))
+        await self._drop(body.lora_name)
         return {"lora_name": body.lora_name}
 
     async def models(self, _: Request) -> JSONResponse:
@@ -218,11 +234,17 @@ class Api:
     async def health(self, _: Request) -> JSONResponse:
         return JSONResponse({"status": "ok", "model": self._folder.model, "pid": os.getpid()})
 
+    async def _drop(self, name: str) -> None:
+        # From here on the name is refused; what was asked under it before is answered first.
+        del self._adapters[name]
+        await asyncio.wrap_future(self._engine.call(lambda policy: policy.forget(name)))
+
     def _adapter(self, model: str) -> str | None:
         if model == self._folder.model:
             return None
         if model not in self._adapters:
             raise self._unknown(model)
+        self._adapters.move_to_end(model)
         return model
 
     def _unknown(self, model: str) -> Refused:

@@ -17,7 +17,7 @@ from sia_events.model_gateway.journal import Journal
 from sia_events.model_gateway.token import Claims, TokenRefused, read_token
 from sia_events.shared.calls import ModelCall
 from sia_events.shared.failpoints import reach
-from sia_events.shared.ports import Bus, Chat, Choice, Clock, ModelFailed, Models
+from sia_events.shared.ports import Chat, Choice, Clock, ModelFailed, Models
 from sia_events.shared.record import NAMESPACE
 
 PATIENCE_S = 120.0
@@ -33,12 +33,12 @@ class Refused(Exception):
         self.status = status
 
 
-def gateway(bus: Bus, models: Callable[[str], Models], secret: str, clock: Clock) -> Starlette:
-    """The gateway as an ASGI application. `models` finds what answers for a model name, "provider/model".
+def gateway(journal: Journal, models: Callable[[str], Models], secret: str, clock: Clock) -> Starlette:
+    """The gateway as an ASGI application; whoever made the journal closes it behind the last request.
 
+    `models` finds what answers for a model name, "provider/model".
     Whatever model name a request carries, the version's own model and adapter answer: the token decides, not the agent.
     """
-    journal = Journal(bus)
 
     async def chat(request: Request) -> Response:
         return await _serve(request, "chat")

@@ -55,8 +55,11 @@ class Journal:
         if self._flusher is None or self._flusher.done():
             self._flusher = asyncio.create_task(self._flush())
         await done
-        if call.reply is not None:
-            (await self.open(run, call.attempt))[(call.digest, call.n)] = call
+
+    async def close(self) -> None:
+        """Returns when every call that was recorded so far is on disk."""
+        if self._flusher:
+            await self._flusher
 
     async def _flush(self) -> None:
         await asyncio.sleep(GATHER_S)
@@ -70,9 +73,15 @@ class Journal:
                     await self._bus.trace(
                         Envelope(run, "model_call", key, tuple(encode_call(call) for call, _ in calls))
                     )
+                    known = await self.open(run, key)
+                    known.update({(call.digest, call.n): call for call, _ in calls if call.reply is not None})
+                    outcome = None
                 except Exception as error:
-                    for _, done in calls:
-                        done.set_exception(error)
-                else:
-                    for _, done in calls:
+                    outcome = error
+                for _, done in calls:
+                    if done.done():  # whoever asked has gone away meanwhile
+                        continue
+                    if outcome:
+                        done.set_exception(outcome)
+                    else:
                         done.set_result(None)

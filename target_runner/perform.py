@@ -42,7 +42,7 @@ async def attempt(work: Work, asked: AttemptRequested) -> Sequence[Event]:
             "model": version.weights.model,
             "adapter": version.weights.adapter,
             "sample": asked.samples > 1,
-            "seed": asked.seed + 7919 * asked.repeat,
+            "seed": asked.seed,
         }
     )
     scratch = ports.home / "tmp"
@@ -81,9 +81,14 @@ async def attempt(work: Work, asked: AttemptRequested) -> Sequence[Event]:
 
 
 async def recorded_calls(work: Work, attempt: str) -> list[ModelCall]:
-    """The attempt's model calls, earlier tries' too, in an order that does not depend on which reply came first."""
+    """The attempt's model calls, earlier tries' too, in an order that does not depend on which reply came first.
+
+    Each call is there once, whatever was recorded of it: with its last reply, or with its last error for want of one.
+    """
     envelopes = await work.ports.bus.traces(work.run.name, "model_call", journal_key(attempt))
-    calls = [decode_call(line) for envelope in envelopes for line in envelope.lines]
+    recorded = [decode_call(line) for envelope in envelopes for line in envelope.lines]
+    recorded.sort(key=lambda call: call.reply is not None)
+    calls = {(call.digest, call.n): call for call in recorded}.values()
     return sorted(calls, key=lambda call: (call.item or "", call.digest, call.n))
 
 
@@ -108,10 +113,12 @@ def _job(folder: Path, socket: Path, token: str, model: str, limits: Limits) -> 
 
 def _trouble(asked: AttemptRequested, outcome: Outcome, calls: Sequence[ModelCall]) -> AttemptFailed | None:
     """What went wrong, if anything; a model that could not answer is our failure, whatever the agent made of it."""
-    answered = {(call.digest, call.n) for call in calls if call.reply is not None}
-    refused = [c for c in calls if c.error and c.attempt == asked.attempt and (c.digest, c.n) not in answered]
+    refused = [call for call in calls if call.error and call.attempt == asked.attempt]
     if refused:
         return _failed(asked, "infrastructure", f"{len(refused)} model calls had no answer: {refused[0].error}")
+    if outcome.lost_connections:
+        lost = f"the gateway lost {outcome.lost_connections} requests: it was not there, or went away or broke down"
+        return _failed(asked, "infrastructure", f"{lost} before it replied")
     if outcome.status == "ok":
         return None
     if outcome.status == "timeout":

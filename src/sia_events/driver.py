@@ -31,6 +31,7 @@ from sia_events.shared.ports import Log
 from sia_events.shared.record import Record, opening
 from sia_events.shared.registration import register, require_runnable
 from sia_events.shared.run import Run, fold
+from sia_events.shared.service import gave_up
 from sia_events.shared.settings import Settings
 from sia_events.shared.summary import row, whole
 from sia_events.shared.task import Task, find_task
@@ -182,6 +183,9 @@ async def _drive(node: app.Node, settings: Settings, name: str, as_json: bool) -
     if node.names:
         await app.ready(settings, asked.sandbox, _local(asked))
     else:
+        # A service that gave up on a record of the run is asked to try again: somebody has mended what was wrong.
+        for service in gave_up(await node.bus.history(name)):
+            await node.bus.again(name, service)
         print(f"run {name} is handed to the services that are up; this only follows it", file=sys.stderr)
     if asked.sandbox == "process":
         print("UNSAFE: --sandbox process: the agent's code runs as you, outside any box", file=sys.stderr)
