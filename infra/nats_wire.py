@@ -45,7 +45,7 @@ def read_envelope(message: Message) -> Envelope:
 
 def packed(lines: Sequence[bytes], limit: int) -> list[bytes]:
     """The lines in bodies of at most `limit` bytes, halved until they fit."""
-    body = zlib.compress(b"\n".join(lines), 1) if lines else b""
+    body = zlib.compress(b"\n".join(lines), 6) if lines else b""
     if len(body) <= limit:
         return [body]
     if len(lines) == 1:

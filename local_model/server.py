@@ -141,7 +141,7 @@ class Api:
         sampled = await asyncio.wrap_future(self._engine.generate(request))
         text = self._chat.text(sampled.tokens)
         content = [
-            {"token": piece, "bytes": list(piece.encode()), "logprob": logprob, "top_logprobs": []}
+            {"token": piece, "bytes": list(piece.encode()), "logprob": _told(logprob), "top_logprobs": []}
             for piece, logprob in zip(map(self._chat.token, sampled.tokens), sampled.logprobs, strict=True)
         ]
         cut = _cut(text, stops)
@@ -188,8 +188,8 @@ class Api:
             "model": body.model,
             "choice": body.choices[chosen.index],
             "index": chosen.index,
-            "logprobs": chosen.logprobs,
-            "raw": chosen.raw,
+            "logprobs": [_told(value) for value in chosen.logprobs],
+            "raw": [_told(value) for value in chosen.raw],
             "prompt_token_ids": prompt,
             "choice_token_ids": choices,
             "usage": _usage(len(prompt), len(choices[chosen.index])),
@@ -286,6 +286,11 @@ def _post(path: str, kind: type[Body], answer: Callable[[Body], Awaitable[dict[s
 def _error(message: str, status: int, code: str) -> JSONResponse:
     kind = "invalid_request_error" if status < 500 else "server_error"
     return JSONResponse({"error": {"message": message, "type": kind, "param": None, "code": code}}, status)
+
+
+def _told(logprob: float) -> float:
+    """A log-probability in the eight digits that a float32 has: the rest is noise that every record would keep."""
+    return float(f"{logprob:.8g}")
 
 
 def _seed(given: int | None) -> int:
