@@ -64,21 +64,24 @@ def connect(dsn: str) -> "ClickHouseLog":
         remote = {"dsn": dsn, "compress": not local, "autogenerate_session_id": False}
         return _open(lambda **more: clickhouse_connect.get_client(**remote, **more), ExitStack())
     path = Path(unquote(url.path))
-    held = ExitStack()
+    options = {"interface": "chdb", "path": str(path), "chdb_options": ENGINE_OPTIONS}
     deadline = time.monotonic() + READERS_S
     while True:
+        held = ExitStack()
         try:
             held.enter_context(claim(path))
-            break
+            return _open(lambda **more: clickhouse_connect.get_client(**options, **more), held)
         except StoreHeld as error:
             if error.owner and error.owner.dsn:
                 return connect(error.owner.dsn)
             # Somebody who reads, as we do, and is done soon; or an owner that has not said yet how to ask it.
             if time.monotonic() > deadline:
                 raise
-            time.sleep(0.05)
-    options = {"interface": "chdb", "path": str(path), "chdb_options": ENGINE_OPTIONS}
-    return _open(lambda **more: clickhouse_connect.get_client(**options, **more), held)
+        except LogUnavailable:
+            # The engine of a process that has just let go of the store may not have let go of its files yet.
+            if time.monotonic() > deadline:
+                raise
+        time.sleep(0.05)
 
 
 class ClickHouseLog:
@@ -212,7 +215,7 @@ def _translated(work: Callable[[], T]) -> T:
     """Run `work` with the vendor's exceptions turned into ours."""
     try:
         return work()
-    except (OperationalError, ProgrammingError) as error:
+    except (OperationalError, ProgrammingError, RuntimeError) as error:
         raise LogUnavailable(f"the event log cannot be opened or does not answer: {error}") from error
     except DatabaseError as error:
         if error.code == NO_SPACE or "No space left on device" in str(error):

@@ -258,8 +258,8 @@ def test_a_second_terminal_gets_its_answers_during_a_run(task: Path, tmp_path: P
         box.resume()
     _, talk = process.communicate(timeout=120)
     assert process.returncode == 0, talk
-    lines, _ = following.communicate(timeout=60)
-    assert following.returncode == 0
+    lines, told = following.communicate(timeout=60)
+    assert following.returncode == 0, told
     assert [json.loads(line)["position"] for line in lines.splitlines()] == list(range(1, 29))
 
 

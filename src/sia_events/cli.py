@@ -335,7 +335,7 @@ def _talk_on_stderr() -> None:
 
     level = logging.DEBUG if _debug() else logging.INFO
     structlog.configure(
-        logger_factory=structlog.PrintLoggerFactory(sys.stderr),
+        logger_factory=lambda *_: structlog.PrintLogger(sys.stderr),
         wrapper_class=structlog.make_filtering_bound_logger(level),
     )
 

@@ -22,7 +22,7 @@ from sia_events import app, views
 from sia_events.errors import NodeHeld, Unusable
 from sia_events.evaluator.trial import require_loadable
 from sia_events.event_log import recorder
-from sia_events.infra.clickhouse import LogUnavailable
+from sia_events.infra.clickhouse import LogUnavailable, QueryRefused
 from sia_events.infra.store_lock import StoreHeld
 from sia_events.local_model.weights import CARRIER, prepare
 from sia_events.shared.events import RunBranched, RunFinished, RunSettings, RunStarted, ServiceFailed
@@ -270,7 +270,7 @@ async def each_record(settings: Settings, run: str, follow: bool) -> AsyncIterat
             async with app.open_log(settings) as log:
                 name = await _resolve(log, name)
                 history = await _lineage(log, name)
-        except (LogUnavailable, StoreHeld):
+        except (LogUnavailable, QueryRefused, StoreHeld):
             if not seen:
                 raise
             history = []  # its owner has just come or gone
