@@ -103,7 +103,7 @@ def model_calls(home: Path) -> list[dict]:
         "import asyncio, json, sys\n"
         "from sia_events.infra.clickhouse import connect\n"
         "log = connect(sys.argv[1])\n"
-        "sql = \"SELECT key, digest, n, toString(adapter) AS adapter FROM model_calls FINAL WHERE run = 'full'\"\n"
+        "sql = \"SELECT key, digest, JSONExtractUInt(body, 'n') AS n, adapter FROM model_calls FINAL\"\n"
         "print(json.dumps([dict(row) for row in asyncio.run(log.query(sql))]))"
     )
     done = subprocess.run([sys.executable, "-c", program, f"chdb://{home / 'log'}"], capture_output=True, text=True)
