@@ -21,6 +21,7 @@ from typing import Annotated, Any, TypeVar
 from uuid import uuid4
 
 import msgspec
+import structlog
 import torch
 import uvicorn
 from starlette.applications import Starlette
@@ -330,6 +331,8 @@ def _address(listener: socket.socket) -> dict[str, str | int]:
 
 
 def main() -> None:
+    # Whoever started us reads one ready line on stdout: talk goes elsewhere.
+    structlog.configure(logger_factory=lambda *_: structlog.PrintLogger(sys.stderr))
     options = argparse.ArgumentParser(prog="python -m sia_events.local_model.server", description=__doc__)
     options.add_argument("--home", type=Path, required=True, help="SIA_HOME; the converted model lies in its models/")
     options.add_argument("--socket", help="listen on this unix socket instead of a port")
