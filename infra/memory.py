@@ -44,12 +44,12 @@ class MemoryBlobs:
 
 @dataclass(frozen=True)
 class Message:
-    """What stands on the stream of events; `record` is None where `wire` is no record."""
+    """What stands on the stream of events; `read` is the record in `wire`, or why it is none."""
 
     run: str
     type: str
     wire: bytes
-    record: Record | None
+    read: Record | UnreadableRecord
 
 
 class MemoryBus:
@@ -73,6 +73,7 @@ class MemoryBus:
         if not drafts:
             return []
         tail = self._tail(run)
+        tail.require_known()
         if found := stored(tail, drafts):
             return found
         opens = drafts[0].event
@@ -89,14 +90,14 @@ class MemoryBus:
     def inject(self, run: str, type: str, wire: bytes) -> None:
         """Put a message on the stream that no append wrote, as anybody with access to a real one could."""
         try:
-            record = parse_record(wire)
-        except UnreadableRecord:
-            record = None
-        self._store(Message(run, type, wire, record))
+            read = parse_record(wire)
+        except UnreadableRecord as error:
+            read = error
+        self._store(Message(run, type, wire, read))
 
     def _store(self, message: Message) -> None:
         self._events.append(message)
-        self._tail(message.run).take(len(self._events), message.record)
+        self._tail(message.run).take(len(self._events), message.read)
         self._tell()
 
     def _tell(self) -> None:
@@ -108,6 +109,7 @@ class MemoryBus:
 
     async def history(self, run: str) -> Sequence[Record]:
         tail = self._tail(run)
+        tail.require_known()
         if fork := tail.fork:
             return (*(await self.history(fork.parent))[: fork.at], *tail.records)
         return tuple(tail.records)
@@ -116,24 +118,45 @@ class MemoryBus:
         return [run for run, tail in self._tails.items() if tail.records]
 
     async def serve(
-        self, service: str, types: Sequence[str], answer: Callable[[Record], Awaitable[None]], run: str | None = None
+        self,
+        service: str,
+        types: Sequence[str],
+        answer: Callable[[Record], Awaitable[None]],
+        run: str | None = None,
+        at_once: int = 1,
     ) -> None:
         place = 0 if run else self._served[service]
-        while True:
-            for asked in [(name, each) for name, each in self._again if name == service and run is None]:
-                self._again.discard(asked)
-                for sequence, message in enumerate(self._events[:place], 1):
-                    if message.type in types and message.run == asked[1]:
-                        await self._deliver(service, message, sequence, answer)
-            if place == len(self._events):
-                await self._news.wait()
-                continue
-            message = self._events[place]
-            place += 1
-            if message.type in types and message.run == (run or message.run):
-                await self._deliver(service, message, place, answer)
+        slots, unanswered = asyncio.Semaphore(at_once), set[int]()
+
+        def keep_place() -> None:
             if run is None:
-                self._served[service] = place
+                self._served[service] = min(unanswered, default=place + 1) - 1
+
+        async def deliver(message: Message, sequence: int) -> None:
+            try:
+                await self._deliver(service, message, sequence, answer)
+            finally:
+                slots.release()
+            unanswered.remove(sequence)
+            keep_place()
+
+        async with asyncio.TaskGroup() as group:
+            while True:
+                for asked in [(name, each) for name, each in self._again if name == service and run is None]:
+                    self._again.discard(asked)
+                    for sequence, message in enumerate(self._events[:place], 1):
+                        if message.type in types and message.run == asked[1]:
+                            await self._deliver(service, message, sequence, answer)
+                if place == len(self._events):
+                    await self._news.wait()
+                    continue
+                message = self._events[place]
+                place += 1
+                if message.type in types and message.run == (run or message.run):
+                    unanswered.add(place)
+                    await slots.acquire()
+                    group.create_task(deliver(message, place))
+                keep_place()
 
     async def again(self, run: str, service: str) -> None:
         self._again.add((service, checked_name(run)))
@@ -142,24 +165,27 @@ class MemoryBus:
     async def _deliver(
         self, service: str, message: Message, sequence: int, answer: Callable[[Record], Awaitable[None]]
     ) -> None:
-        if message.record is None or self._tail(message.run).ids.get(message.record.id) != message.record:
-            await self._unread(service, message, sequence)
-            return
-        for tries in range(1, TRIES + 1):
+        record = await self._record(service, message, sequence)
+        for tries in range(1, TRIES + 1) if record else ():
+            assert record
             try:
-                return await answer(message.record)
+                return await answer(record)
             except Exception as error:
                 if tries == TRIES:
-                    record, wire = message.record, message.wire
-                    await give_up(self, self._blobs, service, record, wire, sequence, error, tries)
+                    await give_up(self, self._blobs, service, record, message.wire, sequence, error, tries)
                 else:
                     await asyncio.sleep(delay(tries, self._retry_delay))
 
-    async def _unread(self, reader: str, message: Message, sequence: int) -> None:
+    async def _record(self, reader: str, message: Message, sequence: int) -> Record | None:
+        """The message as a record of its run; what is none becomes a dead letter, by whoever reads it first."""
         try:
-            check_part(self._tail(message.run), parse_record(message.wire))
+            if isinstance(message.read, UnreadableRecord):
+                raise message.read
+            check_part(self._tail(message.run), message.read)
+            return message.read
         except UnreadableRecord as error:
             await give_up_unread(self, self._blobs, reader, message.run, message.wire, sequence, error)
+            return None
 
     async def trace(self, envelope: Envelope) -> None:
         checked_name(envelope.run)
@@ -188,11 +214,8 @@ class MemoryBus:
                     places[stream] = (last, last)
 
                 if stream == "SIA":
-                    for sequence, message in part:
-                        if message.record is None:
-                            await self._unread(name, message, sequence)
-                    records = tuple(message.record for _, message in part if message.record)
-                    yield Feed(stream, acked + 1, last, records, (), ack)
+                    read = [await self._record(name, message, sequence) for sequence, message in part]
+                    yield Feed(stream, acked + 1, last, tuple(filter(None, read)), (), ack)
                 else:
                     yield Feed(stream, acked + 1, last, (), tuple(part), ack)
             if not news:

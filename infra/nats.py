@@ -134,15 +134,18 @@ class NatsBus:
     async def runs(self) -> Sequence[str]:
         return list(dict.fromkeys([run for kind in OPENINGS for run in await self._runs_with(kind)]))
 
-    async def serve(self, service: str, types: Sequence[str], answer: Answer, run: str | None = None) -> None:
+    async def serve(
+        self, service: str, types: Sequence[str], answer: Answer, run: str | None = None, at_once: int = 1
+    ) -> None:
         if run is not None:
             # A consumer of its own each time: what was answered before is answered again from the record.
             name = f"{service}-{checked_name(run)}-{token_hex(4)}"
-            await serve(self._broker, self._client, self._serving(name, service, types, answer, run), keep=False)
+            serving = self._serving(name, service, types, answer, run, at_once)
+            await serve(self._broker, self._client, serving, keep=False)
             return
         async with asyncio.TaskGroup() as group:
             async for opened in self._open_runs():
-                group.create_task(self._serve_to_its_end(service, types, answer, opened))
+                group.create_task(self._serve_to_its_end(service, types, answer, opened, at_once))
 
     async def again(self, run: str, service: str) -> None:
         name = _shared(service, checked_name(run))
@@ -150,7 +153,9 @@ class NatsBus:
             # Whoever serves the run misses the consumer and makes it anew, from the first record on.
             await self._patiently(lambda: self._client.jetstream().delete_consumer(EVENTS, name))
 
-    async def _serve_to_its_end(self, service: str, types: Sequence[str], answer: Answer, run: str) -> None:
+    async def _serve_to_its_end(
+        self, service: str, types: Sequence[str], answer: Answer, run: str, at_once: int
+    ) -> None:
         """Serve one run, shared with other processes that serve it, until its closing record has been handled."""
         closed = asyncio.Event()
 
@@ -160,7 +165,7 @@ class NatsBus:
             if record.type in CLOSINGS:
                 closed.set()
 
-        serving = self._serving(_shared(service, run), service, [*types, *CLOSINGS], until_closed, run)
+        serving = self._serving(_shared(service, run), service, [*types, *CLOSINGS], until_closed, run, at_once)
         task = asyncio.create_task(serve(self._broker, self._client, serving, keep=True))
         ended = asyncio.create_task(closed.wait())
         try:
@@ -185,7 +190,9 @@ class NatsBus:
                         yield run
             await asyncio.sleep(OPENINGS_S)
 
-    def _serving(self, name: str, service: str, types: Sequence[str], answer: Answer, run: str) -> Serving:
+    def _serving(
+        self, name: str, service: str, types: Sequence[str], answer: Answer, run: str, at_once: int
+    ) -> Serving:
         async def handle(message: Message) -> None:
             try:
                 record = read_record(message)
@@ -203,7 +210,8 @@ class NatsBus:
                 await give_up(self, self._blobs, service, record, message.data, message.sequence, error, tries)
 
         subjects = list(dict.fromkeys(f"sia.events.{run}.{kind}" for kind in types))
-        return Serving(consumer(name, subjects, self._ack_wait), handle, bury, self._retry_delay)
+        made = consumer(name, subjects, self._ack_wait, in_order=at_once == 1)
+        return Serving(made, handle, bury, self._retry_delay, at_once)
 
     async def trace(self, envelope: Envelope) -> None:
         subject = trace_subject(envelope.run, envelope.kind, envelope.key)
@@ -256,10 +264,12 @@ class NatsBus:
         """Those of the messages that are records; each other one becomes a dead letter, by whoever reads it first."""
         records: list[Record] = []
         for message in messages:
+            run = run_of(message.subject)
             try:
-                records.append(read_record(message))
+                record = read_record(message)
+                check_part(await self._see(run, message.sequence), record)
+                records.append(record)
             except UnreadableRecord as error:
-                run = run_of(message.subject)
                 with suppress(ValueError):  # under a name that no run can have there is no run to tell
                     await give_up_unread(self, self._blobs, reader, run, message.data, message.sequence, error)
         return tuple(records)
@@ -276,8 +286,9 @@ class NatsBus:
         for message in await read(self._client, EVENTS, tail.sequence + 1, f"sia.events.{tail.run}.>"):
             try:
                 tail.take(message.sequence, read_record(message))
-            except UnreadableRecord:
-                tail.take(message.sequence, None)
+            except UnreadableRecord as error:
+                tail.take(message.sequence, error)
+        tail.require_known()
 
     async def _see(self, run: str, sequence: int) -> Tail:
         """Read a run at least up to a message that was delivered: another replica may be behind the one that did."""

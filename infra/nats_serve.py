@@ -1,4 +1,4 @@
-"""One durable consumer served through FastStream: one message at a time, with heartbeats, bounded delayed retries."""
+"""One durable consumer served through FastStream: some messages at once, heartbeats, bounded delayed retries."""
 
 import asyncio
 from collections import Counter
@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 import structlog
 from faststream.middlewares import AckPolicy
 from faststream.nats import JStream, NatsBroker, NatsMessage, PullSub
+from faststream.nats.subscriber.usecases import PullStreamSubscriber
 from nats.aio.client import Client
 from nats.aio.msg import Msg
 from nats.js import JetStreamContext, api
@@ -21,6 +22,7 @@ CANCELLED_DELAY_S = 0.1
 # Tries are counted where they fail. This counts deliveries, so it also ends a message that kills whoever takes it.
 MAX_DELIVERIES = 25
 CONSUMER_GONE_S = 3600.0
+MAX_OUT = 256  # of a consumer, over all processes that share it; how many a process takes is its own choice
 WATCH_S = 5.0
 PULL_S = 2.0
 
@@ -42,13 +44,14 @@ class Serving:
     answer: Callable[[Message], Awaitable[None]]
     give_up: Callable[[Message, Exception, int], Awaitable[None]]
     retry_delay: float
+    at_once: int = 1
     failures: Counter[int] = field(default_factory=Counter)
     running: set[asyncio.Task[None]] = field(default_factory=set)
     stopping: bool = False
 
 
-def consumer(name: str, subjects: list[str], ack_wait: float) -> api.ConsumerConfig:
-    """One message is out at a time, so a message that waits for its next try is not overtaken.
+def consumer(name: str, subjects: list[str], ack_wait: float, in_order: bool) -> api.ConsumerConfig:
+    """With `in_order` one message is out at a time, so a message that waits for its next try is not overtaken.
 
     The server is told to try for ever: the tries are bounded here, where the dead letter can be written first.
     """
@@ -58,14 +61,18 @@ def consumer(name: str, subjects: list[str], ack_wait: float) -> api.ConsumerCon
         filter_subjects=subjects,
         ack_policy=api.AckPolicy.EXPLICIT,
         ack_wait=ack_wait,
-        max_ack_pending=1,
+        max_ack_pending=1 if in_order else MAX_OUT,
         max_deliver=-1,
         inactive_threshold=CONSUMER_GONE_S,
     )
 
 
 async def serve(broker: NatsBroker, client: Client, serving: Serving, keep: bool) -> None:
-    """Serve until cancelled; a consumer that is lost is made anew. Without `keep` it is deleted in the end."""
+    """Serve until cancelled; a consumer that is lost is made anew. Without `keep` it is deleted in the end.
+
+    Each subscriber takes one message, works on it and only then asks for the next: a message that waits in a queue of
+    ours would be taken for lost. So there are as many subscribers as messages may be worked on at once.
+    """
     jetstream, name = client.jetstream(), serving.consumer.durable_name
     assert name
 
@@ -76,32 +83,41 @@ async def serve(broker: NatsBroker, client: Client, serving: Serving, keep: bool
         while True:
             with suppress(*UNANSWERED):
                 await heeding(jetstream.add_consumer(EVENTS, serving.consumer))
-                # declare=False: FastStream would rewrite the stream to its own idea of a configuration.
-                subscriber = broker.subscriber(
-                    durable=name,
-                    stream=JStream(EVENTS, declare=False),
-                    config=serving.consumer,
-                    pull_sub=PullSub(batch_size=1, timeout=PULL_S),
-                    ack_policy=AckPolicy.MANUAL,
-                    decoder=_whole,
-                    no_reply=True,
-                    persistent=False,
-                )
-                subscriber(handle)
+                subscribers = [_subscriber(broker, serving.consumer, handle) for _ in range(serving.at_once)]
                 try:
-                    await subscriber.start()
+                    for subscriber in subscribers:
+                        await subscriber.start()
                     await _gone(jetstream, name)
                 finally:
                     serving.stopping = True
                     for task in serving.running:
                         task.cancel()
-                    await subscriber.stop()
+                    for subscriber in subscribers:
+                        await subscriber.stop()
                     serving.stopping = False
             await asyncio.sleep(0.2)
     finally:
         if not keep:
             with suppress(APIError, *UNANSWERED):
                 await jetstream.delete_consumer(EVENTS, name)
+
+
+def _subscriber(
+    broker: NatsBroker, config: api.ConsumerConfig, handle: Callable[[NatsMessage], Awaitable[None]]
+) -> PullStreamSubscriber:
+    subscriber = broker.subscriber(
+        durable=config.durable_name,
+        # declare=False: FastStream would rewrite the stream to its own idea of a configuration.
+        stream=JStream(EVENTS, declare=False),
+        config=config,
+        pull_sub=PullSub(batch_size=1, timeout=PULL_S),
+        ack_policy=AckPolicy.MANUAL,
+        decoder=_whole,
+        no_reply=True,
+        persistent=False,
+    )
+    subscriber(handle)
+    return subscriber
 
 
 async def _whole(message: NatsMessage) -> NatsMessage:

@@ -24,6 +24,10 @@ def run_of(subject: str) -> str:
 def read_record(message: Message) -> Record:
     """Raises UnreadableRecord for what is no record, or one that belongs under another subject."""
     record = parse_record(message.data)
+    try:
+        checked_name(record.run)
+    except ValueError as error:
+        raise UnreadableRecord(str(error)) from error
     if subject_of(record) != message.subject:
         raise UnreadableRecord(f"a {record.type} of run {record.run!r} under the subject {message.subject}")
     return record

@@ -7,7 +7,11 @@ from uuid import UUID
 
 from sia_events.shared.events import RunBranched
 from sia_events.shared.ports import NoSuchPosition, RunExists
-from sia_events.shared.record import GENESIS, Draft, Record, UnreadableRecord, place
+from sia_events.shared.record import GENESIS, Draft, NewerRecord, Record, UnreadableRecord, link, place
+
+
+class RunTooNew(Exception):
+    """A later release has written to the run: whoever cannot read all of it must not write behind it."""
 
 
 @dataclass
@@ -15,7 +19,7 @@ class Tail:
     """Grows with the stream. `sequence` is that of the last message read under the run's subjects, readable or not.
 
     A message that is no record of this run at the next position (unreadable, forged, published twice by hand) is
-    counted in `skipped` and is no part of the run.
+    counted in `skipped` and is no part of the run. `newer` is a record of the run that only a later release can read.
     """
 
     run: str
@@ -23,15 +27,32 @@ class Tail:
     ids: dict[UUID, Record] = field(default_factory=dict)
     sequence: int = 0
     skipped: int = 0
+    newer: NewerRecord | None = None
 
-    def take(self, sequence: int, record: Record | None) -> None:
-        """Take over the next message of the run; None is one that cannot be read."""
+    def take(self, sequence: int, read: Record | UnreadableRecord) -> None:
+        """Take over what was read of the run's next message: its record, or why it is none."""
         self.sequence = sequence
-        if record is None or record.run != self.run or record.position != self._next(record):
+        if isinstance(read, NewerRecord) and self._continued_by(read):
+            self.newer = self.newer or read
+        elif isinstance(read, UnreadableRecord) or read.run != self.run or read.position != self._next(read):
             self.skipped += 1
-            return
-        self.records.append(record)
-        self.ids[record.id] = record
+        else:
+            self.records.append(read)
+            self.ids[read.id] = read
+
+    def require_known(self) -> None:
+        """Raises RunTooNew."""
+        if self.newer:
+            raise RunTooNew(str(self.newer)) from self.newer
+
+    def _continued_by(self, newer: NewerRecord) -> bool:
+        """Whether it is a link of the run's chain: anybody can write a number, and that alone must not stop a run."""
+        if newer.run != self.run:
+            return False
+        if not self.records:
+            return newer.position > 1 or link(GENESIS, newer.wire) == newer.chain
+        last = self.records[-1]
+        return newer.position == last.position + 1 and link(last.chain, newer.wire) == newer.chain
 
     def _next(self, record: Record) -> int:
         if self.records:

@@ -57,12 +57,18 @@ class Bus(Protocol):
         ...
 
     async def serve(
-        self, service: str, types: Sequence[str], answer: Callable[[Record], Awaitable[None]], run: str | None = None
+        self,
+        service: str,
+        types: Sequence[str],
+        answer: Callable[[Record], Awaitable[None]],
+        run: str | None = None,
+        at_once: int = 1,
     ) -> None:
         """Hand each record of those types to `answer`, at least once, in order a run, until cancelled.
 
         With `run` only that run's records. A record counts as handled when `answer` returns; a raise brings it
-        again after a delay, a bounded number of times, and then becomes a `ServiceFailed` of that run.
+        again after a delay, a bounded number of times, and then becomes a `ServiceFailed` of that run. Above one,
+        `at_once` records of a run may be out together: they are begun in order, and a later one may end first.
         """
         ...
 

@@ -20,6 +20,17 @@ class UnreadableRecord(Exception):
     """Bytes on the stream that are no record this release can read; the message says why."""
 
 
+class NewerRecord(UnreadableRecord):
+    """Bytes that say of themselves that a later release wrote them, and where they stand."""
+
+    def __init__(self, run: str, position: int, schema: int, chain: str, wire: bytes) -> None:
+        super().__init__(
+            f"record {position} of run {run} is of schema {schema}; this release reads up to {SCHEMA}. "
+            "Nothing was changed. Use the release that wrote it, or a later one."
+        )
+        self.run, self.position, self.chain, self.wire = run, position, chain, wire
+
+
 @dataclass(frozen=True)
 class Draft:
     """An event about to be recorded: everything of its record but the place."""
@@ -161,7 +172,7 @@ def parse_record(wire: bytes) -> Record:
         body = _read(wire)
         msgspec.json.decode(wire)  # other people's attributes are hashed too: a link over them must be possible
         if body.schema > SCHEMA:
-            raise UnreadableRecord(f"record of schema {body.schema}; this release reads up to {SCHEMA}: use a newer")
+            raise NewerRecord(body.run, body.position, body.schema, body.chain, wire)
         kind = EVENTS.get(body.type)
         if kind is None:
             raise UnreadableRecord(f"unknown event type {body.type!r}")

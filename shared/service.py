@@ -136,8 +136,11 @@ async def answer(service: Service, lineage: Lineage, cause: Record, run: str, po
             reach(f"{service.name} after publishing on {one.type}")
 
 
-async def serve(service: Service, bus: Bus, ports: Ports, run: str | None = None) -> None:
-    """Answer records from the bus until cancelled; of one run, or of all."""
+async def serve(service: Service, bus: Bus, ports: Ports, run: str | None = None, at_once: int = 1) -> None:
+    """Answer records from the bus until cancelled; of one run, or of all.
+
+    However many are answered `at_once`, each decide sees the state up to its own cause: what is decided is the same.
+    """
     lineages: OrderedDict[str, Lineage] = OrderedDict()
 
     async def handle(record: Record) -> None:
@@ -147,4 +150,4 @@ async def serve(service: Service, bus: Bus, ports: Ports, run: str | None = None
             lineages.popitem(last=False)
         await answer(service, lineage, record, record.run, ports)
 
-    await bus.serve(service.name, [kind.__name__ for kind in service.types], handle, run)
+    await bus.serve(service.name, [kind.__name__ for kind in service.types], handle, run, at_once)

@@ -27,6 +27,9 @@ class Settings(BaseModel):
     gateway_secret: str | None = Field(
         default=None, description="signs attempt tokens where services are on several machines"
     )
+    side_by_side: int = Field(
+        default=3, ge=1, le=26, description="candidates of a generation that are tried at the same time"
+    )
     model_threads: int = Field(default=2, ge=1, le=64, description="threads of the embedded model and of training")
     debug: bool = Field(default=False, description="tracebacks instead of one-line errors")
 

@@ -81,9 +81,14 @@ def notes(run: str, cause: Record, *texts: str, producer: str = "tester") -> lis
 
 @asynccontextmanager
 async def serving(
-    bus: Bus, service: str, types: Sequence[str], answer: Callable[[Record], Awaitable[None]], run: str | None = None
+    bus: Bus,
+    service: str,
+    types: Sequence[str],
+    answer: Callable[[Record], Awaitable[None]],
+    run: str | None = None,
+    at_once: int = 1,
 ) -> AsyncIterator[None]:
-    task = asyncio.create_task(bus.serve(service, types, answer, run))
+    task = asyncio.create_task(bus.serve(service, types, answer, run, at_once))
     try:
         yield
     finally:

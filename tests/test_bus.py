@@ -6,6 +6,7 @@ import os
 import random
 from collections.abc import AsyncIterator, Sequence
 from contextlib import suppress
+from datetime import datetime
 from pathlib import Path
 
 import nats
@@ -22,14 +23,17 @@ from sia_events.infra.memory import MemoryBlobs, SystemTime
 from sia_events.infra.nats import NatsBus, connect
 from sia_events.infra.nats_server import running
 from sia_events.infra.nats_streams import StreamUnfit
+from sia_events.infra.tail import RunTooNew
 from sia_events.shared.events import RunBranched, RunFinished, RunSettings, ServiceFailed
 from sia_events.shared.ports import BusFull, BusUnreachable, Envelope, NoSuchPosition, RunExists
 from sia_events.shared.record import (
+    SCHEMA,
     Draft,
     Record,
     answers,
     broken_link,
     derived_id,
+    link,
     opening,
     parse_record,
     place,
@@ -341,6 +345,84 @@ async def test_what_looks_like_a_record_and_is_none_of_the_run_is_answered_by_no
     letter = history[-1].event
     assert isinstance(letter, ServiceFailed)
     assert letter.failed is None and "no part of run r" in letter.error
+
+
+def of_a_later_release(draft: Draft, position: int, chain: str, time: datetime) -> bytes:
+    """A record as a release that came after this one may write it, linked into the chain."""
+    body = json.loads(to_wire(place(draft, "r", position, chain, time)))
+    body.update(schema=SCHEMA + 1, data={"unheard": "of"})
+    body["chain"] = link(chain, json.dumps(body).encode())
+    return json.dumps(body).encode()
+
+
+async def test_a_run_that_a_later_release_wrote_to_is_refused_and_nothing_is_written_behind_it(bench: Bench):
+    first, second = await opened(bench.bus, "r", note("a"))
+    draft = answers("r", first, "later", [note("b")])[0]
+    await bench.inject("r", "RunResumed", of_a_later_release(draft, 3, second.chain, second.time))
+    await opened(bench.bus, "another")
+    for bus in (bench.bus, bench.other):
+        with pytest.raises(RunTooNew, match=r"record 3 of run r is of schema 2.*Use the release that wrote it"):
+            await bus.append("r", notes("r", first, "c"))
+        with pytest.raises(RunTooNew):
+            await bus.history("r")
+    assert texts(await bench.other.history("another")) == ["RunStarted"]
+
+
+async def test_the_feed_stops_at_a_record_of_a_later_release_and_keeps_its_place(bench: Bench):
+    first, *_ = await opened(bench.bus, "r")
+    draft = answers("r", first, "later", [note("b")])[0]
+    await bench.inject("r", "RunResumed", of_a_later_release(draft, 2, first.chain, first.time))
+    for _ in range(2):
+        with pytest.raises(RunTooNew):
+            await anext(bench.other.feed("f"))
+    assert await bench.bus.lag("f") == 2
+
+
+async def test_a_number_alone_stops_no_run(bench: Bench):
+    first, *_ = await opened(bench.bus, "r")
+    draft = answers("r", first, "forger", [note("b")])[0]
+    await bench.inject("r", "RunResumed", of_a_later_release(draft, 2, "0" * 64, first.time))
+    await bench.bus.append("r", notes("r", first, "a"))
+    seen: list[Record] = []
+    async for batch in bench.other.feed("f"):
+        seen.extend(batch.records)
+        await batch.ack()
+        if not await bench.bus.lag("f"):
+            break
+    assert texts(seen) == texts(await bench.bus.history("r")) == ["RunStarted", "a", "ServiceFailed"]
+
+
+async def test_as_many_records_as_wanted_are_answered_at_once(bench: Bench):
+    await opened(bench.bus, "r", *map(note, "abcdef"))
+    together = asyncio.Barrier(3)
+    got: list[str] = []
+    out, most = 0, 0
+
+    async def answer(record: Record) -> None:
+        nonlocal out, most
+        out, most = out + 1, max(most, out + 1)
+        # Passed by three at a time only: served one after another this would never end.
+        await together.wait()
+        out -= 1
+        got.append(texts([record])[0])
+
+    async with serving(bench.bus, "svc", ["RunResumed"], answer, "r", at_once=3):
+        await until(lambda: len(got) == 6)
+    assert sorted(got) == list("abcdef") and most == 3
+
+
+async def test_what_fails_beside_others_is_tried_again_and_holds_up_none_of_them(bench: Bench):
+    await opened(bench.bus, "r", *map(note, "abc"))
+    got: list[str] = []
+
+    async def answer(record: Record) -> None:
+        if texts([record]) == ["a"] and len(got) < 2:
+            raise RuntimeError("not before the others")
+        got.append(texts([record])[0])
+
+    async with serving(bench.bus, "svc", ["RunResumed"], answer, "r", at_once=3):
+        await until(lambda: len(got) == 3)
+    assert sorted(got[:2]) == ["b", "c"] and got[2] == "a"
 
 
 async def test_traces_come_back_by_key_in_order(bench: Bench):

@@ -13,7 +13,7 @@ from story import SECOND
 
 from sia_events.shared import record as module
 from sia_events.shared.events import EVENTS
-from sia_events.shared.record import UnreadableRecord, broken_link, parse_record, place, to_wire
+from sia_events.shared.record import NewerRecord, UnreadableRecord, broken_link, parse_record, place, to_wire
 
 # A line is added with a new event and with a new schema, and none is ever changed: old streams hold them.
 GOLDEN = (Path(__file__).parent / "golden/events.jsonl").read_bytes().splitlines()
@@ -146,7 +146,7 @@ def test_attributes_that_others_add_are_left_alone():
 
 
 def test_a_newer_schema_says_what_to_do():
-    with pytest.raises(UnreadableRecord, match="use a newer"):
+    with pytest.raises(NewerRecord, match=r"schema 2; this release reads up to 1.*Use the release that wrote it"):
         parse_record(changed(schema=2, data={"unheard": "of"}))
 
 

@@ -233,7 +233,12 @@ async def _run_service(name: str, node: Node, run: str | None) -> None:
             with _only_one(name, node.settings):
                 await _record(node)
         case _:
-            await serve(SERVICES[name], node.bus, ports_of(name, node), run)
+            await serve(SERVICES[name], node.bus, ports_of(name, node), run, at_once(name, node.settings))
+
+
+def at_once(service: str, settings: Settings) -> int:
+    """How many records of a run a service answers at the same time: those of attempts are independent of each other."""
+    return settings.side_by_side if service in ("target_runner", "evaluator") else 1
 
 
 def sandbox_named(kind: str, settings: Settings) -> Sandbox:
