@@ -1,9 +1,10 @@
 """A model that answers at once and always the same: for benchmarks of everything around the model, and for dry runs."""
 
-from collections.abc import Mapping
+from collections.abc import AsyncIterator, Mapping
 from math import log
 from typing import Any
 
+from sia_events.shared.chunks import chunks
 from sia_events.shared.ports import Chat, Choice
 
 
@@ -24,6 +25,10 @@ class InstantModels:
             "choices": [{**said, "logprobs": {"content": [{"token": "ok", "logprob": 0.0}]}}],
             "usage": {"prompt_tokens": 1, "completion_tokens": 1, "total_tokens": 2},
         }
+
+    async def stream(self, call: Chat) -> AsyncIterator[Mapping[str, Any]]:
+        for chunk in chunks(await self.chat(call)):
+            yield chunk
 
     async def choose(self, call: Choice) -> Mapping[str, Any]:
         n = len(call.choices)

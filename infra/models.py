@@ -1,13 +1,14 @@
 """The local model as a `Models` port: an HTTP client of the model server, which holds adapters by name."""
 
 import asyncio
-from collections.abc import Mapping
+from collections.abc import AsyncIterator, Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import httpx
 
+from sia_events.shared.chunks import chunks
 from sia_events.shared.ports import Blobs, Chat, Choice, ModelFailed
 from sia_events.shared.tree import load_tree, write_tree
 
@@ -37,6 +38,10 @@ class LocalModels:
             "logprobs": True,
         }
         return await self._post("/v1/chat/completions", body, call.adapter)
+
+    async def stream(self, call: Chat) -> AsyncIterator[Mapping[str, Any]]:
+        for chunk in chunks(await self.chat(call)):
+            yield chunk
 
     async def choose(self, call: Choice) -> Mapping[str, Any]:
         body = {

@@ -9,8 +9,9 @@ class ModelCall(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """A request, its reply, and on whose behalf. `error` stands where a reply would, when the provider had none.
 
     `request` is what the agent sent (without its credentials), `reply` the body it got, with token ids and
-    log-probs. `digest` is the SHA-256 of the request; with `n`, its how-manieth sending, it names the call in its
-    attempt, which is how a repeated handler finds the recorded reply.
+    log-probs. `fault` is the kind of an error (`FailedCall`, or "budget": refused by us). `usd` is None where nobody
+    knows the model's price. `digest` is the SHA-256 of the request; with `n`, its
+    how-manieth sending, it names the call in its attempt, which is how a repeated handler finds the recorded reply.
     """
 
     call: str
@@ -27,9 +28,10 @@ class ModelCall(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     request: dict[str, Any]
     reply: dict[str, Any] | None = None
     error: str | None = None
+    fault: str = ""
     prompt_tokens: int = 0
     completion_tokens: int = 0
-    usd: float = 0.0
+    usd: float | None = 0.0
     seconds: float = 0.0
     time: str = ""
 

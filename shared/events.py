@@ -7,7 +7,9 @@ from pydantic import BaseModel, ConfigDict, Field, JsonValue
 Lever = Literal["harness", "weights"]
 LeverPolicy = Literal["auto", "harness", "weights", "alternate", "random"]
 Split = Literal["train", "dev", "gate", "test"]
-FailureKind = Literal["infrastructure", "timeout", "crash", "invalid_output", "empty_reply", "truncated"]
+FailureKind = Literal["infrastructure", "budget", "timeout", "crash", "invalid_output", "empty_reply", "truncated"]
+BackendName = Literal["builtin", "direct", "agentic", "claude", "openhands"]
+Autonomy = Literal["full", "approve-weights", "approve-each"]
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 
@@ -60,11 +62,12 @@ class Sealed(Value):
 
 
 class Budget(Value):
-    """Hard limits over all roles together; None is no limit."""
+    """Hard limits over all roles together; None is no limit. `tokens` are prompt and completion tokens."""
 
     usd: float | None = Field(default=None, gt=0)
     minutes: float | None = Field(default=None, gt=0)
     tokens: int | None = Field(default=None, gt=0)
+    calls: int | None = Field(default=None, gt=0)
 
 
 class RunSettings(Value):
@@ -83,6 +86,24 @@ class RunSettings(Value):
     alpha: float = Field(default=0.05, gt=0, lt=0.5)
     plateau_gain: float = Field(default=0.03, ge=0)
     attempt_tries: int = Field(default=3, ge=1, le=10)
+    backend: BackendName = "builtin"
+    meta_model: str | None = None
+    feedback_model: str | None = None
+    any_model_name: bool = False
+    turns: int = Field(default=20, ge=1, le=200)
+    prompt_tokens: int = Field(default=24_000, ge=2_000)
+    budget: Budget = Budget()
+    autonomy: Autonomy = "full"
+
+
+class Written(Value):
+    """How an LLM agent came to what it wrote: its prompt, its own trajectory and its improvement note, by digest."""
+
+    backend: BackendName
+    model: str
+    prompt: Digest
+    trajectory: Digest
+    note: Digest
 
 
 class Evidence(Value):
@@ -133,6 +154,7 @@ class AgentProposed(Event):
     harness: Digest
     weights: Weights
     reason: str
+    written: Written | None = None
 
 
 class AttemptRequested(Event):
@@ -164,7 +186,11 @@ class ExecutionLogged(Event):
 
 
 class AttemptFailed(Event):
-    """An attempt gave no outputs to score. `infrastructure` is ours and tried again; the rest is the candidate's."""
+    """An attempt gave no outputs to score.
+
+    `infrastructure` is ours and tried again, `budget` is tried again once there is more of it; the rest is the
+    candidate's own.
+    """
 
     type: Literal["AttemptFailed"] = "AttemptFailed"
     attempt: str
@@ -237,7 +263,10 @@ class FeedbackRequested(Event):
 
 
 class FeedbackGiven(Event):
-    """The feedback agent picked a lever for the next generation, with its reasons and its evidence."""
+    """The feedback agent picked a lever for the next generation, with its reasons and its evidence.
+
+    `references` are ids of records that it rests on, `expected_gain` is in units of the task's metric, towards better.
+    """
 
     type: Literal["FeedbackGiven"] = "FeedbackGiven"
     generation: int
@@ -246,6 +275,9 @@ class FeedbackGiven(Event):
     algorithm: str | None
     reasons: tuple[str, ...]
     evidence: Evidence
+    references: tuple[str, ...] = ()
+    expected_gain: float | None = None
+    written: Written | None = None
 
 
 class HarnessPatchRequested(Event):
@@ -270,6 +302,7 @@ class HarnessPatched(Event):
     weights: Weights
     edits: tuple[str, ...]
     reason: str
+    written: Written | None = None
 
 
 class WeightUpdateRequested(Event):
@@ -367,7 +400,7 @@ class BudgetExhausted(Event):
     """The next call would pass a limit; it was not made."""
 
     type: Literal["BudgetExhausted"] = "BudgetExhausted"
-    limit: Literal["usd", "minutes", "tokens"]
+    limit: Literal["usd", "minutes", "tokens", "calls"]
     allowed: float
     spent: float
 

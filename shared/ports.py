@@ -238,16 +238,21 @@ class SandboxUnavailable(Exception):
 
 @dataclass(frozen=True)
 class Chat:
-    """One chat completion. `messages` are OpenAI's; a trailing assistant message is continued."""
+    """One chat completion. `messages`, `tools`, `tool_choice` are OpenAI's; a trailing assistant message is continued.
+
+    What is None is left to the provider; `max_tokens` is always a limit.
+    """
 
     model: str
     adapter: str | None
     messages: Sequence[Mapping[str, Any]]
-    temperature: float = 0.0
-    top_p: float = 1.0
+    temperature: float | None = 0.0
+    top_p: float | None = 1.0
     max_tokens: int = 128
     stop: Sequence[str] = ()
     seed: int = 0
+    tools: Sequence[Mapping[str, Any]] = ()
+    tool_choice: str | Mapping[str, Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -264,10 +269,17 @@ class Choice:
 
 
 class Models(Protocol):
-    """Whatever answers model calls. `adapter` is the digest of a LoRA adapter's blob, or None for the base."""
+    """Whatever answers model calls. `adapter` is the digest of a LoRA adapter's blob, or None for the base.
+
+    Every method raises ModelFailed. A stream is one call: what it hands out adds up to what `chat` would return.
+    """
 
     async def chat(self, call: Chat) -> Mapping[str, Any]:
-        """OpenAI's chat.completion object, with `prompt_token_ids`, and per choice `token_ids` and log-probs."""
+        """OpenAI's chat.completion object; `prompt_token_ids`, `token_ids` and log-probs where the engine has them."""
+        ...
+
+    def stream(self, call: Chat) -> AsyncIterator[Mapping[str, Any]]:
+        """OpenAI's chat.completion.chunk objects, the last of them with `usage`."""
         ...
 
     async def choose(self, call: Choice) -> Mapping[str, Any]:
@@ -275,12 +287,86 @@ class Models(Protocol):
         ...
 
 
-class ModelFailed(Exception):
-    """The model could not answer. `status` is an HTTP status: 4xx the request's fault, 5xx the provider's."""
+Wire = Literal["anthropic", "responses"]
 
-    def __init__(self, status: int, message: str) -> None:
+
+class Native(Protocol):
+    """A provider that speaks one of the gateway's wires itself: its requests and replies pass through untranslated."""
+
+    @property
+    def wires(self) -> frozenset[Wire]: ...
+
+    async def forward(self, wire: Wire, body: Mapping[str, Any]) -> Mapping[str, Any]:
+        """The provider's reply to `body`, whose model is the provider's own name for it."""
+        ...
+
+    def forward_stream(self, wire: Wire, body: Mapping[str, Any]) -> AsyncIterator[Mapping[str, Any]]:
+        """The provider's stream events, in its own terms."""
+        ...
+
+
+FailedCall = Literal[
+    "refused", "no_key", "unknown_model", "rate_limited", "timeout", "unavailable", "garbage", "unsupported"
+]
+
+
+class ModelFailed(Exception):
+    """The model could not answer. `status` is an HTTP status: 4xx the request's fault, 5xx or 429 the provider's.
+
+    `retry_after` is how many seconds the provider asked us to wait.
+    """
+
+    def __init__(
+        self, status: int, message: str, kind: FailedCall = "unavailable", retry_after: float | None = None
+    ) -> None:
         super().__init__(message)
         self.status = status
+        self.kind = kind
+        self.retry_after = retry_after
+
+
+@dataclass(frozen=True)
+class Brief:
+    """What an LLM agent is asked to write: a harness, starting from a scratch copy of `files`.
+
+    `key` names its model calls in the journal, so that a repeated handler pays for none of them again. `data` are
+    public files that it may look at. `turns` bounds an agent that takes many steps.
+    """
+
+    run: str
+    role: Literal["meta", "feedback"]
+    key: str
+    model: str
+    prompt: str
+    files: Mapping[str, bytes]
+    data: Mapping[str, bytes] = field(default_factory=dict)
+    turns: int = 20
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Writing:
+    """What came of a brief: the whole tree, a note on what was changed and why, and the trajectory (JSON lines)."""
+
+    files: Mapping[str, bytes]
+    note: str
+    trajectory: bytes
+
+
+class WritingFailed(Exception):
+    """The agent wrote nothing that can be used; the message says what it did instead. `trajectory` is what is kept."""
+
+    def __init__(self, message: str, trajectory: bytes = b"") -> None:
+        super().__init__(message)
+        self.trajectory = trajectory
+
+
+class Backend(Protocol):
+    """A way to have a harness written by an LLM."""
+
+    async def write(self, brief: Brief, ports: "Ports") -> Writing:
+        """Raises WritingFailed for what is the agent's own doing; anything else is ours, and is tried again."""
+        ...
 
 
 class Door(Protocol):
@@ -298,7 +384,7 @@ class Door(Protocol):
 class Ports:
     """What `app.py` hands a service. `private` is None for every service but the evaluator.
 
-    `boxed` turns a worker's argv and its scratch folder into a command line that runs it in a box; None where runs
+    `backends` are the LLM agents there are, by name. `boxed` turns a worker's argv and its scratch folder into a command line that runs it in a box; None where runs
     are driven without one.
     """
 
@@ -311,3 +397,4 @@ class Ports:
     private: Blobs | None = None
     threads: int = 2
     boxed: Callable[[Sequence[str], Path], Sequence[str]] | None = None
+    backends: Mapping[str, Backend] = field(default_factory=dict)
