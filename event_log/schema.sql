@@ -1,6 +1,8 @@
 -- The log's tables and views, as ordered migrations: a line `-- migration N` opens each.
--- A migration that was ever released is never edited; the next change is a new one at the end.
--- Every statement can run twice, so one that was cut off half-way is simply run again.
+-- A migration that was ever released is never edited in what it makes; the next change is a new one at the end.
+-- Every statement can run twice, so one that was cut off half-way is simply run again; and in several clients at once,
+-- so a fresh store may be opened by all of them. CREATE OR REPLACE VIEW is not like that: while it replaces one, the
+-- view is missing for whoever reads it, or makes another on top of it.
 
 -- migration 1
 
@@ -87,7 +89,7 @@ SETTINGS non_replicated_deduplication_window = 10000, fsync_after_insert = 1, fs
     max_suspicious_broken_parts = 1000000, max_suspicious_broken_parts_bytes = 1000000000000;
 
 -- Every version: where it comes from, which lever made it, what the gate said of it.
-CREATE OR REPLACE VIEW lineage AS
+CREATE VIEW IF NOT EXISTS lineage AS
 SELECT
     made.run AS run,
     JSONExtractUInt(made.data, 'generation') AS generation,
@@ -108,7 +110,7 @@ LEFT JOIN (SELECT run, version, argMax(type, position) AS last FROM events FINAL
     ON judged.run = made.run AND judged.version = made.version;
 
 -- Every score with its interval, by generation and version.
-CREATE OR REPLACE VIEW scores AS
+CREATE VIEW IF NOT EXISTS scores AS
 SELECT
     scored.run AS run,
     lineage.generation AS generation,
@@ -127,7 +129,7 @@ FROM (SELECT run, version, attempt, position, time, data FROM events FINAL WHERE
 LEFT JOIN lineage ON lineage.run = scored.run AND lineage.version = scored.version;
 
 -- What each role spent on each model.
-CREATE OR REPLACE VIEW costs AS
+CREATE VIEW IF NOT EXISTS costs AS
 SELECT
     run, role, model,
     count() AS calls,
@@ -139,7 +141,7 @@ FROM model_calls FINAL
 GROUP BY run, role, model;
 
 -- Every run at a glance, by its own records: a branch's task is its parent's.
-CREATE OR REPLACE VIEW runs AS
+CREATE VIEW IF NOT EXISTS runs AS
 SELECT
     run,
     anyIf(JSONExtractString(data, 'task'), type = 'TaskRegistered') AS task,
@@ -156,3 +158,33 @@ SELECT
     max(time) AS updated
 FROM events FINAL
 GROUP BY run;
+
+-- migration 2
+
+-- A merged part is on disk when it takes the place of others, so those may go as soon as nobody reads them: together
+-- with the parts that replaced them they took more room than the rows.
+ALTER TABLE events MODIFY SETTING old_parts_lifetime = 0;
+ALTER TABLE trace MODIFY SETTING old_parts_lifetime = 0;
+
+-- The table of calls is the big one. A wide part keeps every column in files of its own, 73 of them: below a quarter of
+-- a gigabyte that costs more in half-filled blocks than it spares in reading.
+ALTER TABLE model_calls MODIFY SETTING old_parts_lifetime = 0, min_bytes_for_wide_part = 268435456;
+ALTER TABLE model_calls
+    MODIFY COLUMN body CODEC(ZSTD(9)), MODIFY COLUMN item CODEC(ZSTD(3)),
+    MODIFY COLUMN prompt_tokens CODEC(ZSTD(3)), MODIFY COLUMN seconds CODEC(ZSTD(3));
+
+-- migration 3
+
+-- A call whose price nobody knows is counted apart: its share of the sum is not nothing, it is missing.
+DROP VIEW IF EXISTS costs;
+CREATE VIEW IF NOT EXISTS costs AS
+SELECT
+    run, role, model,
+    count() AS calls,
+    sum(prompt_tokens) AS prompt_tokens,
+    sum(completion_tokens) AS completion_tokens,
+    sum(usd) AS usd,
+    countIf(JSONExtractRaw(body, 'usd') = 'null') AS unpriced,
+    sum(seconds) AS seconds
+FROM model_calls FINAL
+GROUP BY run, role, model;

@@ -237,6 +237,23 @@ def test_it_ends_cleanly_when_told_and_when_its_parent_is_gone(tmp_path: Path, h
         assert not (tmp_path / "log.owner").exists()
 
 
+def test_a_small_table_is_one_part_on_disk_when_it_has_ended(tmp_path: Path):
+    def parts() -> int:
+        return len(list((tmp_path / "log/store").glob("*/*/all_*")))
+
+    with owner(tmp_path / "log") as running:
+        with connected(running) as client:
+            client.command(f"{TABLE}, old_parts_lifetime = 0, cleanup_delay_period = 200")
+            for batch in range(5):
+                insert(client, rows(20, start=20 * batch))
+        assert parts() >= 5
+        running.process.send_signal(signal.SIGTERM)
+        assert running.process.wait(timeout=30) == 0
+    assert parts() == 1
+    with owner(tmp_path / "log") as second, connected(second) as client:
+        assert client.query("SELECT a FROM items ORDER BY a").result_rows == [(a,) for a in range(100)]
+
+
 def test_every_acknowledged_row_survives_kill_9(tmp_path: Path):
     acknowledged: list[int] = []
     enough = threading.Event()

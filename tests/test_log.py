@@ -5,9 +5,11 @@ import os
 import subprocess
 import sys
 from collections.abc import AsyncIterator, Iterator, Sequence
-from contextlib import ExitStack
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from threading import Barrier
 
 import clickhouse_connect
 import pytest
@@ -44,6 +46,8 @@ from sia_events.shared.record import GENESIS, Record, opening, place
 START = datetime(2026, 1, 2, 3, 4, 5, 678901, tzinfo=UTC)
 HARNESS = "a" * 64
 WEIGHTS = Weights(model="tiny")
+VERSIONS = "CREATE TABLE schema_version (version UInt32) ENGINE = ReplacingMergeTree ORDER BY version"
+VIEWS = ("lineage", "scores", "costs", "runs")
 
 
 def records(run: str, events: Sequence[Event], start: datetime = START) -> list[Record]:
@@ -67,6 +71,14 @@ def call(name: str, **fields: object) -> bytes:
 def statement(dsn: str, sql: str) -> None:
     with clickhouse_connect.get_client(dsn=dsn) as client:
         client.command(sql)
+
+
+@contextmanager
+def closing(log: ClickHouseLog) -> Iterator[ClickHouseLog]:
+    try:
+        yield log
+    finally:
+        asyncio.run(log.close())
 
 
 def empty_files(folder: Path) -> None:
@@ -250,6 +262,31 @@ async def test_a_store_of_a_newer_schema_is_left_alone(tmp_path: Path):
         statement(running.dsn, "INSERT INTO schema_version (version) VALUES (99)")
         with pytest.raises(StoreTooNew, match=r"schema 99; this release knows schemas up to \d+"):
             connect(running.dsn)
+
+
+@pytest.mark.parametrize("found", ["nothing", "the first schema"])
+def test_several_may_open_a_store_at_once(tmp_path: Path, found: str):
+    many = 6
+    together = Barrier(many)
+
+    def look(dsn: str) -> list[int]:
+        together.wait(60)
+        with closing(connect(dsn)) as log:
+            return [asyncio.run(log.query(f"SELECT count() AS n FROM {view}"))[0]["n"] for view in VIEWS]
+
+    with owner(tmp_path / "log") as running, ThreadPoolExecutor(many) as pool:
+        for _ in range(3):
+            if found == "the first schema":
+                for sql in (*migrations()[0][1], VERSIONS, "INSERT INTO schema_version VALUES (1)"):
+                    statement(running.dsn, sql)
+            assert list(pool.map(look, [running.dsn] * many)) == [[0] * len(VIEWS)] * many
+            with closing(connect(running.dsn)) as log:
+                [last] = asyncio.run(log.query("SELECT max(version) AS version FROM schema_version"))
+                [table] = asyncio.run(log.query("SHOW CREATE TABLE events"))
+            assert last["version"] == len(migrations())
+            assert "old_parts_lifetime = 0" in table["statement"]
+            for name in (*VIEWS, "events", "model_calls", "trace", "schema_version"):
+                statement(running.dsn, f"DROP TABLE {name}")
 
 
 async def test_a_table_without_its_durability_is_refused(tmp_path: Path):
