@@ -21,8 +21,9 @@ PRIOR_ITEMS = 20  # symptoms seen on few items are believed less
 class Evidence:
     """What is known of the incumbent, from splits that the loop may tune on.
 
-    `invalid`, `skew` and `score` are fractions of `n` answered items: answers that are no label, the share of the most
-    common answer, the score. `gains` are the gains in score last seen by edit name. `cost` is the model work of one
+    `invalid` and `skew` are fractions of `n` answered items: answers that are no label, the share of the most common
+    answer. `score` is their mean under the task's metric, of which more is better if `maximize`, else less. `gains` are
+    the gains last seen by edit name, in the metric's unit, above zero for the better. `cost` is the model work of one
     attempt, in a unit of the caller's; expected costs are in that unit too.
     """
 
@@ -30,13 +31,23 @@ class Evidence:
     skew: float
     score: float
     n: int
+    maximize: bool = True
     gains: Mapping[str, float] = field(default_factory=dict)
     cost: float = 1.0
+
+    @property
+    def headroom(self) -> float:
+        """How far the score is from the best there could be: 1 for a fraction right, 0 for what is to be small.
+
+        A score with no end on its better side, a speed-up of 3 say, is measured by its own size. At least 0.01.
+        """
+        bounded = self.maximize and 0 <= self.score <= 1
+        return max(1 - self.score if bounded else abs(self.score), 0.01)
 
 
 @dataclass(frozen=True)
 class Proposal:
-    """A spec to try: the edits that made it, why, and what is expected of it (gain in score, cost as in Evidence)."""
+    """A spec to try: the edits that made it, why, and what is expected of it (gain and cost as in Evidence)."""
 
     spec: Spec
     edits: tuple[str, ...]
@@ -200,7 +211,7 @@ def _candidates(
         if edited is None or (mark := digest(edited)) in tried:
             continue
         tried.add(mark)
-        gain = (1 - evidence.score) * (1 - prod(1 - _expected(edit, spec, evidence) for edit in used))
+        gain = evidence.headroom * (1 - prod(1 - _expected(edit, spec, evidence) for edit in used))
         factor = prod(edit.cost for edit in used)
         proposal = Proposal(
             spec=edited,
@@ -231,4 +242,5 @@ def _expected(edit: Edit, spec: Spec, evidence: Evidence) -> float:
     rule = edit.gain(trust * evidence.invalid, trust * excess)
     if edit.name not in evidence.gains:
         return rule
-    return max(0.0, (rule + evidence.gains[edit.name] / max(1 - evidence.score, 0.01)) / 2)
+    seen = min(1.0, evidence.gains[edit.name] / evidence.headroom)
+    return max(0.0, (rule + seen) / 2)

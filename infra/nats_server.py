@@ -16,7 +16,7 @@ from pathlib import Path
 import psutil
 import structlog
 
-from sia_events.infra.store_lock import Owner, StoreHeld, claim
+from sia_events.infra.store_lock import claim
 
 MINIMUM = (2, 12)  # the first with atomic batches
 MAX_PAYLOAD = 8 * 2**20
@@ -40,18 +40,6 @@ if os.getppid() == int(sys.argv[1]): os.execv(sys.argv[2], sys.argv[2:])
 
 class NatsServerFailed(Exception):
     """There is no server to be had; the message says why, and how to mend it."""
-
-
-class NatsStoreHeld(Exception):
-    """Another process runs a server on this store. `owner.dsn` is that server's URL."""
-
-    def __init__(self, store: Path, owner: Owner | None) -> None:
-        who = f"process {owner.pid}" if owner else "another process"
-        super().__init__(
-            f"the event stream {store} is held by {who}; nothing was written. "
-            "Stop that process, or set SIA_HOME to another folder."
-        )
-        self.owner = owner
 
 
 @dataclass
@@ -79,25 +67,23 @@ class NatsServer:
 async def running(store: Path) -> AsyncIterator[str]:
     """Run a server on the folder `store` until the block ends; the URL, token and all, is good for that long.
 
-    Raises NatsStoreHeld, or NatsServerFailed when the program is missing, too old, or does not start.
+    Raises StoreHeld, whose `owner.dsn` is the URL of the server that runs there, or NatsServerFailed when the program
+    is missing, too old, or does not start.
     """
     server = NatsServer(store, await _binary())
-    try:
-        with claim(store, server.url):
-            _prepare(server)
-            await _end_orphan(server)
+    with claim(store, server.url):
+        _prepare(server)
+        await _end_orphan(server)
+        try:
+            await _start(server)
+            keeper = asyncio.create_task(_keep(server))
             try:
-                await _start(server)
-                keeper = asyncio.create_task(_keep(server))
-                try:
-                    yield server.url
-                finally:
-                    keeper.cancel()
-                    await asyncio.gather(keeper, return_exceptions=True)
+                yield server.url
             finally:
-                await _end(server)
-    except StoreHeld as held:
-        raise NatsStoreHeld(store, held.owner) from None
+                keeper.cancel()
+                await asyncio.gather(keeper, return_exceptions=True)
+        finally:
+            await _end(server)
 
 
 async def server_info(host: str, port: int) -> dict[str, object]:

@@ -19,12 +19,12 @@ class Owner:
 
 
 class StoreHeld(Exception):
-    """Another process holds the store."""
+    """Another process holds the store; `owner.dsn` says how to ask it, where it takes questions."""
 
     def __init__(self, path: Path, owner: Owner | None) -> None:
         who = f"process {owner.pid}" if owner else "another process"
         super().__init__(
-            f"the event log {path} is held by {who}; nothing was written. "
+            f"the store {path} is held by {who}; nothing was written. "
             "Stop that process, or set SIA_HOME to another folder."
         )
         self.path = path

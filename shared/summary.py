@@ -4,7 +4,8 @@ from collections.abc import Mapping, Sequence
 from datetime import datetime
 from typing import Any
 
-from sia_events.shared.events import Estimate, ExecutionLogged, Scored, VersionAccepted
+from sia_events.shared.calls import journal_key
+from sia_events.shared.events import AttemptFailed, Estimate, ExecutionLogged, Scored, VersionAccepted
 from sia_events.shared.record import Record
 from sia_events.shared.run import Run, fold
 
@@ -30,12 +31,15 @@ def whole(records: Sequence[Record]) -> dict[str, Any]:
     """`sia show`: every version with its scores and verdict, the sealed test, what it cost.
 
     `generations` has an entry a version, candidates that were refused included; `scores` maps a split to
-    {value, low, high, n}; `accepted` is None while the verdict is out.
+    {value, low, high, n}; `accepted` is None while the verdict is out. A gain is above zero for the better, whichever
+    way the metric goes. `chance` is the score of one constant answer, where the task states it.
     """
     run = fold(records)
     sealed = run.finished.sealed if run.finished else None
     return {
         **row(records),
+        "chance": run.task.floor if run.task else None,
+        "held_out": run.task is not None and run.task.sizes.get("test", 0) > 1,
         "settings": run.settings.model_dump(mode="json"),
         "generations": [_version(run, name) for name in run.versions],
         "sealed": sealed
@@ -66,16 +70,24 @@ def lever_gains(run: Run) -> dict[str, dict[str, Any]]:
 
 
 def cost(records: Sequence[Record]) -> dict[str, Any]:
-    """Model calls, tokens, money and wall seconds, of the run and of what it shares with its parents."""
-    logged = [r.event for r in records if isinstance(r.event, ExecutionLogged)]
+    """Model calls, tokens, money and wall seconds, of the run and of what it shares with its parents.
+
+    Attempts that failed have cost what they have cost; one that is under way counts when it ends.
+    """
+    ended: dict[tuple[str, str], ExecutionLogged | AttemptFailed] = {}
+    for record in records:
+        if isinstance(record.event, ExecutionLogged | AttemptFailed):
+            # All tries of an attempt share a journal, and the one that knew the most calls knew all of them.
+            key = record.run, journal_key(record.event.attempt)
+            ended[key] = max(ended.get(key, record.event), record.event, key=lambda event: event.calls)
     spans: dict[str, list[datetime]] = {}
     for record in records:
         spans.setdefault(record.run, []).append(record.time)
     # A branch stands idle behind its parent until somebody opens it: that time is nobody's.
     seconds = sum((times[-1] - times[0]).total_seconds() for times in spans.values())
     return {
-        "model_calls": sum(e.calls for e in logged),
-        "tokens": sum(e.prompt_tokens + e.completion_tokens for e in logged),
+        "model_calls": sum(e.calls for e in ended.values()),
+        "tokens": sum(e.prompt_tokens + e.completion_tokens for e in ended.values()),
         "usd": 0.0,
         "seconds": round(seconds, 3),
     }

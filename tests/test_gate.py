@@ -4,11 +4,15 @@ import random
 from math import comb, sqrt
 
 import pytest
+from given import recorded
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
+from story import OPENING, patched, registered, scored
 
-from sia_events.feedback_svc.gate import compare, hopeless, proven
+from sia_events.feedback_svc.gate import compare, compare_on, hopeless, proven
+from sia_events.shared.events import Comparison
+from sia_events.shared.run import fold
 
 marks = st.lists(st.tuples(st.sampled_from([0.0, 1.0]), st.sampled_from([0.0, 1.0])), min_size=2, max_size=60)
 scores = st.lists(st.tuples(st.floats(0, 1), st.floats(0, 1)), min_size=2, max_size=40)
@@ -73,9 +77,28 @@ def test_no_difference_proves_nothing_and_rules_nothing_out():
     assert not proven(found, 0.05) and not hopeless(found)
 
 
-def test_one_item_is_never_enough():
-    found = compare([0.0], [1.0])
-    assert found.low <= 0 <= found.high and not proven(found, 0.05) and not hopeless(found)
+@pytest.mark.parametrize("gain", [0.25, 1.0, -1.0, 70.0, -70.0])
+def test_one_item_is_never_enough(gain: float):
+    found = compare([0.0], [gain])
+    assert found.low <= 0 <= found.high and not proven(found, 0.49) and not hopeless(found)
+
+
+def on_gate(maximize: bool, before: str, after: str) -> Comparison:
+    past = (registered(maximize=maximize), *OPENING[1:], patched("g1a"))
+    run = fold(recorded(*past, scored("g0a", "gate", before), scored("g1a", "gate", after)))
+    assert compare_on(run, "dev", "g0a", "g1a") is None and compare_on(run, "gate", "g0a", "g9z") is None
+    found = compare_on(run, "gate", "g0a", "g1a")
+    assert found is not None
+    return found
+
+
+def test_two_versions_are_compared_on_a_split_that_both_were_scored_on_with_more_being_better():
+    assert on_gate(True, "0011", "0111") == compare([0, 0, 1, 1], [0, 1, 1, 1])
+
+
+def test_where_less_is_better_the_comparison_is_the_mirror_image():
+    assert on_gate(False, "0111", "0011") == on_gate(True, "0011", "0111")
+    assert on_gate(False, "0011", "0111").gain == -0.25
 
 
 def test_a_large_gain_on_few_items_does_not_pass_where_the_exact_test_disagrees():

@@ -17,7 +17,8 @@ from bus_on import until
 from small_disk import small_disk
 
 from sia_events.infra import nats_server
-from sia_events.infra.nats_server import NatsServerFailed, NatsStoreHeld, running, server_info
+from sia_events.infra.nats_server import NatsServerFailed, running, server_info
+from sia_events.infra.store_lock import StoreHeld
 
 
 def pid(store: Path) -> int:
@@ -104,7 +105,7 @@ async def _eventually(url: str) -> bool:
 
 async def test_a_store_bears_one_server_and_the_holder_is_named(tmp_path: Path):
     async with running(tmp_path / "nats") as url:
-        with pytest.raises(NatsStoreHeld, match=f"held by process {os.getpid()}; nothing was written") as held:
+        with pytest.raises(StoreHeld, match=f"held by process {os.getpid()}; nothing was written") as held:
             async with running(tmp_path / "nats"):
                 pass
         assert held.value.owner and held.value.owner.dsn == url

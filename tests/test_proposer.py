@@ -1,9 +1,23 @@
+"""The built-in proposer: what it offers first for which symptoms, and never twice; either way a metric may go."""
+
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
+from given import recorded
+from story import accepted, feedback_asked, patched, proposed, scored, started
 
 from sia_events.feedback_svc.proposer import Evidence, propose
-from sia_events.feedback_svc.template import Spec, digest
+from sia_events.feedback_svc.service import feedback_svc
+from sia_events.feedback_svc.template import Spec, digest, naive_spec, render
+from sia_events.infra.memory import MemoryBlobs, MemoryBus
+from sia_events.shared.events import HarnessPatched, HarnessPatchRequested, VersionRejected
+from sia_events.shared.ports import Ports
+from sia_events.shared.registration import register
+from sia_events.shared.run import fold
+from sia_events.shared.service import Work
+from sia_events.shared.task import find_task
+from sia_events.shared.tree import store_tree
 
 NAIVE = Spec(
     instruction="Is it hot, warm or cold?",
@@ -67,6 +81,68 @@ def test_an_edit_that_lost_before_is_expected_to_gain_less():
     assert {p.edits: p.expected_gain for p in propose(NAIVE, after, [], 200, seed=0)}[("few_shot",)] < single[
         ("few_shot",)
     ]
+
+
+def test_an_error_to_be_small_is_read_as_the_share_of_right_answers_that_it_leaves():
+    right = replace(LOST, gains={"few_shot": 0.1, "vote": -0.2})
+    wrong = replace(right, score=1 - right.score, maximize=False)
+    assert propose(NAIVE, wrong, [], 60, seed=0) == propose(NAIVE, right, [], 60, seed=0)
+
+
+def test_the_nearer_to_the_best_score_the_less_is_expected():
+    def expected(score: float, maximize: bool) -> float:
+        return propose(NAIVE, replace(LOST, score=score, maximize=maximize), [], 1, seed=0)[0].expected_gain
+
+    assert expected(0.9, True) < expected(0.5, True) and expected(0.1, False) < expected(0.5, False)
+    assert expected(1.0, True) > 0 and expected(0.0, False) > 0
+
+
+@pytest.mark.parametrize("maximize", [True, False])
+@pytest.mark.parametrize("score", [-40.0, 3.0, 250.0])
+def test_the_order_does_not_depend_on_the_metrics_unit(score: float, maximize: bool):
+    found = propose(NAIVE, replace(LOST, score=score, maximize=maximize), [], 60, seed=0)
+    assert [p.edits for p in found] == [p.edits for p in propose(NAIVE, LOST, [], 60, seed=0)]
+    assert all(p.expected_gain > 0 for p in found)
+
+
+@pytest.mark.parametrize("maximize", [True, False])
+def test_an_edit_that_gained_more_than_was_thought_possible_stands_first(maximize: bool):
+    seen = Evidence(invalid=0.4, skew=0.7, score=0.5, n=128, maximize=maximize, gains={"open_answer": 90.0})
+    first, *others = propose(NAIVE, seen, [], 200, seed=0)
+    assert "open_answer" in first.edits and 0 < first.expected_gain <= 0.5
+    assert all(0 <= p.expected_gain <= 0.5 for p in others)
+
+
+async def proposed_behind(maximize: bool) -> tuple[str, ...]:
+    """The edits that stand first where an opened answer took the score from 0 to 1 and was refused."""
+    blobs = MemoryBlobs()
+    task = find_task("words")
+    told = (await register(task, blobs, MemoryBlobs(), 8)).model_copy(update={"maximize": maximize})
+    plain = await store_tree(blobs, render(naive_spec(task), task))
+    other = await store_tree(blobs, render(replace(naive_spec(task), votes=3), task))
+    asked = HarnessPatchRequested(generation=2, parent="g0a", candidates=1, seed=0)
+    history = recorded(
+        told,
+        started(generations=3),
+        proposed().model_copy(update={"harness": plain}),
+        scored("g0a", "dev", "0" * 20),
+        accepted("g0a"),
+        feedback_asked(1),
+        patched("g1a", harness=other, edits=("open_answer",)),
+        scored("g1a", "dev", "1" * 20),
+        VersionRejected(version="g1a", over="g0a", comparison=None, reason="not on the gate"),
+        feedback_asked(2),
+        asked,
+    )
+    ports = Ports(MemoryBus(blobs), blobs, None, None, None, Path())  # type: ignore[arg-type]
+    (made,) = await feedback_svc.performs[HarnessPatchRequested](Work(fold(history), history[-1], ports), asked)
+    assert isinstance(made, HarnessPatched)
+    return made.edits
+
+
+async def test_what_was_tried_before_is_judged_by_the_tasks_direction():
+    assert "open_answer" in await proposed_behind(maximize=True)
+    assert "open_answer" not in await proposed_behind(maximize=False)
 
 
 def test_symptoms_seen_on_few_items_count_less():
