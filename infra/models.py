@@ -8,6 +8,7 @@ from typing import Any
 
 import httpx
 
+from sia_events.infra.providers.failures import kind_of
 from sia_events.shared.chunks import chunks
 from sia_events.shared.ports import Blobs, Chat, Choice, ModelFailed
 from sia_events.shared.tree import load_tree, write_tree
@@ -27,11 +28,14 @@ class LocalModels:
         self._loading = asyncio.Lock()
 
     async def chat(self, call: Chat) -> Mapping[str, Any]:
+        if call.tools or (call.response_format or {"type": "text"}).get("type") != "text":
+            said = f"{call.model} takes no tools and no response format; nothing was asked"
+            raise ModelFailed(400, said, "unsupported")
+        sampling = {"temperature": call.temperature, "top_p": call.top_p}
         body = {
             "model": _name(call.model, call.adapter),
             "messages": list(call.messages),
-            "temperature": call.temperature,
-            "top_p": call.top_p,
+            **{name: value for name, value in sampling.items() if value is not None},
             "max_tokens": call.max_tokens,
             "stop": list(call.stop) or None,
             "seed": call.seed,
@@ -64,7 +68,7 @@ class LocalModels:
             await self._load(adapter)
             response = await self._send(path, body)
         if response.status_code != 200:
-            raise ModelFailed(response.status_code, response.text[:500])
+            raise ModelFailed(response.status_code, response.text[:500], kind_of(response.status_code))
         return response.json()
 
     async def _send(self, path: str, body: Mapping[str, Any]) -> httpx.Response:
@@ -85,7 +89,8 @@ class LocalModels:
                 write_tree(files, Path(folder))
                 loaded = await self._send("/v1/load_lora_adapter", {"lora_name": adapter, "lora_path": folder})
             if loaded.status_code != 200:
-                raise ModelFailed(loaded.status_code, f"adapter {adapter[:12]} was refused: {loaded.text[:500]}")
+                said = f"adapter {adapter[:12]} was refused: {loaded.text[:500]}"
+                raise ModelFailed(loaded.status_code, said, kind_of(loaded.status_code))
 
     async def _send_get(self, path: str) -> Any:
         try:

