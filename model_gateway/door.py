@@ -1,140 +1,148 @@
-"""The one door to every model: OpenAI chat completions and the choice call in, each call recorded before its reply."""
+"""The one door to every model: who asks is told by a token, what is asked comes on one of three wires."""
 
-import hashlib
-import time
-from collections.abc import Callable, Mapping
-from typing import Annotated, Any
-from uuid import uuid5
+from collections.abc import AsyncIterator, Callable, Mapping
+from typing import Any
 
 import msgspec
+import structlog
 from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
-from tenacity import AsyncRetrying, retry_if_exception, stop_after_delay, wait_exponential_jitter
 
+from sia_events.model_gateway.anthropic_wire import MESSAGES
+from sia_events.model_gateway.asking import Calls
 from sia_events.model_gateway.journal import Journal
+from sia_events.model_gateway.ledger import Ledger, Unlimited
+from sia_events.model_gateway.openai_wire import CHAT, CHOICE
+from sia_events.model_gateway.reading import Reading
+from sia_events.model_gateway.responses_wire import RESPONSES
 from sia_events.model_gateway.token import Claims, TokenRefused, read_token
+from sia_events.model_gateway.wire import Refused, Wire
 from sia_events.shared.calls import ModelCall
-from sia_events.shared.failpoints import reach
-from sia_events.shared.ports import Chat, Choice, Clock, ModelFailed, Models
-from sia_events.shared.record import NAMESPACE
+from sia_events.shared.ports import Clock, Models
 
 PATIENCE_S = 120.0
 MAX_BODY = 2_000_000
-MAX_TOKENS = 4096
+BYTES_A_TOKEN = 4
+STATUS: Mapping[str, int] = {"budget": 402, "rate_limited": 429, "timeout": 504}
+"""What a caller gets for a call that has no reply, by its fault; 502 for every other."""
+
+log = structlog.get_logger()
 
 
-class Refused(Exception):
-    """A request that cannot be served as it is; `status` is what the caller gets."""
-
-    def __init__(self, status: int, message: str) -> None:
-        super().__init__(message)
-        self.status = status
-
-
-def gateway(journal: Journal, models: Callable[[str], Models], secret: str, clock: Clock) -> Starlette:
+def gateway(
+    journal: Journal,
+    models: Callable[[str], Models],
+    secret: str,
+    clock: Clock,
+    ledger: Ledger | None = None,
+    patience: float = PATIENCE_S,
+) -> Starlette:
     """The gateway as an ASGI application; whoever made the journal closes it behind the last request.
 
-    `models` finds what answers for a model name, "provider/model".
-    Whatever model name a request carries, the version's own model and adapter answer: the token decides, not the agent.
+    `models` finds what answers for a model name, "provider/model", and raises ModelFailed where nothing does.
+    A token says which models its holder may ask for. A provider that is away is asked again for `patience` seconds.
+    Every call is in the journal before the end of its reply is given away, and one that is there is not made again.
     """
+    calls = Calls(journal, models, clock, ledger or Unlimited(), patience)
 
-    async def chat(request: Request) -> Response:
-        return await _serve(request, "chat")
-
-    async def choice(request: Request) -> Response:
-        return await _serve(request, "choice")
-
-    async def _serve(request: Request, kind: str) -> Response:
-        try:
-            claims = _claims(request, secret)
+    def served(wire: Wire) -> Callable[[Request], Any]:
+        async def serve(request: Request) -> Response:
+            claims = _claims(request, secret, clock)
             body = await _body(request)
-            call = await _answer(kind, claims, body)
-        except Refused as refused:
-            error = {"message": str(refused), "type": "invalid_request_error", "code": refused.status}
-            return JSONResponse({"error": error}, refused.status)
-        if call.reply is None:
-            return JSONResponse({"error": {"message": call.error, "type": "provider_error", "code": 502}}, 502)
-        return Response(msgspec.json.encode(call.reply), media_type="application/json")
+            if wire is MESSAGES and (betas := request.headers.get("anthropic-beta")):
+                # Anthropic's clients name beta features in a header; in the record they belong to the request.
+                body = {**body, "betas": betas.split(",")}
+            streamed = body.get("stream") is True and wire is not CHOICE
+            reading = await calls.read(wire, claims, body, streamed)
+            if not streamed:
+                return _whole(wire, reading, await reading.call())
+            await reading.begun()
+            if not reading.parts and (call := await reading.call()).reply is None:
+                return _whole(wire, reading, call)
+            return StreamingResponse(_frames(wire, reading), media_type="text/event-stream")
 
-    async def _answer(kind: str, claims: Claims, body: Mapping[str, Any]) -> ModelCall:
-        metadata = body.get("metadata") or {}
-        item = metadata.get("item") if isinstance(metadata, dict) else None
-        digest = hashlib.sha256(msgspec.json.encode([kind, body], order="sorted")).hexdigest()
-        recorded = await journal.open(claims.run, claims.attempt)
-        n = journal.number(claims.run, claims.start, digest)
-        if known := recorded.get((digest, n)):
-            return known
-        seed = int.from_bytes(hashlib.sha256(f"{claims.seed}/{digest}/{n}".encode()).digest()[:4]) >> 1
-        port = models(claims.model)
-        ask = _choice(port, claims, body, seed) if kind == "choice" else _chat(port, claims, body, seed)
-        started, at = time.monotonic(), clock.now()
-        reply, error = None, None
-        try:
-            reply = await _patiently(ask)
-        except ModelFailed as failed:
-            if failed.status < 500:
-                raise Refused(failed.status, str(failed)) from failed
-            error = str(failed)
-        usage = (reply or {}).get("usage", {})
-        call = ModelCall(
-            call=str(uuid5(NAMESPACE, f"{claims.run}/{claims.attempt}/{digest}/{n}")),
-            attempt=claims.attempt,
-            version=claims.version,
-            kind="choice" if kind == "choice" else "chat",
-            model=claims.model,
-            adapter=claims.adapter,
-            item=item if isinstance(item, str) else None,
-            digest=digest,
-            n=n,
-            seed=seed,
-            request=dict(body),
-            reply=None if reply is None else dict(reply),
-            error=error,
-            prompt_tokens=usage.get("prompt_tokens", 0),
-            completion_tokens=usage.get("completion_tokens", 0),
-            seconds=round(time.monotonic() - started, 4),
-            time=at.isoformat(),
-        )
-        reach("model_gateway before recording a call")
-        await journal.record(claims.run, call)
-        reach("model_gateway after recording a call")
-        return call
+        return serve
+
+    async def count(request: Request) -> Response:
+        """An estimate, since nobody is asked: a token is about four bytes of the request."""
+        _claims(request, secret, clock)
+        return JSONResponse({"input_tokens": len(msgspec.json.encode(await _body(request))) // BYTES_A_TOKEN})
 
     async def listing(request: Request) -> Response:
-        claims = _claims(request, secret)
-        return JSONResponse({"object": "list", "data": [{"id": claims.model, "object": "model"}]})
+        """The models that the caller may ask for, as OpenAI's and Anthropic's clients both read them."""
+        claims = _claims(request, secret, clock)
+        own = {"object": "model", "type": "model", "created": 0, "created_at": "1970-01-01T00:00:00Z"}
+        names = (claims.model, *claims.models)
+        data = [{"id": name, "display_name": name, "owned_by": name.partition("/")[0], **own} for name in names]
+        page = {"has_more": False, "first_id": names[0], "last_id": names[-1]}
+        return JSONResponse({"object": "list", "data": data, **page})
 
     return Starlette(
         routes=[
-            Route("/v1/chat/completions", chat, methods=["POST"]),
-            Route("/v1/choice", choice, methods=["POST"]),
+            Route("/v1/chat/completions", served(CHAT), methods=["POST"]),
+            Route("/v1/choice", served(CHOICE), methods=["POST"]),
+            Route("/v1/responses", served(RESPONSES), methods=["POST"]),
+            Route("/v1/messages", served(MESSAGES), methods=["POST"]),
+            Route("/v1/messages/count_tokens", count, methods=["POST"]),
             Route("/v1/models", listing),
         ],
-        exception_handlers={Refused: lambda _, error: JSONResponse({"error": {"message": str(error)}}, error.status)},  # type: ignore[attr-defined]
+        exception_handlers={Refused: _refused, HTTPException: _no_such_page},
     )
 
 
-async def _patiently(ask: Callable[[], Any]) -> Mapping[str, Any]:
-    """Ask again, ever more slowly, while the fault is the provider's; a killed server has time to come back."""
-    retrying = AsyncRetrying(
-        retry=retry_if_exception(lambda e: isinstance(e, ModelFailed) and e.status >= 500),
-        stop=stop_after_delay(PATIENCE_S),
-        wait=wait_exponential_jitter(multiplier=0.2, max=5),
-        reraise=True,
-    )
-    async for go in retrying:
-        with go:
-            return await ask()
-    raise AssertionError("retrying ends with a reply or a raise")
+def _whole(wire: Wire, reading: Reading, call: ModelCall) -> Response:
+    if call.reply is None:
+        status = _status(call)
+        return JSONResponse(wire.error(status, call.error or ""), status)
+    return Response(msgspec.json.encode(wire.reply(reading.ask, call.reply)), media_type="application/json")
 
 
-def _claims(request: Request, secret: str) -> Claims:
+async def _frames(wire: Wire, reading: Reading) -> AsyncIterator[bytes]:
+    """The reply as it comes; how it ended is told when it is recorded."""
+    encoder = wire.encoder(reading.ask, reading.native)
+    async for part in reading.follow():
+        for frame in encoder.feed(part):
+            yield frame
+    call = await reading.call()
+    if call.reply is None:
+        yield wire.error_frame(_status(call), call.error or "")
+        return
+    if not reading.parts:
+        for part in wire.parts(call.reply):
+            for frame in encoder.feed(part):
+                yield frame
+    for frame in encoder.close(call.reply):
+        yield frame
+
+
+def _status(call: ModelCall) -> int:
+    return STATUS.get(call.fault, 502)
+
+
+def _wire_of(request: Request) -> Wire:
+    return MESSAGES if request.url.path.startswith("/v1/messages") else CHAT
+
+
+async def _refused(request: Request, error: Exception) -> Response:
+    assert isinstance(error, Refused)
+    log.debug("a request was refused", path=request.url.path, status=error.status, reason=str(error))
+    return JSONResponse(_wire_of(request).error(error.status, str(error)), error.status)
+
+
+async def _no_such_page(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    said = f"{request.method} {request.url.path}: {error.detail}"
+    return JSONResponse(_wire_of(request).error(error.status_code, said), error.status_code)
+
+
+def _claims(request: Request, secret: str, clock: Clock) -> Claims:
     scheme, _, token = request.headers.get("authorization", "").partition(" ")
     token = token if scheme.lower() == "bearer" else request.headers.get("x-api-key", "")
     try:
-        return read_token(token, secret)
+        return read_token(token, secret, clock.now())
     except TokenRefused as refused:
         raise Refused(401, str(refused)) from refused
 
@@ -149,50 +157,3 @@ async def _body(request: Request) -> Mapping[str, Any]:
         return msgspec.json.decode(bytes(raw), type=dict[str, Any])
     except msgspec.DecodeError as error:
         raise Refused(400, f"the request is no JSON object: {error}") from error
-
-
-class _Asked(msgspec.Struct):
-    """What is read of a request; OpenAI's other fields are recorded and have no effect."""
-
-    messages: list[dict[str, Any]]
-    temperature: Annotated[float, msgspec.Meta(ge=0)] = 1.0
-    top_p: Annotated[float, msgspec.Meta(gt=0, le=1)] = 1.0
-    max_tokens: Annotated[int, msgspec.Meta(ge=1)] | None = None
-    max_completion_tokens: Annotated[int, msgspec.Meta(ge=1)] | None = None
-    stop: str | list[str] | None = None
-    stream: bool = False
-    n: int = 1
-    choices: list[str] | None = None
-    bias: list[float] | None = None
-
-
-def _asked(body: Mapping[str, Any]) -> _Asked:
-    try:
-        asked = msgspec.convert(body, _Asked)
-    except msgspec.ValidationError as error:
-        raise Refused(400, str(error)) from error
-    if asked.stream or asked.n != 1:
-        raise Refused(400, "stream and n > 1 are not served; ask for one whole reply at a time")
-    return asked
-
-
-def _chat(port: Models, claims: Claims, body: Mapping[str, Any], seed: int) -> Callable[[], Any]:
-    asked = _asked(body)
-    wanted = asked.max_completion_tokens or asked.max_tokens or 128
-    if wanted > MAX_TOKENS:
-        raise Refused(400, f"max_tokens {wanted} is over {MAX_TOKENS}")
-    stop = [asked.stop] if isinstance(asked.stop, str) else asked.stop or []
-    temperature, top_p = (1.0, 1.0) if claims.sample else (asked.temperature, asked.top_p)
-    call = Chat(claims.model, claims.adapter, asked.messages, temperature, top_p, wanted, stop, seed)
-    return lambda: port.chat(call)
-
-
-def _choice(port: Models, claims: Claims, body: Mapping[str, Any], seed: int) -> Callable[[], Any]:
-    asked = _asked(body)
-    if not asked.choices:
-        raise Refused(400, "a choice call needs a non-empty list of choices")
-    if asked.bias is not None and len(asked.bias) != len(asked.choices):
-        raise Refused(400, f"{len(asked.bias)} biases for {len(asked.choices)} choices")
-    temperature = 1.0 if claims.sample else float(body.get("temperature", 0.0))
-    call = Choice(claims.model, claims.adapter, asked.messages, asked.choices, asked.bias, temperature, seed)
-    return lambda: port.choose(call)

@@ -6,7 +6,6 @@ from collections import OrderedDict, defaultdict
 from sia_events.shared.calls import ModelCall, decode_call, encode_call, journal_key
 from sia_events.shared.ports import Bus, Envelope
 
-GATHER_S = 0.01
 LINES = 128
 KEPT = 32
 
@@ -62,7 +61,7 @@ class Journal:
             await self._flusher
 
     async def _flush(self) -> None:
-        await asyncio.sleep(GATHER_S)
+        await asyncio.sleep(0)  # who records at the same moment shares the first write
         while self._waiting:
             batch, self._waiting = self._waiting[:LINES], self._waiting[LINES:]
             bundles: dict[tuple[str, str], list[tuple[ModelCall, asyncio.Future[None]]]] = defaultdict(list)

@@ -3,20 +3,20 @@
 import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
-from itsdangerous import BadData, URLSafeTimedSerializer
-
-LIFETIME_S = 24 * 3600
+from itsdangerous import BadData, URLSafeSerializer
 
 
 class Claims(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """For whom a call is made and with what.
 
     `start` tells one start of the attempt's program from the next; `sample`: replies are drawn at temperature 1,
-    whatever is asked for.
+    whatever is asked for; `expires`: when the token is worth nothing any more, in seconds since 1970 UTC. `models` may
+    be asked for by name beside `model`; with `any_model` every other name means `model`.
     """
 
     run: str
@@ -27,6 +27,10 @@ class Claims(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     adapter: str | None
     sample: bool
     seed: int
+    expires: float
+    role: Literal["target", "meta", "feedback"] = "target"
+    models: tuple[str, ...] = ()
+    any_model: bool = False
 
 
 class TokenRefused(Exception):
@@ -44,12 +48,15 @@ class TokenDoor:
         return _serializer(self.secret).dumps(msgspec.to_builtins(msgspec.convert(claims, Claims)))
 
 
-def read_token(token: str, secret: str) -> Claims:
-    """The claims of a token. Raises TokenRefused."""
+def read_token(token: str, secret: str, now: datetime) -> Claims:
+    """The claims of a token that is good at `now`. Raises TokenRefused."""
     try:
-        return msgspec.convert(_serializer(secret).loads(token, max_age=LIFETIME_S), Claims)
+        claims = msgspec.convert(_serializer(secret).loads(token), Claims)
     except (BadData, msgspec.ValidationError) as error:
         raise TokenRefused(f"this token opens nothing: {error}") from error
+    if now.timestamp() >= claims.expires:
+        raise TokenRefused(f"this token opens nothing any more: the time of attempt {claims.attempt} is up")
+    return claims
 
 
 def keep_secret(home: Path, given: str | None) -> str:
@@ -63,5 +70,5 @@ def keep_secret(home: Path, given: str | None) -> str:
     return file.read_text()
 
 
-def _serializer(secret: str) -> URLSafeTimedSerializer:
-    return URLSafeTimedSerializer(secret, salt="sia-attempt")
+def _serializer(secret: str) -> URLSafeSerializer:
+    return URLSafeSerializer(secret, salt="sia-attempt")

@@ -4,17 +4,21 @@ import secrets
 import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
+from datetime import datetime, timedelta
 from pathlib import Path
+from typing import Any
 
 from sia_events.shared.calls import ModelCall, decode_call, encode_call, journal_key
 from sia_events.shared.events import AttemptFailed, AttemptRequested, Event, ExecutionLogged, FailureKind
+from sia_events.shared.packages import PACKAGES, PackagesMissing, environment
 from sia_events.shared.ports import Job, Limits, Outcome
-from sia_events.shared.registration import decode_task, repeated
+from sia_events.shared.registration import ENTRY, REQUIREMENTS, decode_task, repeated
+from sia_events.shared.run import Run
 from sia_events.shared.service import Work
 from sia_events.shared.tree import TreeRefused, load_tree, read_tree, store_tree, write_tree
 
-ENTRY = "target_agent.py"
 DATA_LEFT_IN_WORK = 64_000_000
+TOKEN_MARGIN_S = 60.0  # a box takes time to start and to end
 
 
 async def attempt(work: Work, asked: AttemptRequested) -> Sequence[Event]:
@@ -30,21 +34,17 @@ async def attempt(work: Work, asked: AttemptRequested) -> Sequence[Event]:
     harness = await load_tree(ports.blobs, version.harness)
     if ENTRY not in harness:
         return [_failed(asked, "crash", f"the harness has no {ENTRY}")]
+    try:
+        packages = environment(ports.home, harness.get(REQUIREMENTS))
+    except PackagesMissing as missing:
+        first = await load_tree(ports.blobs, task.reference)
+        if first.get(REQUIREMENTS) == harness[REQUIREMENTS]:
+            raise  # this machine's lack: the run was started with that list
+        # Nothing is installed because an agent's author, which may be a model, names it.
+        return [_failed(asked, "crash", str(missing))]
     data = await load_tree(ports.blobs, task.datasets[asked.split])
     if asked.samples > 1 or asked.items:
         data["items.jsonl"] = repeated(data["items.jsonl"], asked.samples, asked.items)
-    token = ports.door.token(
-        {
-            "run": run.name,
-            "attempt": asked.attempt,
-            "start": secrets.token_hex(8),
-            "version": version.name,
-            "model": version.weights.model,
-            "adapter": version.weights.adapter,
-            "sample": asked.samples > 1,
-            "seed": asked.seed,
-        }
-    )
     scratch = ports.home / "tmp"
     scratch.mkdir(parents=True, exist_ok=True)
     folder = Path(tempfile.mkdtemp(prefix="attempt-", dir=scratch))
@@ -52,19 +52,24 @@ async def attempt(work: Work, asked: AttemptRequested) -> Sequence[Event]:
         for name, files in (("agent", harness), ("data", data), ("work", {})):
             (folder / name).mkdir()
             write_tree(files, folder / name)
-        outcome = await ports.sandbox.run(_job(folder, ports.door.socket, token, version.weights.model, limits))
+        expires = ports.clock.now() + timedelta(seconds=limits.wall_s + TOKEN_MARGIN_S)
+        token = ports.door.token(_claims(run, asked, expires))
+        outcome = await ports.sandbox.run(
+            _job(folder, packages, ports.door.socket, token, version.weights.model, limits)
+        )
+        overslept = ports.clock.now() >= expires
         calls = await recorded_calls(work, asked.attempt)
-        if trouble := _trouble(asked, outcome, calls):
+        if trouble := _trouble(asked, outcome, calls, overslept):
             detail = await ports.blobs.put(outcome.stderr[-20_000:]) if outcome.stderr else None
-            return [trouble.model_copy(update={"detail": detail})]
+            return [trouble.model_copy(update={"detail": detail, **_spent(calls)})]
         try:
             outputs = read_tree(folder / "work", max_bytes=DATA_LEFT_IN_WORK)
         except TreeRefused as refused:
-            return [_failed(asked, "invalid_output", str(refused))]
+            return [_failed(asked, "invalid_output", str(refused), calls)]
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     if not outputs:
-        return [_failed(asked, "empty_reply", "the agent ended well and wrote nothing")]
+        return [_failed(asked, "empty_reply", "the agent ended well and wrote nothing", calls)]
     return [
         ExecutionLogged(
             attempt=asked.attempt,
@@ -72,9 +77,7 @@ async def attempt(work: Work, asked: AttemptRequested) -> Sequence[Event]:
             split=asked.split,
             outputs=await store_tree(ports.blobs, outputs),
             trajectory=await ports.blobs.put(b"\n".join(encode_call(call) for call in calls if call.reply is not None)),
-            calls=len(calls),
-            prompt_tokens=sum(call.prompt_tokens for call in calls),
-            completion_tokens=sum(call.completion_tokens for call in calls),
+            **_spent(calls),
             seconds=round(outcome.seconds, 3),
         )
     ]
@@ -92,7 +95,24 @@ async def recorded_calls(work: Work, attempt: str) -> list[ModelCall]:
     return sorted(calls, key=lambda call: (call.item or "", call.digest, call.n))
 
 
-def _job(folder: Path, socket: Path, token: str, model: str, limits: Limits) -> Job:
+def _claims(run: Run, asked: AttemptRequested, expires: datetime) -> Mapping[str, Any]:
+    """All that the gateway is to believe of the attempt."""
+    weights = run.versions[asked.version].weights
+    return {
+        "run": run.name,
+        "attempt": asked.attempt,
+        "start": secrets.token_hex(8),
+        "version": asked.version,
+        "model": weights.model,
+        "adapter": weights.adapter,
+        "sample": asked.samples > 1,
+        "seed": asked.seed,
+        "expires": expires.timestamp(),
+        "any_model": run.settings.any_model_name,
+    }
+
+
+def _job(folder: Path, packages: Path | None, socket: Path, token: str, model: str, limits: Limits) -> Job:
     base = "http://127.0.0.1:8080"
     env: Mapping[str, str] = {
         "OPENAI_BASE_URL": f"{base}/v1",
@@ -101,32 +121,58 @@ def _job(folder: Path, socket: Path, token: str, model: str, limits: Limits) -> 
         "ANTHROPIC_API_KEY": token,
         "SIA_MODEL": model,
     }
+    reads = {"/agent": folder / "agent", "/data": folder / "data"}
+    if packages:
+        env, reads = {**env, "PYTHONPATH": PACKAGES}, {**reads, PACKAGES: packages}
     return Job(
         argv=("python", f"/agent/{ENTRY}", "--dataset_dir", "/data", "--working_dir", "/work"),
         work=folder / "work",
-        reads={"/agent": folder / "agent", "/data": folder / "data"},
+        reads=reads,
         env=env,
         socket=socket,
         limits=limits,
     )
 
 
-def _trouble(asked: AttemptRequested, outcome: Outcome, calls: Sequence[ModelCall]) -> AttemptFailed | None:
+def _trouble(
+    asked: AttemptRequested, outcome: Outcome, calls: Sequence[ModelCall], overslept: bool
+) -> AttemptFailed | None:
     """What went wrong, if anything; a model that could not answer is our failure, whatever the agent made of it."""
     refused = [call for call in calls if call.error and call.attempt == asked.attempt]
+    if over := [call for call in refused if call.fault == "budget"]:
+        return _failed(asked, "budget", f"a model call was not made: {over[0].error}")
     if refused:
         return _failed(asked, "infrastructure", f"{len(refused)} model calls had no answer: {refused[0].error}")
     if outcome.lost_connections:
         lost = f"the gateway lost {outcome.lost_connections} requests: it was not there, or went away or broke down"
         return _failed(asked, "infrastructure", f"{lost} before it replied")
+    if overslept:
+        # The box's time stands still while the machine sleeps, the token's does not: calls may have been refused.
+        return _failed(asked, "infrastructure", "its token ran out early: the machine slept, or its clock leapt")
     if outcome.status == "ok":
         return None
     if outcome.status == "timeout":
         return _failed(asked, "timeout", f"still running after {outcome.seconds:.0f} s; ended")
-    last = outcome.stderr.decode(errors="replace").strip().splitlines()[-1:] or [""]
+    said = outcome.stderr.strip() or outcome.stdout.strip()
+    last = said.decode(errors="replace").splitlines()[-1:] or [""]
     named = f"exit status {outcome.exit_code}" if outcome.status == "crash" else f"its {outcome.status} limit"
     return _failed(asked, "crash", f"ended by {named}: {last[0][:300]}")
 
 
-def _failed(asked: AttemptRequested, kind: FailureKind, message: str) -> AttemptFailed:
-    return AttemptFailed(attempt=asked.attempt, version=asked.version, split=asked.split, kind=kind, message=message)
+def _failed(asked: AttemptRequested, kind: FailureKind, message: str, calls: Sequence[ModelCall] = ()) -> AttemptFailed:
+    return AttemptFailed(
+        attempt=asked.attempt,
+        version=asked.version,
+        split=asked.split,
+        kind=kind,
+        message=message,
+        **_spent(calls),
+    )
+
+
+def _spent(calls: Sequence[ModelCall]) -> dict[str, int]:
+    return {
+        "calls": sum(call.fault != "budget" for call in calls),
+        "prompt_tokens": sum(call.prompt_tokens for call in calls),
+        "completion_tokens": sum(call.completion_tokens for call in calls),
+    }

@@ -4,13 +4,17 @@ import asyncio
 import base64
 import json
 from collections.abc import AsyncIterator, Mapping
+from datetime import datetime, timedelta
+from pathlib import Path
 from typing import Any
 
 import httpx
+import msgspec
 import pytest
+from given import NOON
 
 from sia_events.infra.instant import InstantModels
-from sia_events.infra.memory import MemoryBus, SystemTime
+from sia_events.infra.memory import MemoryBus
 from sia_events.model_gateway import door
 from sia_events.model_gateway.journal import Journal
 from sia_events.model_gateway.token import TokenDoor, keep_secret
@@ -27,9 +31,20 @@ CLAIMS: dict[str, Any] = {
     "adapter": None,
     "sample": False,
     "seed": 1,
+    "expires": (NOON + timedelta(minutes=11)).timestamp(),
 }
 HELLO = {"messages": [{"role": "user", "content": "hello"}]}
 PICK = {**HELLO, "choices": ["hot", "cold"]}
+
+
+class Noon:
+    """The `Clock` port: noon, until it is put forward."""
+
+    def __init__(self) -> None:
+        self.time = NOON
+
+    def now(self) -> datetime:
+        return self.time
 
 
 class Counting:
@@ -44,6 +59,11 @@ class Counting:
         self._count(call)
         return await self.instant.chat(call)
 
+    async def stream(self, call: Chat) -> AsyncIterator[Mapping[str, Any]]:
+        self._count(call)
+        async for part in self.instant.stream(call):
+            yield part
+
     async def choose(self, call: Choice) -> Mapping[str, Any]:
         self._count(call)
         return await self.instant.choose(call)
@@ -57,10 +77,10 @@ class Counting:
 class House:
     """A gateway on a bus, reached as an agent reaches it. A new house on the same bus is a gateway started again."""
 
-    def __init__(self, bus: MemoryBus, models: Counting) -> None:
+    def __init__(self, bus: MemoryBus, models: Counting, patience: float = 120.0) -> None:
         self.bus, self.models, self.names = bus, models, list[str]()
-        self.journal = Journal(bus)
-        app = door.gateway(self.journal, self.find, SECRET, SystemTime())
+        self.journal, self.clock = Journal(bus), Noon()
+        app = door.gateway(self.journal, self.find, SECRET, self.clock, patience=patience)
         self.http = httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://gateway")
 
     def find(self, name: str) -> Counting:
@@ -83,7 +103,7 @@ class House:
 
 
 def signed(secret: str = SECRET, **claims: Any) -> str:
-    return TokenDoor(socket=None, secret=secret).token({**CLAIMS, **claims})  # type: ignore[arg-type]
+    return TokenDoor(Path(), secret).token({**CLAIMS, **claims})
 
 
 @pytest.fixture
@@ -98,6 +118,7 @@ async def test_a_chat_is_answered_and_recorded_with_all_that_replay_and_training
     assert call.reply == reply.json() and call.reply["prompt_token_ids"] and call.reply["choices"][0]["token_ids"]
     assert (call.attempt, call.version, call.kind, call.item) == ("g0a.dev", "g0a", "chat", "i7")
     assert (call.model, call.adapter) == ("instant/first", "b" * 64)
+    assert call.time == "2026-01-01T12:00:00Z", "the table of calls reads the time in the form that records have"
     assert (call.n, call.prompt_tokens, call.completion_tokens, call.role) == (0, 1, 1, "target")
     assert call.request == {**HELLO, "metadata": {"item": "i7"}} and signed() not in str(call)
 
@@ -133,22 +154,66 @@ async def test_a_token_is_taken_from_anthropics_header_too(house: House):
     assert reply.status_code == 200
 
 
-async def test_a_token_is_not_good_for_ever(house: House, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("sia_events.model_gateway.token.LIFETIME_S", -1)
-    assert (await house.chat()).status_code == 401
+async def test_a_token_is_good_until_the_moment_that_it_was_signed_for(house: House):
+    house.clock.time = NOON + timedelta(minutes=11, microseconds=-1)
+    assert (await house.chat()).status_code == 200
+    house.clock.time = NOON + timedelta(minutes=11)
+    for late in (await house.chat(), await house.choice()):
+        assert late.status_code == 401 and "the time of attempt g0a.dev is up" in late.json()["error"]["message"]
+    listed = await house.http.get("/v1/models", headers={"Authorization": f"Bearer {signed()}"})
+    assert listed.status_code == 401
+    assert len(house.models.asked) == len(await house.recorded()) == 1
+
+
+async def test_a_moment_moved_in_a_token_that_was_signed_moves_nothing(house: House):
+    signature = signed().rpartition(".")[2]
+    body = signed("another secret", expires=4e9).rpartition(".")[0]
+    forged = f"{body}.{signature}"
+    assert (await house.post("/v1/chat/completions", HELLO, token=forged)).status_code == 401
+
+
+def test_a_token_that_never_expires_is_not_made():
+    with pytest.raises(msgspec.ValidationError, match="expires"):
+        TokenDoor(Path(), SECRET).token({name: claim for name, claim in CLAIMS.items() if name != "expires"})
 
 
 def test_a_token_with_other_claims_than_the_gateway_knows_is_not_made():
-    with pytest.raises(Exception, match="admin"):
+    with pytest.raises(msgspec.ValidationError, match="admin"):
         signed(admin=True)
 
 
-async def test_another_model_asked_for_is_ignored_since_the_token_names_the_versions_own(house: House):
-    await house.chat({**HELLO, "model": "expensive/best"}, adapter="c" * 64)
+@pytest.mark.parametrize("name", [None, "instant/first", "first"])
+async def test_the_versions_own_model_and_adapter_answer_whether_it_is_named_with_its_provider_or_not(
+    name: str | None, house: House
+):
+    await house.chat(HELLO if name is None else {**HELLO, "model": name}, adapter="c" * 64)
     (asked,) = house.models.asked
     assert house.names == ["instant/first"] and (asked.model, asked.adapter) == ("instant/first", "c" * 64)
-    listed = await house.http.get("/v1/models", headers={"Authorization": f"Bearer {signed()}"})
-    assert [model["id"] for model in listed.json()["data"]] == ["instant/first"]
+
+
+@pytest.mark.parametrize("name", ["expensive/best", "best", "", 7, "instant/first "])
+async def test_another_model_than_the_tokens_is_refused_and_the_answer_says_which_may_be_asked(name: Any, house: House):
+    reply = await house.chat({**HELLO, "model": name}, models=["instant/second"])
+    assert reply.status_code == 403 and reply.json()["error"]["type"] == "permission_error"
+    assert "instant/first, instant/second" in reply.json()["error"]["message"]
+    assert not house.models.asked and not await house.recorded()
+
+
+async def test_a_token_may_name_more_models_and_those_answer_without_the_versions_adapter(house: House):
+    claims: dict[str, Any] = {"models": ["instant/second"], "adapter": "c" * 64, "role": "feedback"}
+    await house.chat({**HELLO, "model": "second"}, **claims)
+    (asked,) = house.models.asked
+    (call,) = await house.recorded()
+    assert (asked.model, asked.adapter) == (call.model, call.adapter) == ("instant/second", None)
+    assert call.role == "feedback"
+    listed = await house.http.get("/v1/models", headers={"Authorization": f"Bearer {signed(**claims)}"})
+    assert [model["id"] for model in listed.json()["data"]] == ["instant/first", "instant/second"]
+
+
+async def test_where_any_model_may_be_named_the_versions_own_answers(house: House):
+    await house.chat({**HELLO, "model": "expensive/best"}, any_model=True, adapter="c" * 64)
+    (asked,) = house.models.asked
+    assert house.names == ["instant/first"] and (asked.model, asked.adapter) == ("instant/first", "c" * 64)
 
 
 async def test_started_again_the_gateway_gives_the_recorded_replies_and_asks_nobody(house: House):
@@ -228,11 +293,8 @@ async def test_a_provider_that_fails_is_asked_again():
     assert len(house.models.asked) == 3 and [call.error for call in await house.recorded()] == [None]
 
 
-async def test_a_provider_that_goes_on_failing_is_recorded_as_an_error_and_asked_again_by_the_next_start(
-    monkeypatch: pytest.MonkeyPatch,
-):
-    monkeypatch.setattr(door, "PATIENCE_S", 0.0)
-    house = House(MemoryBus(), Counting(ModelFailed(503, "out of order")))
+async def test_a_provider_that_goes_on_failing_is_recorded_as_an_error_and_asked_again_by_the_next_start():
+    house = House(MemoryBus(), Counting(ModelFailed(503, "out of order")), patience=0.0)
     reply = await house.chat()
     assert reply.status_code == 502 and "out of order" in reply.json()["error"]["message"]
     (call,) = await house.recorded()
@@ -241,7 +303,7 @@ async def test_a_provider_that_goes_on_failing_is_recorded_as_an_error_and_asked
     assert len(house.models.asked) == 2
 
 
-@pytest.mark.parametrize("status", [400, 404, 422, 429])
+@pytest.mark.parametrize("status", [400, 404, 422])
 async def test_what_a_provider_refuses_is_the_callers_to_know_and_not_asked_again(status: int):
     house = House(MemoryBus(), Counting(ModelFailed(status, "context too long")))
     reply = await house.chat()
@@ -260,7 +322,8 @@ async def test_what_a_provider_refuses_is_the_callers_to_know_and_not_asked_agai
         ("chat/completions", {"messages": "hello"}, "messages"),
         ("chat/completions", {**HELLO, "temperature": "hot"}, "temperature"),
         ("chat/completions", {**HELLO, "max_tokens": 5000}, "max_tokens 5000 is over 4096"),
-        ("chat/completions", {**HELLO, "stream": True}, "stream"),
+        ("chat/completions", {**HELLO, "functions": []}, "send them as `tools`"),
+        ("choice", {**PICK, "stream": True}, "stream"),
         ("chat/completions", {**HELLO, "n": 2}, "n > 1"),
         ("choice", HELLO, "list of choices"),
         ("choice", {**HELLO, "choices": []}, "list of choices"),
@@ -365,3 +428,26 @@ def test_the_secret_is_drawn_once_and_for_its_owner_only(tmp_path: Any):
     assert keep_secret(tmp_path, None) == secret and len(secret) >= 32
     assert (tmp_path / "gateway.secret").stat().st_mode & 0o077 == 0
     assert keep_secret(tmp_path, "given") == "given"
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/v1/chat/completions", {**HELLO, "stream": True}),
+        ("/v1/messages", {**HELLO, "max_tokens": 9}),
+        ("/v1/messages", {**HELLO, "max_tokens": 9, "stream": True}),
+        ("/v1/responses", {"input": "hello", "stream": True}),
+    ],
+)
+async def test_on_every_wire_and_in_streams_the_record_keeps_what_training_needs(
+    path: str, body: dict[str, Any], house: House
+):
+    reply = await house.post(path, {**body, "metadata": {"item": "i7"}}, sample=True)
+    assert reply.status_code == 200 and "ok" in reply.text
+    (call,) = await house.recorded()
+    (asked,) = house.models.asked
+    assert isinstance(asked, Chat) and asked.temperature == 1.0 and call.item == "i7" and call.reply
+    whole = await house.models.instant.chat(asked)
+    assert call.reply["prompt_token_ids"] == whole["prompt_token_ids"]
+    (said,), (meant,) = call.reply["choices"], whole["choices"]
+    assert (said["token_ids"], said["logprobs"]) == (meant["token_ids"], meant["logprobs"])

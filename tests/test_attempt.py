@@ -1,0 +1,137 @@
+"""One attempt: what its token is good for, what is made of one that ran out early, and which calls are its."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from datetime import datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+from given import NOON, recorded
+from story import OPENING, asked, proposed, started
+
+from sia_events.infra.memory import MemoryBlobs, MemoryBus
+from sia_events.model_gateway.token import TokenDoor, TokenRefused, read_token
+from sia_events.shared.calls import ModelCall, encode_call, journal_key
+from sia_events.shared.events import AttemptFailed, AttemptRequested, Event, ExecutionLogged
+from sia_events.shared.ports import Envelope, Job, Outcome, Ports
+from sia_events.shared.registration import decode_task, register
+from sia_events.shared.run import fold
+from sia_events.shared.service import Work
+from sia_events.shared.task import find_task
+from sia_events.shared.tree import store_tree
+from sia_events.target_runner.perform import TOKEN_MARGIN_S, recorded_calls
+from sia_events.target_runner.service import target_runner
+
+SECRET = "a secret of the tests"
+WELL = Outcome("ok", 0, b"", b"", False, 1.0)
+
+
+class Box:
+    """The `Sandbox` port and the `Clock`: a job that ends as it is told to, and takes as long."""
+
+    def __init__(self, takes: float = 0.0, outcome: Outcome = WELL, answers: bool = True) -> None:
+        self.takes, self.outcome, self.answers, self.time = takes, outcome, answers, NOON
+        self.jobs: list[Job] = []
+
+    def now(self) -> datetime:
+        return self.time
+
+    async def run(self, job: Job) -> Outcome:
+        self.jobs.append(job)
+        self.time += timedelta(seconds=self.takes)
+        if self.answers:
+            (job.work / "answers.jsonl").write_text("")
+        return self.outcome
+
+
+async def attempted(
+    box: Box, home: Path, request: AttemptRequested, calls: Sequence[bytes] = ()
+) -> tuple[Sequence[Event], float]:
+    """What the attempt came to, and its wall limit in seconds."""
+    blobs = MemoryBlobs()
+    told = await register(find_task("words"), blobs, MemoryBlobs(), 8)
+    first = proposed().model_copy(update={"harness": await store_tree(blobs, {"target_agent.py": b""})})
+    records = recorded(told, started(), first, request)
+    door = TokenDoor(home / "gateway.sock", SECRET)
+    bus = MemoryBus(blobs)
+    await bus.trace(Envelope("r1", "model_call", journal_key(request.attempt), tuple(calls)))
+    ports = Ports(bus, blobs, box, box, door, home)
+    events = await target_runner.performs[AttemptRequested](Work(fold(records), records[-1], ports), request)
+    return events, decode_task(await blobs.get(told.spec)).limits.wall_s
+
+
+@pytest.mark.parametrize(
+    ("request_", "sample"), [(asked("g0a", "dev"), False), (asked("g0a", "train", samples=4, items=2), True)]
+)
+async def test_the_token_says_for_whom_and_ends_a_minute_behind_the_attempts_wall_limit(
+    tmp_path: Path, request_: AttemptRequested, sample: bool
+):
+    box = Box()
+    (event,), wall_s = await attempted(box, tmp_path, request_)
+    assert isinstance(event, ExecutionLogged)
+    token = box.jobs[0].env["OPENAI_API_KEY"]
+    claims = read_token(token, SECRET, NOON + timedelta(seconds=wall_s + 59))
+    assert (claims.run, claims.attempt, claims.version, claims.model) == ("r1", request_.attempt, "g0a", "local/m")
+    assert (claims.adapter, claims.sample, claims.seed) == (None, sample, request_.seed)
+    with pytest.raises(TokenRefused, match=f"the time of attempt {request_.attempt} is up"):
+        read_token(token, SECRET, NOON + timedelta(seconds=wall_s + 60))
+
+
+async def test_every_start_of_an_attempt_has_a_token_of_its_own(tmp_path: Path):
+    box = Box()
+    for _ in range(2):
+        await attempted(box, tmp_path, asked("g0a", "dev"))
+    first, second = (read_token(job.env["OPENAI_API_KEY"], SECRET, NOON) for job in box.jobs)
+    assert first.start != second.start
+
+
+async def test_an_agent_whose_token_ran_out_while_the_machine_slept_is_not_blamed(tmp_path: Path):
+    _, wall_s = await attempted(Box(), tmp_path, asked("g0a", "dev"))
+    (event,), _ = await attempted(Box(takes=wall_s + TOKEN_MARGIN_S), tmp_path, asked("g0a", "dev"))
+    assert isinstance(event, AttemptFailed) and event.kind == "infrastructure" and "the machine slept" in event.message
+
+
+async def test_an_agent_that_takes_all_of_its_time_is_within_its_tokens(tmp_path: Path):
+    _, wall_s = await attempted(Box(), tmp_path, asked("g0a", "dev"))
+    (event,), _ = await attempted(Box(takes=wall_s), tmp_path, asked("g0a", "dev"))
+    assert isinstance(event, ExecutionLogged)
+
+
+@pytest.mark.parametrize(
+    ("kind", "box"),
+    [
+        ("crash", Box(outcome=replace(WELL, status="crash", exit_code=1))),
+        ("timeout", Box(outcome=replace(WELL, status="timeout", exit_code=None))),
+        ("infrastructure", Box(outcome=replace(WELL, lost_connections=1))),
+        ("empty_reply", Box(answers=False)),
+    ],
+)
+async def test_an_attempt_that_failed_says_what_it_and_its_earlier_tries_have_cost(tmp_path: Path, kind: str, box: Box):
+    paid = {"reply": {}, "prompt_tokens": 7, "completion_tokens": 2}
+    calls = [call("a", **paid), call("b", attempt="g0a.dev~1", **paid), call("b", attempt="g0a.dev~1", **paid)]
+    (event,), _ = await attempted(box, tmp_path, asked("g0a", "dev", tries=1), calls)
+    assert isinstance(event, AttemptFailed) and event.kind == kind
+    assert (event.calls, event.prompt_tokens, event.completion_tokens) == (2, 14, 4)
+
+
+def call(digest: str, **more: Any) -> bytes:
+    fixed = {"call": "c", "version": "g0a", "kind": "chat", "model": "m", "n": 0, "seed": 1, "request": {}}
+    return encode_call(ModelCall(**{"attempt": "g0a.dev", "digest": digest, **fixed, **more}))
+
+
+async def test_a_call_that_was_recorded_twice_is_one_call_with_its_reply():
+    blobs = MemoryBlobs()
+    bus = MemoryBus(blobs)
+    lines = [call("a", reply={"k": 1}), call("a", error="down", attempt="g0a.dev~1"), call("b", error="down")]
+    again = [call("b", error="still down", attempt="g0a.dev~1"), call("a", reply={"k": 2}), call("a", n=1, error="x")]
+    for part in (lines, again):
+        await bus.trace(Envelope("r1", "model_call", "g0a.dev", tuple(part)))
+    records = recorded(*OPENING, asked("g0a", "dev"))
+    ports = Ports(bus, blobs, Box(), Box(), TokenDoor(Path(), SECRET), Path())
+    found = await recorded_calls(Work(fold(records), records[-1], ports), "g0a.dev~1")
+    assert [(c.digest, c.n, c.reply, c.error) for c in found] == [
+        ("a", 0, {"k": 2}, None),
+        ("a", 1, None, "x"),
+        ("b", 0, None, "still down"),
+    ]
