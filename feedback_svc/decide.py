@@ -2,8 +2,11 @@
 
 from collections.abc import Sequence
 
-from sia_events.feedback_svc.gate import compare, hopeless, proven
+from sia_events.feedback_svc.gate import compare_on, hopeless, proven
 from sia_events.shared.events import (
+    ApprovalGiven,
+    ApprovalRefused,
+    ApprovalRequested,
     AttemptFailed,
     AttemptRequested,
     Comparison,
@@ -13,6 +16,7 @@ from sia_events.shared.events import (
     HarnessPatchRequested,
     ProposalFailed,
     RunFinished,
+    RunPaused,
     Scored,
     Sealed,
     Split,
@@ -37,7 +41,16 @@ def on_score(run: Run, scored: Scored) -> Sequence[Event]:
 
 
 def on_failure(run: Run, failure: AttemptFailed) -> Sequence[Event]:
-    """A failure that will not be tried again settles its attempt as surely as a score does."""
+    """A failure that will not be tried again settles its attempt as a score does; many in a row hold the run."""
+    paused: list[Event] = []
+    if run.failures_in_a_row == run.settings.pause_after_failures:
+        paused.append(
+            RunPaused(reason=f"{run.failures_in_a_row} attempts failed in a row, the last: {failure.message}")
+        )
+    return [*paused, *_settle(run, failure)]
+
+
+def _settle(run: Run, failure: AttemptFailed) -> Sequence[Event]:
     if not final(run, failure) or run.finished:
         return []
     version = run.versions[failure.version]
@@ -64,7 +77,40 @@ def on_barren(run: Run, failed: ProposalFailed) -> Sequence[Event]:
 
 
 def on_feedback(run: Run, feedback: FeedbackGiven) -> Sequence[Event]:
-    """Pull the lever that was chosen: ask for patches, or for rollouts to learn from."""
+    """Pull the lever that was chosen, or ask a person first where the run's autonomy ends."""
+    autonomy = run.settings.autonomy
+    if autonomy == "approve-each" or (autonomy == "approve-weights" and feedback.lever == "weights"):
+        reason = f"{feedback.lever}, from {feedback.incumbent}: {'; '.join(feedback.reasons)}"
+        return [ApprovalRequested(subject=_subject(feedback), reason=reason)]
+    return _pull(run, feedback)
+
+
+def on_approval(run: Run, given: ApprovalGiven) -> Sequence[Event]:
+    """What a person let through goes on."""
+    feedback = _asked_about(run, given)
+    return _pull(run, feedback) if feedback else []
+
+
+def on_refusal(run: Run, refused: ApprovalRefused) -> Sequence[Event]:
+    """What a person refused closes its generation, as a lever without a candidate does."""
+    feedback = _asked_about(run, refused)
+    return [_barren(run, feedback.lever, f"refused by {refused.by}: {refused.reason}")] if feedback else []
+
+
+def _subject(feedback: FeedbackGiven) -> str:
+    return f"g{feedback.generation}"
+
+
+def _asked_about(run: Run, answer: ApprovalGiven | ApprovalRefused) -> FeedbackGiven | None:
+    """The choice that awaited this answer; None where it has been acted on, or was about something else."""
+    last = run.feedback[-1] if run.feedback else None
+    if last is None or answer.subject != _subject(last) or last.generation in run.levers_pulled:
+        return None
+    return last
+
+
+def _pull(run: Run, feedback: FeedbackGiven) -> Sequence[Event]:
+    """Ask for patches, or for rollouts to learn from."""
     settings = run.settings
     if feedback.lever == "harness":
         return [
@@ -102,13 +148,15 @@ def _close_dev(run: Run, generation: int) -> Sequence[Event]:
     ]
     if not scored:
         return out
-    best = max(scored, key=lambda v: _dev(run, v) if _maximize(run) else -_dev(run, v))
+    better = 1 if run.task is None or run.task.maximize else -1
+    best = max(scored, key=lambda v: better * _dev(run, v))
     for v in scored:
         if v is not best:
             out.append(_reject(run, v, None, f"{_dev(run, v):.3f} on dev; {best.name} has {_dev(run, best):.3f}"))
     if run.incumbent:
-        before, after = (_items(run, run.scored(name, "dev")[-1]) for name in (run.incumbent, best.name))
-        if hopeless(against := compare(before, after)):
+        against = compare_on(run, "dev", run.incumbent, best.name)
+        assert against is not None, "an incumbent has a dev score, as every version that met the gate"
+        if hopeless(against):
             why = f"worse than {run.incumbent} on dev by {-against.gain:.3f}: no look at the gate"
             return [*out, _reject(run, best, None, why)]
     return [*out, _attempt(run, best.name, "gate")]
@@ -119,19 +167,25 @@ def _meet_gate(run: Run, candidate: Version) -> Sequence[Event]:
         return [VersionAccepted(version=candidate.name, over=None, comparison=None, reason="the first agent")]
     if candidate.name in run.verdicts or candidate.name == run.incumbent:
         return []
-    before, after = (_items(run, run.scored(name, "gate")[-1]) for name in (run.incumbent, candidate.name))
-    comparison = compare(before, after)
+    comparison = compare_on(run, "gate", run.incumbent, candidate.name)
+    assert comparison is not None, "the incumbent met the gate before its candidate did"
     # Every generation looks at the same gate items, so each look gets its share of the error allowed to the run.
     alpha = run.settings.alpha / run.settings.generations
     if proven(comparison, alpha):
+        most = run.settings.pause_on_gain
+        wary: list[Event] = []
+        if most is not None and comparison.gain > most:
+            # Recorded first: the verdict then comes to a held run, and what follows from it waits for a person.
+            wary.append(RunPaused(reason=f"{candidate.name} gained {comparison.gain:+.3f} on the gate: over {most:g}"))
         return [
+            *wary,
             VersionAccepted(
                 version=candidate.name,
                 over=run.incumbent,
                 comparison=comparison,
                 reason=f"better by {comparison.gain:.3f} on the same {comparison.n} items, "
                 f"p = {comparison.p_value:.2g} < {alpha:.2g}",
-            )
+            ),
         ]
     why = f"no proven gain: {comparison.gain:+.3f}, p = {comparison.p_value:.2g}"
     return [_reject(run, candidate, comparison, why)]
@@ -166,11 +220,11 @@ def _go_on(run: Run, generation: int) -> Sequence[Event]:
 
 def _finish(run: Run) -> Sequence[Event]:
     assert run.first is not None and run.incumbent is not None
-    first, last = run.scored(run.first, "test"), run.scored(run.incumbent, "test")
-    if not first or not last:
+    comparison = compare_on(run, "test", run.first, run.incumbent)
+    if comparison is None:
         return []
-    comparison = compare(_items(run, first[0]), _items(run, last[0]))
-    sealed = Sealed(first=first[0].score, final=last[0].score, comparison=comparison)
+    first, final = (run.scored(name, "test")[-1].score for name in (run.first, run.incumbent))
+    sealed = Sealed(first=first, final=final, comparison=comparison)
     improved = proven(comparison, run.settings.alpha)
     gain = f"{comparison.gain:+.3f} on {comparison.n} sealed test items, p = {comparison.p_value:.2g}"
     reason = f"{run.incumbent} over {run.first}: {gain}" if improved else f"no gain could be shown: {gain}"
@@ -201,12 +255,3 @@ def _barren(run: Run, lever: str, reason: str) -> ProposalFailed:
 
 def _dev(run: Run, version: Version) -> float:
     return run.scored(version.name, "dev")[-1].score.value
-
-
-def _maximize(run: Run) -> bool:
-    return run.task is None or run.task.maximize
-
-
-def _items(run: Run, scored: Scored) -> tuple[float, ...]:
-    """Per-item scores with the sign under which more is better."""
-    return scored.items if _maximize(run) else tuple(-item for item in scored.items)

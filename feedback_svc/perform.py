@@ -1,9 +1,10 @@
-"""What the feedback agent does without an LLM: reads the log's figures, picks a lever, makes harness candidates."""
+"""The feedback agent: reads the log's figures, picks a lever, makes harness candidates; by rule, or as an LLM agent."""
 
 from collections.abc import Sequence
 from string import ascii_lowercase
 
-from sia_events.feedback_svc import proposer, template
+from sia_events.feedback_svc import proposer, template, writer
+from sia_events.feedback_svc.gate import compare_on
 from sia_events.feedback_svc.lever import choose_lever, gather
 from sia_events.shared.events import (
     Event,
@@ -22,13 +23,15 @@ from sia_events.shared.tree import load_tree, store_tree
 
 async def give_feedback(work: Work, asked: FeedbackRequested) -> Sequence[Event]:
     """Pick the lever of the next generation; the choice, its reasons and its evidence go into the record."""
-    choice = choose_lever(work.run)
+    settings, choice = work.run.settings, choose_lever(work.run)
+    if settings.backend != "builtin" and settings.lever == "auto":
+        return [await writer.choose(work, asked, choice)]
     return [
         FeedbackGiven(
             generation=asked.generation,
             incumbent=asked.incumbent,
             lever=choice.lever,
-            algorithm=work.run.settings.algorithm if choice.lever == "weights" else None,
+            algorithm=settings.algorithm if choice.lever == "weights" else None,
             reasons=choice.reasons,
             evidence=choice.evidence,
         )
@@ -36,8 +39,10 @@ async def give_feedback(work: Work, asked: FeedbackRequested) -> Sequence[Event]
 
 
 async def patch(work: Work, asked: HarnessPatchRequested) -> Sequence[Event]:
-    """K candidates from the built-in proposer: typed edits of the parent's harness that this run has not tried."""
+    """K candidates: an LLM agent's, or typed edits of the parent's harness that this run has not tried."""
     run, blobs = work.run, work.ports.blobs
+    if run.settings.backend != "builtin":
+        return await writer.write(work, asked)
     assert run.task is not None
     task = decode_task(await blobs.get(run.task.spec))
     parent = run.versions[asked.parent]
@@ -83,17 +88,19 @@ def _evidence(run: Run) -> proposer.Evidence:
     assert run.incumbent is not None
     last = run.scored(run.incumbent, "dev")[-1]
     return proposer.Evidence(
-        invalid=seen.invalid_rate, skew=seen.skew, score=last.score.value, n=last.score.n, gains=_gains_by_edit(run)
+        invalid=seen.invalid_rate,
+        skew=seen.skew,
+        score=last.score.value,
+        n=last.score.n,
+        maximize=run.task is None or run.task.maximize,
+        gains=_gains_by_edit(run),
     )
 
 
 def _gains_by_edit(run: Run) -> dict[str, float]:
-    """What each edit last gained on dev over its parent, alone or in company."""
+    """What each edit last gained on dev over its version's parent, alone or in company; above zero for the better."""
     gains: dict[str, float] = {}
     for version in run.versions.values():
-        mine = run.scored(version.name, "dev")
-        theirs = run.scored(version.parent, "dev") if version.parent else ()
-        if mine and theirs:
-            gain = mine[-1].score.value - theirs[-1].score.value
-            gains.update(dict.fromkeys(version.edits, gain if run.task is None or run.task.maximize else -gain))
+        if version.parent and (against := compare_on(run, "dev", version.parent, version.name)):
+            gains.update(dict.fromkeys(version.edits, against.gain))
     return gains

@@ -1,0 +1,139 @@
+"""The feedback agent as an LLM: it picks the lever, and has candidates with another harness written."""
+
+from collections.abc import Mapping, Sequence
+
+from sia_events.agents.candidates import told, write_candidates
+from sia_events.agents.client import asking
+from sia_events.agents.observe import observe
+from sia_events.agents.prompt import decision_prompt, feedback_prompt
+from sia_events.agents.structured import structured
+from sia_events.feedback_svc.decision import RULES, Decision, read_decision, trainable
+from sia_events.feedback_svc.lever import LeverChoice
+from sia_events.shared.events import (
+    Event,
+    FeedbackGiven,
+    FeedbackRequested,
+    HarnessPatched,
+    HarnessPatchRequested,
+    Lever,
+    ProposalFailed,
+    Written,
+)
+from sia_events.shared.ports import Brief, WritingFailed
+from sia_events.shared.registration import decode_task
+from sia_events.shared.service import Work
+from sia_events.shared.tree import load_tree
+
+
+async def choose(work: Work, asked: FeedbackRequested, by_rule: LeverChoice) -> FeedbackGiven:
+    """The lever that the model picks, with its reasons; the rule's, and why, where it says nothing that can be used."""
+    settings, blobs = work.run.settings, work.ports.blobs
+    if not trainable(settings):
+        why = f"the weights of {settings.target_model} are not ours to change, so the harness is"
+        return _by_rule(asked, LeverChoice("harness", (why,), by_rule.evidence), None)
+    assert work.run.task is not None
+    task = decode_task(await blobs.get(work.run.task.spec))
+    records = list(await work.ports.bus.history(work.run.name))[: work.cause.position]
+    attempt = await observe(work.run, records, blobs)
+    allowed: Mapping[Lever, Sequence[str]] = {"harness": (), "weights": (settings.algorithm,)}
+    words = decision_prompt(work.run, records, task, attempt, by_rule.evidence, allowed, settings.prompt_tokens)
+
+    def read(text: str) -> Decision:
+        return read_decision(text, allowed["weights"], words.references)
+
+    brief = _brief(work, f"feedback.g{asked.generation}", words.text, settings.seed)
+    try:
+        async with asking(brief, work.ports) as ask:
+            decision, trajectory = await structured(ask, RULES, brief.prompt, read)
+    except WritingFailed as failed:
+        why = f"by rule, since {brief.model} made no choice that can be used: {await told(failed, work.ports)}"
+        choice = LeverChoice(by_rule.lever, (*by_rule.reasons, why), by_rule.evidence)
+        return _by_rule(asked, choice, settings.algorithm if choice.lever == "weights" else None)
+    written = Written(
+        backend=settings.backend,
+        model=brief.model,
+        prompt=await blobs.put(words.text.encode()),
+        trajectory=await blobs.put(trajectory),
+        note=await blobs.put("\n".join(decision.reasons).encode()),
+    )
+    return FeedbackGiven(
+        generation=asked.generation,
+        incumbent=asked.incumbent,
+        lever=decision.lever,
+        algorithm=decision.algorithm,
+        reasons=decision.reasons,
+        evidence=by_rule.evidence,
+        references=decision.references,
+        expected_gain=decision.expected_gain,
+        written=written,
+    )
+
+
+async def write(work: Work, asked: HarnessPatchRequested) -> Sequence[Event]:
+    """Candidates with another harness and their parent's weights, as many of those wanted as can be used."""
+    run, blobs = work.run, work.ports.blobs
+    assert run.task is not None
+    task = decode_task(await blobs.get(run.task.spec))
+    parent = run.versions[asked.parent]
+    harness = await load_tree(blobs, parent.harness)
+    records = list(await work.ports.bus.history(run.name))[: work.cause.position]
+    attempt = await observe(run, records, blobs)
+    words = feedback_prompt(run, records, task, harness, attempt, run.settings.prompt_tokens)
+    data = await load_tree(blobs, run.task.datasets.get("train") or next(iter(run.task.datasets.values())))
+    brief = _brief(work, "feedback", words.text, asked.seed + asked.generation, harness, data)
+    # What was tried under other weights may be tried again: a harness fits the weights it was tried with.
+    tried = {v.harness: v.name for v in run.versions.values() if v.weights == parent.weights}
+    written = await write_candidates(brief, asked.candidates, asked.generation, run.settings.backend, tried, work.ports)
+    left_out = "; ".join(written.left_out)
+    if not written.usable:
+        why = f"no candidate of {run.settings.backend} with {brief.model} can be used: {left_out}"
+        return [ProposalFailed(generation=asked.generation, parent=parent.name, lever="harness", reason=why)]
+    return [
+        HarnessPatched(
+            version=candidate.version,
+            generation=asked.generation,
+            candidate=candidate.place,
+            parent=parent.name,
+            harness=candidate.harness,
+            weights=parent.weights,
+            edits=candidate.edits,
+            reason=candidate.reason + (f" (left out: {left_out})" if left_out and not place else ""),
+            written=candidate.written,
+        )
+        for place, candidate in enumerate(written.usable)
+    ]
+
+
+def _brief(
+    work: Work,
+    key: str,
+    prompt: str,
+    seed: int,
+    files: Mapping[str, bytes] | None = None,
+    data: Mapping[str, bytes] | None = None,
+) -> Brief:
+    settings = work.run.settings
+    model = settings.feedback_model or settings.meta_model
+    assert model is not None, "a run with an LLM backend is opened with a model for it"
+    return Brief(
+        run=work.run.name,
+        role="feedback",
+        key=key,
+        model=model,
+        prompt=prompt,
+        files=files or {},
+        data=data or {},
+        turns=settings.turns,
+        seed=seed,
+    )
+
+
+def _by_rule(asked: FeedbackRequested, choice: LeverChoice, algorithm: str | None) -> FeedbackGiven:
+    return FeedbackGiven(
+        generation=asked.generation,
+        incumbent=asked.incumbent,
+        lever=choice.lever,
+        algorithm=algorithm,
+        reasons=choice.reasons,
+        evidence=choice.evidence,
+    )
