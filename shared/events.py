@@ -94,6 +94,9 @@ class RunSettings(Value):
     prompt_tokens: int = Field(default=24_000, ge=2_000)
     budget: Budget = Budget()
     autonomy: Autonomy = "full"
+    pause_on_gain: float | None = Field(default=None, gt=0)
+    pause_after_failures: int = Field(default=10, ge=0)
+    pause_usd_per_minute: float | None = Field(default=None, gt=0)
 
 
 class Written(Value):
@@ -189,7 +192,8 @@ class AttemptFailed(Event):
     """An attempt gave no outputs to score.
 
     `infrastructure` is ours and tried again, `budget` is tried again once there is more of it; the rest is the
-    candidate's own.
+    candidate's own. Calls and tokens are those of all its tries so far; 0 where an `ExecutionLogged` before it has told
+    of them.
     """
 
     type: Literal["AttemptFailed"] = "AttemptFailed"
@@ -199,6 +203,9 @@ class AttemptFailed(Event):
     kind: FailureKind
     message: str
     detail: Digest | None = None
+    calls: int = 0
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
 
 
 class KernelMeasured(Event):
@@ -220,7 +227,8 @@ class Scored(Event):
     """The evaluator judged an attempt over all items of its split, in the split's order.
 
     `items` are per-item scores, `failures` counts items by class of failure, `skew` is the share of the most
-    common answer, `rewards` points at per-sample rewards (train split only: its answers are open).
+    common answer, `rewards` points at per-sample rewards, the higher the better (train split only: its answers are
+    open).
     """
 
     type: Literal["Scored"] = "Scored"

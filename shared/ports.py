@@ -11,7 +11,7 @@ from sia_events.shared.record import Draft, Record
 
 class Clock(Protocol):
     def now(self) -> datetime:
-        """The time of day, UTC. Display and record stamps only: nothing is ordered or decided by it."""
+        """The time of day, UTC, for stamps and the end of tokens: nothing is ordered or decided by it."""
         ...
 
 
@@ -84,8 +84,8 @@ class Bus(Protocol):
         """Append one envelope of high-volume lines; returns when it is on disk."""
         ...
 
-    async def traces(self, run: str, kind: str, key: str) -> Sequence["Envelope"]:
-        """All envelopes of one run, kind and key, in the order they were appended."""
+    async def traces(self, run: str, kind: str, key: str | None) -> Sequence["Envelope"]:
+        """All envelopes of one run, kind and key (None: of every key), in the order they were appended."""
         ...
 
     def feed(self, name: str, batch: int = 500) -> AsyncIterator["Feed"]:
@@ -238,7 +238,8 @@ class SandboxUnavailable(Exception):
 
 @dataclass(frozen=True)
 class Chat:
-    """One chat completion. `messages`, `tools`, `tool_choice` are OpenAI's; a trailing assistant message is continued.
+    """One chat completion. `messages`, `tools`, `tool_choice` and `response_format` are OpenAI's; a trailing assistant
+    message is continued.
 
     What is None is left to the provider; `max_tokens` is always a limit.
     """
@@ -253,6 +254,7 @@ class Chat:
     seed: int = 0
     tools: Sequence[Mapping[str, Any]] = ()
     tool_choice: str | Mapping[str, Any] | None = None
+    response_format: Mapping[str, Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -353,6 +355,10 @@ class Writing:
     trajectory: bytes
 
 
+class BudgetSpent(Exception):
+    """The run's budget does not cover the next model call; it was not made, and what was paid for before is kept."""
+
+
 class WritingFailed(Exception):
     """The agent wrote nothing that can be used; the message says what it did instead. `trajectory` is what is kept."""
 
@@ -365,7 +371,7 @@ class Backend(Protocol):
     """A way to have a harness written by an LLM."""
 
     async def write(self, brief: Brief, ports: "Ports") -> Writing:
-        """Raises WritingFailed for what is the agent's own doing; anything else is ours, and is tried again."""
+        """Raises WritingFailed for the agent's own doing, and BudgetSpent; anything else is ours, and tried again."""
         ...
 
 
@@ -384,8 +390,8 @@ class Door(Protocol):
 class Ports:
     """What `app.py` hands a service. `private` is None for every service but the evaluator.
 
-    `backends` are the LLM agents there are, by name. `boxed` turns a worker's argv and its scratch folder into a command line that runs it in a box; None where runs
-    are driven without one.
+    `backends` are the LLM agents there are, by name. `boxed` turns a worker's argv and its scratch folder into a
+    command line that runs it in a box; None where runs are driven without one.
     """
 
     bus: Bus

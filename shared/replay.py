@@ -4,8 +4,19 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from uuid import UUID
 
-from sia_events.shared.events import Event, ServiceFailed
-from sia_events.shared.record import GENESIS, Record, answers, broken_link, derived_id
+from sia_events.shared.events import (
+    ApprovalGiven,
+    ApprovalRefused,
+    BudgetChanged,
+    BudgetExhausted,
+    Event,
+    RunCancelled,
+    RunPaused,
+    RunResumed,
+    RunSteered,
+    ServiceFailed,
+)
+from sia_events.shared.record import GENESIS, IMPORTED, Record, answers, broken_link, derived_id
 from sia_events.shared.service import Lineage, Service
 
 
@@ -45,7 +56,8 @@ def replay(records: Sequence[Record], services: Sequence[Service]) -> Replayed:
     decisions = performed = pending = 0
     accounted: set[UUID] = set()
     for cause in records:
-        for service in services:
+        # Nothing of ours decided what was imported, and nothing answers it.
+        for service in () if cause.producer == IMPORTED else services:
             given = lineage.given(service, cause)
             recorded = tuple(record.event for record in given)
             run = given[0].run if given else records[-1].run
@@ -67,15 +79,29 @@ def replay(records: Sequence[Record], services: Sequence[Service]) -> Replayed:
                 found = Divergence(cause, service.name, recorded, decided, _difference(recorded, decided))
                 return Replayed(len(records), decisions, performed, pending, found)
     for record in records:
-        if record.id not in accounted and not _opens(record) and not isinstance(record.event, ServiceFailed):
+        if record.id not in accounted and not _from_outside(record) and not isinstance(record.event, ServiceFailed):
             found = Divergence(record, record.producer, (record.event,), (), "nothing in the log gave rise to it")
             return Replayed(len(records), decisions, performed, pending, found)
     return Replayed(len(records), decisions, performed, pending, None)
 
 
-def _opens(record: Record) -> bool:
-    """Whether somebody outside the services wrote it: what opens a run, and its id says that it does."""
-    return record.id in {derived_id(record.run, None, record.producer, index) for index in range(2)}
+# What people say while a run is under way, and what the gateway says of its budget.
+_SAID: dict[str, tuple[type[Event], ...]] = {
+    "cli": (ApprovalGiven, ApprovalRefused, BudgetChanged, RunCancelled, RunPaused, RunResumed, RunSteered),
+    "model_gateway": (BudgetExhausted, RunPaused),
+}
+
+
+def _from_outside(record: Record) -> bool:
+    """Whether somebody outside the services wrote it, as its id says: what opens a run, and what is said to one."""
+    if record.producer == IMPORTED:
+        return record.id == derived_id(record.run, None, IMPORTED, record.position - 1)
+    if record.id in {derived_id(record.run, None, record.producer, index) for index in range(3)}:
+        return True
+    if not isinstance(record.event, _SAID.get(record.producer, ())):
+        return False
+    index = f"exhausted {record.event.limit}" if isinstance(record.event, BudgetExhausted) else 0
+    return record.id == derived_id(record.run, record.cause, record.producer, index)
 
 
 def _difference(recorded: tuple[Event, ...], decided: tuple[Event, ...]) -> str:

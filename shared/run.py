@@ -6,13 +6,19 @@ from typing import Any, Literal
 
 from sia_events.shared.events import (
     AgentProposed,
+    ApprovalGiven,
+    ApprovalRefused,
+    ApprovalRequested,
     AttemptFailed,
     AttemptRequested,
+    BudgetChanged,
+    BudgetExhausted,
     Event,
     ExecutionLogged,
     FeedbackGiven,
     FeedbackRequested,
     HarnessPatched,
+    HarnessPatchRequested,
     Lever,
     ProposalFailed,
     RunBranched,
@@ -34,7 +40,7 @@ from sia_events.shared.events import (
 from sia_events.shared.record import Record
 
 Verdict = VersionAccepted | VersionRejected
-Status = Literal["running", "paused", "finished", "cancelled"]
+Status = Literal["running", "waiting", "paused", "finished", "cancelled"]
 
 
 @dataclass(frozen=True)
@@ -53,13 +59,23 @@ class Version:
 
 @dataclass(frozen=True)
 class Run:
-    """The state after some record. Mappings are replaced, never changed, so an earlier state stays what it was."""
+    """The state after some record. Mappings are replaced, never changed, so an earlier state stays what it was.
+
+    `withheld` are the facts that came while the run was held, for whom nothing was decided yet; `released` are they in
+    the one state in which the run goes on again.
+    """
 
     name: str = ""
     parent: str | None = None
     task: TaskRegistered | None = None
     settings: RunSettings = field(default_factory=RunSettings)
-    status: Status = "running"
+    paused: str | None = None
+    exhausted: BudgetExhausted | None = None
+    cancelled: str | None = None
+    waiting: ApprovalRequested | None = None
+    withheld: tuple[Event, ...] = ()
+    released: tuple[Event, ...] = ()
+    failures_in_a_row: int = 0
     generation: int = 0
     incumbent: str | None = None
     versions: Mapping[str, Version] = field(default_factory=dict)
@@ -70,6 +86,7 @@ class Run:
     verdicts: Mapping[str, Verdict] = field(default_factory=dict)
     feedback: tuple[FeedbackGiven, ...] = ()
     barren: tuple[ProposalFailed, ...] = ()
+    levers_pulled: frozenset[int] = frozenset()
     service_failures: tuple[ServiceFailed, ...] = ()
     steering: tuple[str, ...] = ()
     finished: RunFinished | None = None
@@ -92,21 +109,44 @@ class Run:
 
     @property
     def first(self) -> str | None:
-        """The version that the sealed test compares the final one with."""
-        return next(iter(self.versions), None)
+        """The version that the sealed test compares the final one with: the first that was accepted."""
+        return next((v.version for v in self.verdicts.values() if isinstance(v, VersionAccepted)), None)
+
+    @property
+    def held(self) -> bool:
+        """Whether nothing new may be begun."""
+        return self.paused is not None or self.exhausted is not None or self.cancelled is not None
+
+    @property
+    def status(self) -> Status:
+        if self.finished:
+            return "finished"
+        if self.cancelled is not None:
+            return "cancelled"
+        if self.held:
+            return "paused"
+        return "waiting" if self.waiting else "running"
 
 
 def final(run: Run, failure: AttemptFailed) -> bool:
     """Whether a failed attempt will not be tried again: the candidate's own fault, or our tries are used up."""
     tries = run.attempts[failure.attempt].tries + 1
+    if failure.kind == "budget":
+        return False
     return failure.kind != "infrastructure" or tries >= run.settings.attempt_tries
 
 
 def evolve(run: Run, record: Record) -> Run:
     """The state after one more record. Total: a fact without a rule here changes only the count."""
-    run = replace(run, name=record.run, records=run.records + 1)
+    held = run.held
+    run = replace(run, name=record.run, records=run.records + 1, released=())
     rule = EVOLVE.get(type(record.event))
-    return rule(run, record.event) if rule else run
+    run = rule(run, record.event) if rule else run
+    if not held:
+        return run
+    if run.held:
+        return replace(run, withheld=(*run.withheld, record.event))
+    return replace(run, withheld=(), released=run.withheld)
 
 
 def fold(records: Iterable[Record], run: Run | None = None) -> Run:
@@ -136,26 +176,53 @@ def _accepted(run: Run, event: VersionAccepted) -> Run:
     return replace(run, incumbent=event.version, verdicts={**run.verdicts, event.version: event})
 
 
+def _requested(run: Run, event: AttemptRequested) -> Run:
+    pulled = run.levers_pulled | ({run.generation} if event.split == "train" else set())
+    return replace(run, attempts={**run.attempts, event.attempt: event}, levers_pulled=pulled)
+
+
+def _barren(run: Run, event: ProposalFailed) -> Run:
+    return replace(run, barren=(*run.barren, event), levers_pulled=run.levers_pulled | {event.generation})
+
+
+def _failed(run: Run, event: AttemptFailed) -> Run:
+    row = run.failures_in_a_row + (event.kind != "budget")
+    return replace(run, failures={**run.failures, event.attempt: event}, failures_in_a_row=row)
+
+
+def _with_budget(run: Run, event: BudgetChanged) -> RunSettings:
+    return run.settings.model_copy(update={"budget": event.budget})
+
+
+# A branch is asked for by a person, who has seen how far its parent came and why it stopped.
+_GOING: dict[str, Any] = {"paused": None, "exhausted": None, "cancelled": None, "waiting": None, "withheld": ()}
+
 EVOLVE: dict[type[Event], Callable[[Run, Any], Run]] = {
     TaskRegistered: lambda run, e: replace(run, task=e),
     RunStarted: lambda run, e: replace(run, settings=e.settings),
-    RunBranched: lambda run, e: replace(run, parent=e.parent, settings=e.settings, status="running", finished=None),
+    RunBranched: lambda run, e: replace(run, parent=e.parent, settings=e.settings, finished=None, **_GOING),
     AgentProposed: _versioned,
     HarnessPatched: _versioned,
     WeightsUpdated: _versioned,
-    AttemptRequested: lambda run, e: replace(run, attempts={**run.attempts, e.attempt: e}),
+    AttemptRequested: _requested,
+    HarnessPatchRequested: lambda run, e: replace(run, levers_pulled=run.levers_pulled | {e.generation}),
     ExecutionLogged: lambda run, e: replace(run, executions={**run.executions, e.attempt: e}),
-    AttemptFailed: lambda run, e: replace(run, failures={**run.failures, e.attempt: e}),
-    Scored: lambda run, e: replace(run, scores={**run.scores, e.attempt: e}),
+    AttemptFailed: _failed,
+    Scored: lambda run, e: replace(run, scores={**run.scores, e.attempt: e}, failures_in_a_row=0),
     VersionAccepted: _accepted,
     VersionRejected: lambda run, e: replace(run, verdicts={**run.verdicts, e.version: e}),
     FeedbackRequested: lambda run, e: replace(run, generation=e.generation),
     FeedbackGiven: lambda run, e: replace(run, feedback=(*run.feedback, e)),
-    ProposalFailed: lambda run, e: replace(run, barren=(*run.barren, e)),
+    ProposalFailed: _barren,
     ServiceFailed: lambda run, e: replace(run, service_failures=(*run.service_failures, e)),
-    RunPaused: lambda run, e: replace(run, status="paused"),
-    RunResumed: lambda run, e: replace(run, status="running"),
+    ApprovalRequested: lambda run, e: replace(run, waiting=e),
+    ApprovalGiven: lambda run, e: replace(run, waiting=None),
+    ApprovalRefused: lambda run, e: replace(run, waiting=None),
+    RunPaused: lambda run, e: replace(run, paused=e.reason),
+    RunResumed: lambda run, e: replace(run, paused=None, failures_in_a_row=0),
+    BudgetExhausted: lambda run, e: replace(run, exhausted=e),
+    BudgetChanged: lambda run, e: replace(run, exhausted=None, settings=_with_budget(run, e)),
     RunSteered: lambda run, e: replace(run, steering=(*run.steering, e.text)),
-    RunCancelled: lambda run, e: replace(run, status="cancelled"),
-    RunFinished: lambda run, e: replace(run, status="finished", finished=e),
+    RunCancelled: lambda run, e: replace(run, cancelled=e.reason),
+    RunFinished: lambda run, e: replace(run, finished=e),
 }

@@ -1,5 +1,6 @@
 """A service is a value: a name and two tables. The live runner, replay and the tests take the same value."""
 
+import asyncio
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -8,12 +9,13 @@ from uuid import UUID
 
 from sia_events.shared.events import Event, RunBranched, ServiceFailed
 from sia_events.shared.failpoints import reach
-from sia_events.shared.ports import Bus, Ports
-from sia_events.shared.record import Record, answers
+from sia_events.shared.ports import BudgetSpent, Bus, Ports
+from sia_events.shared.record import IMPORTED, Record, answers
 from sia_events.shared.run import Run, evolve, fold
 
 KEPT_EVERY = 64
 KEPT_RUNS = 64
+HELD_S = 1.0
 
 
 @dataclass(frozen=True)
@@ -117,7 +119,12 @@ def gave_up(records: Iterable[Record]) -> set[str]:
 
 
 async def answer(service: Service, lineage: Lineage, cause: Record, run: str, ports: Ports) -> None:
-    """Answer one record: decide or perform, and append what comes of it. A second time changes nothing."""
+    """Answer one record: decide or perform, and append what comes of it. A second time changes nothing.
+
+    What was imported is over and asks for no answer.
+    """
+    if cause.producer == IMPORTED:
+        return
     lineage.extend(await ports.bus.history(run))
     causes = lineage.inherited(service, cause) if isinstance(cause.event, RunBranched) else []
     if type(cause.event) in {*service.decides, *service.performs}:
@@ -129,11 +136,22 @@ async def answer(service: Service, lineage: Lineage, cause: Record, run: str, po
         if decide := service.decides.get(type(one.event)):
             events = decide(state, one.event)
         else:
-            events = await service.performs[type(one.event)](Work(state, one, ports), one.event)
+            events = await _performed(service, Work(state, one, ports))
         if events:
             reach(f"{service.name} before publishing on {one.type}")
             await ports.bus.append(run, answers(run, one, service.name, events))
             reach(f"{service.name} after publishing on {one.type}")
+
+
+async def _performed(service: Service, work: Work) -> Sequence[Event]:
+    """What comes of performing; where the run's budget ends in the midst of it, once there is more."""
+    while True:
+        try:
+            return await service.performs[type(work.cause.event)](work, work.cause.event)
+        except BudgetSpent:
+            await asyncio.sleep(HELD_S)
+            while fold(await work.ports.bus.history(work.run.name)).held:  # noqa: ASYNC110 - a stream is only read
+                await asyncio.sleep(HELD_S)
 
 
 async def serve(service: Service, bus: Bus, ports: Ports, run: str | None = None, at_once: int = 1) -> None:

@@ -1,0 +1,32 @@
+"""Holding a run: what a service would decide while a run is held is decided when it goes on, and not before."""
+
+from collections.abc import Mapping, Sequence
+
+from sia_events.shared.events import BudgetChanged, Event, RunResumed
+from sia_events.shared.run import Run
+from sia_events.shared.service import Decide
+
+
+def overseen(decides: Mapping[type[Event], Decide]) -> Mapping[type[Event], Decide]:
+    """The same table for runs that people pause and that run out of budget.
+
+    While a run is held nothing is decided, so nothing is begun. The fold keeps the facts that came meanwhile; the
+    record that lets the run go on is answered with what they call for by then.
+    """
+
+    def unless_held(decide: Decide) -> Decide:
+        return lambda run, event: [] if run.held else decide(run, event)
+
+    def caught_up(run: Run, event: RunResumed | BudgetChanged) -> Sequence[Event]:
+        found: list[Event] = []
+        for fact in run.released:
+            if decide := decides.get(type(fact)):
+                # Facts decided on the same state call for the same things: two scores may each close the round.
+                found.extend(made for made in decide(run, fact) if made not in found)
+        return found
+
+    return {
+        **{kind: unless_held(decide) for kind, decide in decides.items()},
+        RunResumed: caught_up,
+        BudgetChanged: caught_up,
+    }
