@@ -14,6 +14,17 @@ async def record(bus: Bus, log: Log) -> None:
             await store(batch, log)
 
 
+async def catch_up(bus: Bus, log: Log) -> None:
+    """Copy until the log has what the streams have. No other recorder may run."""
+    if await bus.lag(NAME) <= 0:
+        return
+    async with aclosing(bus.feed(NAME)) as feed:
+        async for batch in feed:
+            await store(batch, log)
+            if await bus.lag(NAME) <= 0:
+                return
+
+
 async def rebuild(bus: Bus, log: Log) -> None:
     """Empty the log and copy everything again, until it has caught up with the streams. No other recorder may run.
 
@@ -21,13 +32,7 @@ async def rebuild(bus: Bus, log: Log) -> None:
     """
     await bus.rewind(NAME)
     await log.clear()
-    if not await bus.lag(NAME):
-        return
-    async with aclosing(bus.feed(NAME)) as feed:
-        async for batch in feed:
-            await store(batch, log)
-            if not await bus.lag(NAME):
-                return
+    await catch_up(bus, log)
 
 
 async def store(batch: Feed, log: Log) -> None:

@@ -192,8 +192,8 @@ class MemoryBus:
         self._envelopes.append(envelope)
         self._tell()
 
-    async def traces(self, run: str, kind: str, key: str) -> Sequence[Envelope]:
-        return [each for each in self._envelopes if (each.run, each.kind, each.key) == (run, kind, key)]
+    async def traces(self, run: str, kind: str, key: str | None) -> Sequence[Envelope]:
+        return [e for e in self._envelopes if (e.run, e.kind) == (run, kind) and key in (None, e.key)]
 
     async def feed(self, name: str, batch: int = 500) -> AsyncIterator[Feed]:
         streams: tuple[tuple[Literal["SIA", "SIA_TRACE"], list[Any]], ...]

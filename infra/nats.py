@@ -220,7 +220,7 @@ class NatsBus:
             message = (subject, body, {"Nats-Msg-Id": uuid4().hex, "Content-Encoding": "deflate"})
             await self._patiently(lambda message=message: publish(self._client, [message]))
 
-    async def traces(self, run: str, kind: str, key: str) -> Sequence[Envelope]:
+    async def traces(self, run: str, kind: str, key: str | None) -> Sequence[Envelope]:
         return [envelope for _, envelope in _envelopes(await self._read(TRACE, 1, trace_subject(run, kind, key)))]
 
     async def feed(self, name: str, batch: int = 500) -> AsyncIterator[Feed]:

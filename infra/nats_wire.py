@@ -33,7 +33,10 @@ def read_record(message: Message) -> Record:
     return record
 
 
-def trace_subject(run: str, kind: str, key: str) -> str:
+def trace_subject(run: str, kind: str, key: str | None) -> str:
+    """Where envelopes of a key stand; without a key, the subjects of all."""
+    if key is None:
+        return f"sia.trace.{checked_name(run)}.{kind}.*"
     return f"sia.trace.{checked_name(run)}.{kind}.{quote(key, safe='').replace('.', '%2E')}"
 
 

@@ -1,5 +1,6 @@
 """Registering a task: its public data laid down split by split, its answers where the evaluator alone reads them."""
 
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,6 +14,8 @@ from sia_events.shared.task import (
     Task,
     answers,
     evaluator_file,
+    judge_files,
+    plain_splits,
     public_files,
     reference_agent,
     split_names,
@@ -20,36 +23,70 @@ from sia_events.shared.task import (
 )
 from sia_events.shared.tree import store_tree
 
+ENTRY = "target_agent.py"
+REQUIREMENTS = "requirements.txt"
+# What SIA installs beside every target agent, less its agent SDK: its tasks' agents and evaluators import from these.
+PLAIN_REQUIREMENTS = b"""\
+anthropic
+google-genai
+numpy
+openai
+pandas
+pydantic
+python-dotenv
+scikit-learn
+tqdm
+"""
+# The one item of a plain task whose items cannot be told apart.
+WHOLE = "whole"
+
 _TASK = TypeAdapter(Task)
 _ANSWERS = msgspec.json.Decoder(dict[str, dict[str, str]])
 
 
-def require_runnable(task: Task) -> Path:
-    """The task's reference agent. Raises TaskError for a task that the loop cannot run; writes nothing."""
+def reference_files(task: Task) -> dict[str, bytes]:
+    """The harness a run starts from: the task's reference agent. Raises TaskError for a task without one.
+
+    A plain task's agent also gets the list of the packages it may import: its folder's own, else SIA's.
+    """
     reference = reference_agent(task)
     if reference is None:
         raise TaskError(f"{task.path / 'reference/reference_target_agent.py'}: missing. Write there a first agent.")
-    if not task.splits:
-        raise TaskError(
-            f"{task.path}: has no splits, so no gain on it could be shown to be real. "
-            "Put its items into data/private/items.jsonl and state [splits] in a task.toml (docs/walkthrough.md)."
-        )
-    return reference
+    asked = requirements(task)
+    return {ENTRY: reference.read_bytes(), **({REQUIREMENTS: asked} if asked else {})}
 
 
-async def register(task: Task, blobs: Blobs, private: Blobs, asked_on_train: int) -> TaskRegistered:
+def requirements(task: Task) -> bytes | None:
+    """The packages that the task's first agent may import, and a plain task's evaluator: its own list, or SIA's."""
+    stated = task.path / "reference" / REQUIREMENTS
+    if stated.is_file():
+        return stated.read_bytes()
+    return None if task.splits else PLAIN_REQUIREMENTS
+
+
+async def register(
+    task: Task, blobs: Blobs, private: Blobs, asked_on_train: int, reference: Mapping[str, bytes] | None = None
+) -> TaskRegistered:
     """Store what runners and the evaluator need of `task`; after this its folder is not read again.
 
     On the train split up to `asked_on_train` items, half of it at most, are there to be answered by rollouts; all
-    others are open examples.
+    others are open examples. `reference` is the first agent, the task's own when None. Of a plain task the dev, gate
+    and test data are the same files, and no labels are kept: the evaluator gets its private files as a tree.
     Raises TaskError for a task that the loop cannot run.
     """
-    reference = require_runnable(task)
-    # At least half of the train split stays open, for a harness to take examples from.
-    limit = {"train": min(asked_on_train, split_sizes(task)["train"] // 2)}
-    datasets = {s: public_files(task, s, limit=limit.get(s)) for s in split_names(task)}
-    right = {s: answers(task, s, limit=limit.get(s)) for s in split_names(task)}
-    judge = evaluator_file(task)
+    first = reference_files(task) if reference is None else reference
+    if task.splits:
+        # At least half of the train split stays open, for a harness to take examples from.
+        limit = {"train": min(asked_on_train, split_sizes(task)["train"] // 2)}
+        datasets = {s: public_files(task, s, limit=limit.get(s)) for s in split_names(task)}
+        right = {s: answers(task, s, limit=limit.get(s)) for s in split_names(task)}
+        program = evaluator_file(task)
+        judge = await private.put(program.read_bytes()) if program else None
+    else:
+        dealt = plain_splits(task) or dict.fromkeys(("dev", "gate", "test"), (WHOLE,))
+        datasets = dict.fromkeys(dealt, public_files(task, "whole"))
+        right = {s: dict.fromkeys(ids, "") for s, ids in dealt.items()}
+        judge = await store_tree(private, {**judge_files(task), REQUIREMENTS: requirements(task) or b""})
     return TaskRegistered(
         task=task.name,
         title=task.title,
@@ -58,8 +95,8 @@ async def register(task: Task, blobs: Blobs, private: Blobs, asked_on_train: int
         spec=await blobs.put(_TASK.dump_json(replace(task, path=Path(task.name)))),
         datasets={s: await store_tree(blobs, files) for s, files in datasets.items()},
         answers=await private.put(msgspec.json.encode(right)),
-        judge=await private.put(judge.read_bytes()) if judge else None,
-        reference=await store_tree(blobs, {"target_agent.py": reference.read_bytes()}),
+        judge=judge,
+        reference=await store_tree(blobs, first),
         sizes={s: len(labels) for s, labels in right.items()},
         floor=task.floor,
     )

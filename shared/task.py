@@ -14,6 +14,7 @@ from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
 from sia_events.shared.items import Item, TaskError, read_items, split
+from sia_events.shared.plain import Key, deal, find_key
 from sia_events.shared.ports import Limits
 
 ITEM_SPLITS = ("train", "dev", "gate", "test")
@@ -35,10 +36,12 @@ class Task:
     """A task as its folder states it: `path`, `name` and `description` (task.md) are found, the rest is task.toml's.
 
     With `splits`, its items are the lines of data/private/items.jsonl (id, text, label) and an attempt answers one
-    split. Without (a folder of SIA's layout, which has no task.toml), there is one split, "whole": an attempt gets
-    all of data/public. `metric` names the score, a fraction for the evaluator "labels", which compares answers with
-    labels; `floor` is the score of one constant answer. `question`, `item` and `opening` word a prompt about one item
-    and the start of its answer ("What kind of thing …?", "Definition", "Kind:"); `words` has plainer words for labels.
+    split. Without (a folder of SIA's layout, which has no task.toml), the folder is plain: an attempt gets all of
+    data/public, as the split "whole", and what is held out is which ids of its answer key count (`plain_splits`);
+    `held_out` = false scores everything in one figure instead. `metric` names the score, a fraction for the evaluator
+    "labels", which compares answers with labels; `floor` is the score of one constant answer. `question`, `item` and
+    `opening` word a prompt about one item and the start of its answer ("What kind of thing …?", "Definition",
+    "Kind:"); `words` has plainer words for labels.
     """
 
     path: Path
@@ -56,6 +59,7 @@ class Task:
     words: Mapping[str, str] = field(default_factory=dict)
     kernel: str | None = None
     splits: Splits | None = None
+    held_out: bool = True
     limits: Limits = Limits()
 
 
@@ -105,8 +109,36 @@ def split_names(task: Task) -> tuple[str, ...]:
 
 
 def split_sizes(task: Task) -> dict[str, int]:
-    """Items by split; empty for a task without splits."""
-    return {name: len(answers(task, name)) for name in ITEM_SPLITS} if task.splits else {}
+    """Items by split; empty where they cannot be told apart."""
+    if task.splits:
+        return {name: len(answers(task, name)) for name in ITEM_SPLITS}
+    return {name: len(ids) for name, ids in plain_splits(task).items()}
+
+
+def answer_key(task: Task) -> Key | None:
+    """Where the answers of a plain task stand item by item; None where that cannot be found out."""
+    return find_key(private_files(task)) if task.held_out and not task.splits else None
+
+
+def plain_splits(task: Task) -> dict[str, tuple[str, ...]]:
+    """Ids by split of a plain task, empty without an answer key: then no score of it is held out."""
+    key = answer_key(task)
+    return deal(key.ids) if key else {}
+
+
+def private_files(task: Task) -> dict[str, bytes]:
+    """What stands in data/private, by relative name. For the evaluator alone."""
+    private = task.path / "data/private"
+    return {file.relative_to(private).as_posix(): file.read_bytes() for file in private.rglob("*") if file.is_file()}
+
+
+def judge_files(task: Task) -> dict[str, bytes]:
+    """All that a plain task's own evaluator may find in the task's folder, by its path there."""
+    program = evaluator_file(task)
+    assert program is not None, "a plain task has an evaluator of its own"
+    public = {f"data/public/{name}": body for name, body in public_files(task, "whole").items()}
+    private = {f"data/private/{name}": body for name, body in private_files(task).items()}
+    return {**public, **private, program.relative_to(task.path).as_posix(): program.read_bytes()}
 
 
 def evaluator_file(task: Task) -> Path | None:
@@ -199,6 +231,8 @@ def _declared(path: Path, description: str) -> Task:
         raise TaskError(f"{file}: {place}: {problem['msg']}; it is {problem['input']!r}.") from error
     if task.evaluator == "labels" and not (task.labels and task.question and task.splits):
         raise TaskError(f'{file}: evaluator = "labels" needs labels, question and [splits] too.')
+    if task.evaluator == "labels" and task.direction == "minimize":
+        raise TaskError(f'{file}: evaluator = "labels" counts right answers: leave direction out, more is better.')
     if strange := task.words.keys() - set(task.labels):
         raise TaskError(f"{file}: [words] names {min(strange)!r}, which is not one of the labels.")
     return task
@@ -213,7 +247,9 @@ def _check_evaluator(task: Task) -> None:
     file = evaluator_file(task)
     if file is None or not file.is_file():
         raise TaskError(
-            f'{task.path}: no evaluator. Write data/public/evaluate.py, or state evaluator = "labels" in task.toml.'
+            f"{task.path}: no evaluator: neither data/public/evaluate.py nor evaluate.py. Write one that is started as "
+            "`evaluate.py --gen-dir FOLDER`, compares what the agent left in FOLDER with data/private and writes "
+            'FOLDER/results.json; or state evaluator = "labels" in a task.toml.'
         )
     try:
         compile(file.read_bytes(), str(file), "exec")

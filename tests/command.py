@@ -1,5 +1,6 @@
 """The real `sia` command, in a home of its own, on a task and a model that are small enough to be instant."""
 
+import asyncio
 import ctypes
 import json
 import os
@@ -7,11 +8,18 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
 import psutil
+
+from sia_events.app import open_log
+from sia_events.cli import main
+from sia_events.shared.calls import ModelCall, decode_call
+from sia_events.shared.record import Record, parse_record
+from sia_events.shared.settings import Settings
 
 # Three of four items have the label that the instant model chooses, so that a harness which lets it choose is better.
 LABELS = ("sweet", "salt")
@@ -76,6 +84,41 @@ def answered(home: Path, *words: object, **more: str) -> Any:
     done = sia(home, *words, "--json", **more)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
+
+
+def read(home: Path, *words: object) -> Any:
+    """`answered`, of a verb that only reads, in this process: a new one spends a second on imports."""
+    out, talk = StringIO(), StringIO()
+    before = dict(os.environ)
+    os.environ.clear()
+    os.environ.update(environment(home))
+    try:
+        with redirect_stdout(out), redirect_stderr(talk):
+            main([*map(str, words), "--json"])
+    except SystemExit as end:
+        assert not end.code, talk.getvalue()
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+    return json.loads(out.getvalue())
+
+
+def log(home: Path, run: str = "r1") -> list[Record]:
+    """The run's records as `sia log` prints them."""
+    done = sia(home, "log", run, "--json")
+    assert done.returncode == 0, done.stderr
+    return [parse_record(line.encode()) for line in done.stdout.splitlines()]
+
+
+def calls(home: Path, run: str = "r1") -> list[ModelCall]:
+    """The run's model calls, all roles, as the log has them."""
+
+    async def lines() -> list[ModelCall]:
+        async with open_log(Settings(home=home)) as log:
+            sql = "SELECT body FROM model_calls FINAL WHERE run = {run:String} ORDER BY sequence, line"
+            return [decode_call(row["body"].encode()) for row in await log.query(sql, {"run": run})]
+
+    return asyncio.run(lines())
 
 
 def start(home: Path, *words: object, **more: str) -> subprocess.Popen[str]:

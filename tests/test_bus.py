@@ -433,6 +433,8 @@ async def test_traces_come_back_by_key_in_order(bench: Bench):
     found = await bench.other.traces("r", "model_call", "v1/dev.0 *")
     assert [each.lines for each in found] == [(b'{"n":%d}' % number, b"{}") for number in range(3)]
     assert found[0] == Envelope("r", "model_call", "v1/dev.0 *", (b'{"n":0}', b"{}"))
+    every = await bench.other.traces("r", "model_call", None)
+    assert [each.key for each in every] == ["v1/dev.0 *"] * 3 + ["another"]
 
 
 async def test_the_feed_hands_out_everything_once_and_the_same_batch_until_it_is_acked(bench: Bench):

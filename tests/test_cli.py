@@ -1,4 +1,4 @@
-"""The command line as people and scripts use it: real processes, one home, the instant model."""
+"""The command line as people and scripts use it: each verb as a real process at least once, with the instant model."""
 
 import json
 import os
@@ -7,8 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
-from importlib.util import find_spec
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +16,11 @@ import pytest
 from command import (
     SMALL,
     SPLITS,
-    adopting,
     answered,
     assert_none_left,
     environment,
+    log,
+    read,
     sia,
     small_task,
     start,
@@ -28,8 +28,9 @@ from command import (
     until,
 )
 
-from sia_events.local_model.weights import prepare
+from sia_events.app import socket_place
 from sia_events.shared.record import broken_link, parse_record, to_wire
+from sia_events.shared.settings import Settings
 
 SERVICES = (
     "meta_svc",
@@ -42,31 +43,13 @@ SERVICES = (
     "recorder",
 )
 UUID = r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}"
-
-
-@pytest.fixture(scope="module", autouse=True)
-def children() -> Iterator[Callable[[], list[psutil.Process]]]:
-    with adopting() as children:
-        yield children
-
-
-@pytest.fixture(scope="module")
-def task(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return small_task(tmp_path_factory.mktemp("tasks") / "taste")
+pytestmark = pytest.mark.usefixtures("children")
 
 
 @pytest.fixture(scope="module")
 def ran(task: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, subprocess.CompletedProcess[str]]:
     home = tmp_path_factory.mktemp("home")
     return home, sia(home, "run", task, *SMALL, "--set", "rollout_items=4")
-
-
-@pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The embedded model, laid down once: whoever serves for every run has it, where it is installed."""
-    if find_spec("torch"):
-        prepare(tmp_path_factory.getbasetemp())
-    return tmp_path_factory.getbasetemp() / "models"
 
 
 @pytest.fixture
@@ -96,14 +79,18 @@ def test_a_run_tells_each_change_on_stderr_and_how_it_ended_on_stdout(
     assert "\x1b" not in done.stdout + done.stderr
 
 
+def test_a_run_that_ended_leaves_no_folder_for_sockets(home: Path):
+    assert not socket_place(Settings(home=home)).exists()
+
+
 def test_runs_is_an_array_with_a_row_a_run(home: Path):
-    (row,) = answered(home, "runs")
+    (row,) = read(home, "runs")
     assert {"run": "r1", "task": "taste", "status": "finished", "generations": 1, "best": "g1a"}.items() <= row.items()
     assert "r1" in sia(home, "runs").stdout
 
 
 def test_show_has_every_version_its_scores_the_sealed_test_and_the_cost(home: Path):
-    shown = answered(home, "show", "r1")
+    shown = read(home, "show", "r1")
     wanted = {"run": "r1", "task": "taste", "status": "finished", "best": "g1a", "records": 28}
     assert wanted.items() <= shown.items()
     first, second = shown["generations"]
@@ -145,16 +132,16 @@ def test_a_reader_that_goes_away_is_no_failure(home: Path):
 
 
 def test_diff_shows_what_the_harness_became(home: Path):
-    changes = answered(home, "diff", "r1", "g0a", "g1a")
+    changes = read(home, "diff", "r1", "g0a", "g1a")
     assert "target_agent.py" in changes["files"] and "+" in changes["files"]["target_agent.py"]
     assert changes["scores"].keys() == {"g0a", "g1a"} and changes["adapters"] == [None, None]
     assert "--- g0a/target_agent.py" in sia(home, "diff", "r1", "g0a", "g1a").stdout
-    assert answered(home, "diff", "r1", "g1a", "g1a")["files"] == {}
+    assert read(home, "diff", "r1", "g1a", "g1a")["files"] == {}
 
 
 def test_replay_agrees_and_writes_nothing_to_streams_or_blobs(home: Path):
     before = {part: tree(home / part) for part in ("nats", "blobs", "private")}
-    found = answered(home, "replay", "r1")
+    found = read(home, "replay", "r1")
     expected = {"records": 28, "decisions": 10, "performed": 15, "diverged": False, "first_divergence": None}
     assert expected.items() <= found.items()
     assert {part: tree(home / part) for part in before} == before
@@ -166,7 +153,7 @@ def test_replay_works_with_no_network_and_no_server(home: Path, children: Callab
     assert not children()
     alone = (shutil.which("unshare") or "unshare", "--net")
     done = sia(home, "replay", "r1", "--json", before=alone, SIA_NATS_SERVER="/nowhere", PATH="/nowhere")
-    assert done.returncode == 0, done.stderr
+    assert done.returncode == 0 and done.stderr == "", done.stderr
     assert json.loads(done.stdout)["diverged"] is False
 
 
@@ -190,7 +177,7 @@ log._writer.command(f"ALTER TABLE events UPDATE record = {spoilt} WHERE 1")
 
 
 def test_the_beginning_of_a_runs_name_is_enough(home: Path):
-    assert answered(home, "show", "r")["run"] == "r1"
+    assert read(home, "show", "r")["run"] == "r1"
 
 
 def test_a_branch_goes_on_under_another_choice_and_compare_shows_both(
@@ -208,14 +195,14 @@ def test_a_branch_goes_on_under_another_choice_and_compare_shows_both(
     assert [v["version"] for v in summary["generations"]] == ["g0a", "g1a", "g1b"]
     went = sia(home, "branch", "r1", "--at", "1", "--set", "generations=2", "--json")
     assert went.returncode == 0 and json.loads(went.stdout)["run"] == "r2", went.stderr
-    assert {row["run"] for row in answered(home, "runs")} == {"r1", "b1", "r2"}
-    compared = answered(home, "compare", "r1", "b1")
+    assert {row["run"] for row in read(home, "runs")} == {"r1", "b1", "r2"}
+    compared = read(home, "compare", "r1", "b1")
     assert [one["run"] for one in compared] == ["r1", "b1"]
     assert compared[0]["shared_records"] == told["at"] == compared[1]["shared_records"]
     assert "records are shared" in sia(home, "compare", "r1", "b1").stdout
     for run in ("b1", "r2"):
-        assert not answered(home, "replay", run)["diverged"]
-    own = [parse_record(line.encode()) for line in sia(home, "log", "b1", "--json").stdout.splitlines()]
+        assert not read(home, "replay", run)["diverged"]
+    own = log(home, "b1")
     assert {r.run for r in own[: told["at"]]} == {"r1"} and {r.run for r in own[told["at"] :]} == {"b1"}
     assert [r.position for r in own] == list(range(1, len(own) + 1)) and broken_link(own) is None
 
@@ -243,12 +230,12 @@ def test_a_second_terminal_gets_its_answers_during_a_run(task: Path, tmp_path: P
         assert process.poll() is None
     box = held_up(process)
     try:
-        (row,) = until(lambda: answered(tmp_path, "runs"))
+        (row,) = until(lambda: read(tmp_path, "runs"))
         assert (row["run"], row["status"], row["best"]) == ("r1", "running", None)
-        (first,) = until(lambda: answered(tmp_path, "show", "r1")["generations"])
+        (first,) = until(lambda: read(tmp_path, "show", "r1")["generations"])
         assert (first["version"], first["accepted"]) == ("g0a", None)
         assert "g0a" in sia(tmp_path, "log", "r1").stdout
-        replayed = answered(tmp_path, "replay", "r1")
+        replayed = read(tmp_path, "replay", "r1")
         assert not replayed["diverged"]
         refused = sia(tmp_path, "run", task, *SMALL)
         assert refused.returncode == 2 and str(process.pid) in refused.stderr and "sia up" in refused.stderr
@@ -300,17 +287,23 @@ def test_every_service_runs_as_a_process_of_its_own_and_a_run_is_handed_to_them(
     task: Path, tmp_path: Path, models: Path, children: Callable[[], list[psutil.Process]]
 ):
     (tmp_path / "models").symlink_to(models)
-    served = []
-    for name in SERVICES:
-        process = start(tmp_path, "serve", name, "--json")
-        served.append(process)
-        assert process.stdout
-        assert json.loads(process.stdout.readline()) == {"serving": [name], "pid": process.pid}
+    served: list[subprocess.Popen[str]] = []
+
+    def up(names: Sequence[str]) -> None:
+        """Start them side by side and wait until each of them serves."""
+        processes = [start(tmp_path, "serve", name, "--json") for name in names]
+        served.extend(processes)
+        for name, process in zip(names, processes, strict=True):
+            assert process.stdout
+            assert json.loads(process.stdout.readline()) == {"serving": [name], "pid": process.pid}
+
+    up(SERVICES[:1])  # it runs the bus for the others
+    up(SERVICES[1:])
     done = sia(tmp_path, "run", task, *SMALL, "--json")
     assert done.returncode == 0, done.stderr
     summary = json.loads(done.stdout)
     assert (summary["outcome"], summary["records"]) == ("improved", 28)
-    assert not answered(tmp_path, "replay", "r1")["diverged"]
+    assert not read(tmp_path, "replay", "r1")["diverged"]
     for process in reversed(served):
         process.send_signal(signal.SIGTERM)
         process.communicate(timeout=60)
@@ -331,7 +324,7 @@ def test_up_serves_in_the_background_until_down(
         out, talk = process.communicate(timeout=120)
         assert process.returncode == 0, talk
         assert json.loads(out)["outcome"] == "improved"
-    assert {row["run"]: row["status"] for row in answered(tmp_path, "runs")} == {"one": "finished", "two": "finished"}
+    assert {row["run"]: row["status"] for row in read(tmp_path, "runs")} == {"one": "finished", "two": "finished"}
     assert answered(tmp_path, "down") == {"pid": told["pid"]}
     assert not children()
     assert answered(tmp_path, "down") == {"pid": None}
@@ -362,14 +355,14 @@ def test_schema_describes_the_stream(home: Path):
 
 
 def test_tasks_are_listed_and_checked(home: Path, task: Path):
-    assert "words" in {row["task"] for row in answered(home, "tasks", "list")}
-    checked = answered(home, "tasks", "check", task)
+    assert "words" in {row["task"] for row in read(home, "tasks", "list")}
+    checked = read(home, "tasks", "check", task)
     assert checked["task"] == "taste" and checked["splits"] == {**SPLITS, "train": 40 - sum(SPLITS.values())}
     assert "complete" in sia(home, "tasks", "check", task).stdout
 
 
 def test_a_home_without_runs_says_how_to_start_one(tmp_path: Path):
-    assert answered(tmp_path, "runs") == []
+    assert read(tmp_path, "runs") == []
     assert "sia run" in sia(tmp_path, "runs").stdout
 
 

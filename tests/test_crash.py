@@ -7,32 +7,24 @@ import re
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import psutil
 import pytest
-from command import SMALL, adopting, answered, assert_none_left, sia, small_task, start
+from command import SMALL, assert_none_left, log, read, sia, start
 
 from sia_events.infra.blobs import open_blobs
 from sia_events.shared.calls import decode_call
 from sia_events.shared.events import ExecutionLogged, RunFinished
-from sia_events.shared.record import Record, broken_link, parse_record
+from sia_events.shared.record import Record, broken_link
 
 ROOT = Path(__file__).parent.parent
 SOURCES = [f for f in ROOT.rglob("*.py") if not {"tests", "build", ".venv"} & set(f.relative_to(ROOT).parts)]
 KILLED = -signal.SIGKILL
 
 
-@pytest.fixture(scope="module", autouse=True)
-def children() -> Iterator[Callable[[], list[psutil.Process]]]:
-    with adopting() as children:
-        yield children
-
-
-@pytest.fixture(scope="module")
-def task(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return small_task(tmp_path_factory.mktemp("tasks") / "taste")
+pytestmark = pytest.mark.usefixtures("children")
 
 
 @pytest.fixture(scope="module")
@@ -44,12 +36,6 @@ def undisturbed(task: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Re
 
 def command(task: Path) -> tuple[object, ...]:
     return ("run", task, "--run", "r1", *SMALL, "--set", "rollout_items=4")
-
-
-def log(home: Path) -> list[Record]:
-    done = sia(home, "log", "r1", "--json")
-    assert done.returncode == 0, done.stderr
-    return [parse_record(line.encode()) for line in done.stdout.splitlines()]
 
 
 def told(records: Sequence[Record]) -> list[str]:
@@ -68,7 +54,7 @@ def assert_whole(home: Path, records: Sequence[Record], undisturbed: Sequence[Re
         body = asyncio.run(open_blobs(str(home / "blobs")).get(logged.trajectory))
         calls = [decode_call(line) for line in body.splitlines()]
         assert len({(call.digest, call.n) for call in calls}) == len(calls) == logged.calls
-    replayed = answered(home, "replay", "r1")
+    replayed = read(home, "replay", "r1")
     assert not replayed["diverged"] and replayed["records"] == len(records)
 
 
@@ -173,7 +159,7 @@ def test_an_interrupted_run_says_how_to_go_on_and_does(
     out, talk = process.communicate(timeout=60)
     assert process.returncode == 130 and "sia run --resume r1" in talk and out == ""
     assert_none_left(children)
-    assert answered(tmp_path, "runs")[0]["status"] == "interrupted"
+    assert read(tmp_path, "runs")[0]["status"] == "interrupted"
     resumed = sia(tmp_path, "run", "--resume", "r1", "--json")
     assert resumed.returncode == 0, resumed.stderr
     records = log(tmp_path)

@@ -28,6 +28,8 @@ from sia_events.feedback_svc.lever import choose_lever
 from sia_events.feedback_svc.service import feedback_svc
 from sia_events.shared.events import (
     AttemptRequested,
+    Comparison,
+    Event,
     FeedbackRequested,
     HarnessPatchRequested,
     ProposalFailed,
@@ -155,18 +157,47 @@ def test_what_fails_behind_the_end_of_a_run_asks_for_nothing():
     given(target_runner, *past).when(failed("g1b", "test", "infrastructure")).then()
 
 
-def test_a_less_is_better_metric_turns_the_comparison_round():
-    past = [replace_items(e, RIGHT) for e in ACCEPTED]
-    past[0] = registered(maximize=False)
-    past += [
-        feedback_asked(1),
-        fed_back(1),
-        patched("g1a"),
-        asked("g1a", "dev"),
-        scored("g1a", "dev", WRONG),
-        asked("g1a", "gate"),
-    ]
-    given(feedback_svc, *past).when(scored("g1a", "gate", WRONG)).then_types(VersionAccepted)
+def less_is_better(*past: Any, incumbent: str = RIGHT) -> given:
+    """The past, on a task whose metric is to be small; `incumbent` are the first agent's scores."""
+    opening = [replace_items(e, incumbent) for e in ACCEPTED]
+    return given(feedback_svc, registered(maximize=False), *opening[1:], feedback_asked(1), fed_back(1), *past)
+
+
+def test_where_less_is_better_the_lowest_on_dev_meets_the_gate():
+    past = (patched("g1a"), patched("g1b"), scored("g1a", "dev", RIGHT))
+    lower = "1" * 39 + "0"
+    _, gate = less_is_better(*past).when(scored("g1b", "dev", lower)).then_types(VersionRejected, AttemptRequested)
+    assert gate == asked("g1b", "gate")
+
+
+def test_where_less_is_better_the_plainly_higher_gets_no_look_at_the_gate():
+    asking = less_is_better(patched("g1a"), incumbent=WRONG).when(scored("g1a", "dev", RIGHT))
+    (out,) = asking.then_types(VersionRejected)
+    assert isinstance(out, VersionRejected) and "worse than g0a on dev by 1.000" in out.reason
+
+
+@pytest.mark.parametrize(("candidate", "kind"), [(WRONG, VersionAccepted), ("0" + "1" * 39, VersionRejected)])
+def test_where_less_is_better_the_gate_asks_for_a_proven_drop(candidate: str, kind: type[Event]):
+    past = (patched("g1a"), scored("g1a", "dev", candidate), asked("g1a", "gate"))
+    (verdict,) = less_is_better(*past).when(scored("g1a", "gate", candidate)).then_types(kind)
+    assert isinstance(verdict, VersionAccepted | VersionRejected) and verdict.comparison
+    assert verdict.comparison.gain == pytest.approx(candidate.count("0") / 40)
+
+
+@pytest.mark.parametrize(("first", "outcome"), [(RIGHT, "improved"), ("0" * 39 + "1", "no proven gain")])
+def test_where_less_is_better_the_sealed_test_proves_a_drop(first: str, outcome: str):
+    past = (patched("g1a"), accepted("g1a", "g0a"), scored("g0a", "test", first))
+    (end,) = less_is_better(*past).when(scored("g1a", "test", WRONG)).then_types(RunFinished)
+    assert isinstance(end, RunFinished) and end.outcome == outcome and end.sealed
+    assert end.sealed.final.value < end.sealed.first.value and end.sealed.comparison.gain > 0
+
+
+def test_where_less_is_better_a_lever_that_brought_a_drop_has_gained():
+    past = (patched("g1a"), scored("g1a", "dev", WRONG), asked("g1a", "gate"), scored("g1a", "gate", WRONG))
+    (verdict,) = less_is_better(*past[:-1]).when(past[-1]).then_types(VersionAccepted)
+    story = less_is_better(*past).past
+    choice = choose_lever(fold(recorded(*story, verdict, feedback_asked(2, "g1a"))))
+    assert choice.evidence.last_harness_gain == 1.0
 
 
 def test_a_closed_generation_asks_for_feedback():
@@ -270,8 +301,6 @@ def lever_after(
         if gain is None:
             past.append(VersionRejected(version=name, over=incumbent, comparison=None, reason="no"))
         else:
-            from sia_events.shared.events import Comparison
-
             comparison = Comparison(gain=gain, low=gain, high=gain, p_value=0.001, n=8, better=1, worse=0)
             past.append(VersionAccepted(version=name, over=incumbent, comparison=comparison, reason="yes"))
             incumbent = name
@@ -304,16 +333,28 @@ def test_weights_that_stall_turn_back_to_the_harness():
 
 
 def test_many_invalid_answers_keep_the_harness_lever():
-    choice = lever_after(("harness", None), failures={"invalid": 3})
-    assert choice.lever == "weights" or "invalid" in choice.reasons[0]
-    assert "invalid" in lever_after(failures={"invalid": 3}).reasons[0]
+    for past in ([], ["harness"], ["harness", "harness", "weights"], ["harness", "harness", "weights", "harness"]):
+        choice = lever_after(*((lever, None) for lever in past), failures={"invalid": 2, "unanswered": 1})
+        assert choice.lever == "harness" and "75% of dev answers are missing or invalid" in choice.reasons[0], past
+    assert choice.evidence.invalid_rate == 0.75
+
+
+def test_two_tries_of_the_harness_in_vain_and_the_weights_have_their_turn_however_many_answers_are_invalid():
+    for past in (["harness"] * 2, ["harness", "harness", "weights", "harness", "harness"]):
+        assert lever_after(*((lever, None) for lever in past), failures={"invalid": 3}).lever == "weights", past
+
+
+def test_few_invalid_answers_are_no_reason():
+    assert "invalid" not in lever_after(failures={"wrong": 4}).reasons[0]
 
 
 def test_the_controls_ignore_the_evidence():
     assert [lever_after(policy=p).lever for p in ("harness", "weights")] == ["harness", "weights"]
     assert lever_after(policy="alternate").lever == "harness"
     assert lever_after(("harness", 0.4), policy="alternate").lever == "weights"
-    assert lever_after(policy="random") == lever_after(policy="random")
+    drawn = [lever_after(*[("harness", None)] * tries, policy="random").lever for tries in range(8)]
+    assert set(drawn) == {"harness", "weights"}
+    assert drawn == [lever_after(*[("weights", 0.5)] * tries, policy="random").lever for tries in range(8)]
 
 
 def test_an_earlier_state_is_not_changed_by_a_later_record():

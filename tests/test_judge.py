@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 from given import recorded
-from story import OPENING, asked, logged, proposed, registered, started
+from story import OPENING, asked, logged, proposed, started
 
 from sia_events.evaluator.service import evaluator
 from sia_events.feedback_svc.template import AGENT, naive_spec, render
@@ -21,19 +21,19 @@ from sia_events.infra.blobs import open_blobs
 from sia_events.infra.memory import MemoryBlobs, MemoryBus, SystemTime
 from sia_events.infra.sandbox import Bubblewrap, UnsafeProcess, check
 from sia_events.model_gateway.token import TokenDoor
-from sia_events.shared.calls import ModelCall, encode_call
 from sia_events.shared.events import AttemptFailed, AttemptRequested, ExecutionLogged, Scored
-from sia_events.shared.ports import Envelope, Job, Ports, Sandbox
+from sia_events.shared.ports import Job, Ports, Sandbox
 from sia_events.shared.registration import register
 from sia_events.shared.run import fold
 from sia_events.shared.service import Work
 from sia_events.shared.task import answers, find_task, public_files
 from sia_events.shared.tree import store_tree, write_tree
-from sia_events.target_runner.perform import recorded_calls
 from sia_events.target_runner.service import target_runner
 
-pytestmark = pytest.mark.skipif(check() is not None, reason=str(check()))
-BOTH = pytest.mark.parametrize("box", [Bubblewrap(), UnsafeProcess()], ids=["bubblewrap", "process"])
+BOXED = pytest.mark.skipif(check() is not None, reason=str(check()))
+BOTH = pytest.mark.parametrize(
+    "box", [pytest.param(Bubblewrap(), id="bubblewrap", marks=BOXED), pytest.param(UnsafeProcess(), id="process")]
+)
 WORDS = find_task("words")
 
 # An own evaluator as task authors write them: it compares, and needs a module that outputs may pretend to be.
@@ -101,12 +101,32 @@ async def test_no_code_among_the_outputs_runs_beside_the_answers(box: Sandbox, t
     assert isinstance(scored, Scored) and scored.score.value == 0.0
 
 
+@BOTH
+@pytest.mark.parametrize(("maximize", "expected"), [(True, [0.25, 0.75]), (False, [-0.25, -0.75])])
+async def test_a_reward_is_the_higher_the_better_whichever_way_the_metric_goes(
+    box: Sandbox, tmp_path: Path, maximize: bool, expected: list[float]
+):
+    by_sample = '0.25 if line["id"].endswith("#0") else 0.75'
+    program = JUDGE.replace('float(given.get(line["id"]) == line["label"])', by_sample)
+    blobs, private = MemoryBlobs(), MemoryBlobs()
+    told = await register(WORDS, blobs, private, 8)
+    told = told.model_copy(update={"judge": await private.put(program.encode()), "maximize": maximize})
+    ran = logged("g0a", "train").model_copy(update={"outputs": await store_tree(blobs, {"given.json": b"{}"})})
+    records = recorded(told, *OPENING[1:], asked("g0a", "train", samples=2, items=1), ran)
+    ports = Ports(MemoryBus(blobs), blobs, box, SystemTime(), None, tmp_path, private)  # type: ignore[arg-type]
+    (event,) = await evaluator.performs[ExecutionLogged](Work(fold(records), records[-1], ports), ran)
+    assert isinstance(event, Scored) and event.rewards and event.items == (0.25, 0.75)
+    assert list(json.loads(await blobs.get(event.rewards)).values()) == expected
+
+
+@BOXED
 async def test_no_pth_file_among_the_outputs_runs_beside_the_answers(tmp_path: Path):
     line = f"import os; exec({CHEAT!r}, {{}})".encode()
     scored = await judged({"given.json": b"{}", f"{USER_SITE}/x.pth": line}, Bubblewrap(), tmp_path)
     assert isinstance(scored, Scored) and scored.score.value == 0.0
 
 
+@BOXED
 async def test_results_that_the_agent_wrote_are_not_taken_for_the_evaluators(tmp_path: Path):
     full = json.dumps({"items": dict.fromkeys(answers(WORDS, "dev"), 1.0)}).encode()
     failed = await judged({"results.json": full}, Bubblewrap(), tmp_path, program="pass")
@@ -164,26 +184,7 @@ async def test_an_attempt_whose_gateway_was_down_failed_for_our_reasons_whatever
     assert event.message.startswith("the gateway lost 1 requests")
 
 
-async def test_a_call_that_was_recorded_twice_is_one_call_with_its_reply():
-    def call(digest: str, **more: Any) -> bytes:
-        fixed = {"call": "c", "version": "g0a", "kind": "chat", "model": "m", "n": 0, "seed": 1, "request": {}}
-        return encode_call(ModelCall(**{"attempt": "g0a.dev", "digest": digest, **fixed, **more}))
-
-    blobs = MemoryBlobs()
-    bus = MemoryBus(blobs)
-    lines = [call("a", reply={"k": 1}), call("a", error="down", attempt="g0a.dev~1"), call("b", error="down")]
-    again = [call("b", error="still down", attempt="g0a.dev~1"), call("a", reply={"k": 2}), call("a", n=1, error="x")]
-    for part in (lines, again):
-        await bus.trace(Envelope("r1", "model_call", "g0a.dev", tuple(part)))
-    work = work_on(bus, blobs, recorded(registered(), *OPENING[1:], asked("g0a", "dev")))
-    found = await recorded_calls(work, "g0a.dev~1")
-    assert [(c.digest, c.n, c.reply, c.error) for c in found] == [
-        ("a", 0, {"k": 2}, None),
-        ("a", 1, None, "x"),
-        ("b", 0, None, "still down"),
-    ]
-
-
+@BOXED
 async def test_the_templates_agent_answers_nothing_when_one_item_never_reached_the_model(tmp_path: Path):
     unlucky = list(answers(WORDS, "dev"))[3]
 

@@ -187,6 +187,7 @@ def test_a_task_is_found_by_its_path(folder: Path):
         ("task.toml", TOML.replace("dev = 4", "dev = 0"), r"splits\.dev: .*greater than 0"),
         ("task.toml", TOML.replace("test = 8", "test = 30"), r"takes 40 of 40 items and leaves none to train on"),
         ("task.toml", TOML.replace('question = "Hot or cold?"', ""), r'evaluator = "labels" needs labels, question'),
+        ("task.toml", 'direction = "minimize"\n' + TOML, r"counts right answers: leave direction out"),
         ("task.toml", TOML + "[words]\nmild = 'lukewarm'\n", r"\[words\] names 'mild', which is not one of the labels"),
         ("task.toml", 'evaluator = "evaluate.py"', r"no evaluator"),
         ("data/private/items.jsonl", '{"id": "a", "text": "b"}\n', r"items\.jsonl:1: no item .*: Field required"),

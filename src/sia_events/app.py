@@ -7,7 +7,7 @@ import os
 import shutil
 import sys
 import tempfile
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Coroutine, Iterator, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
@@ -18,11 +18,13 @@ from typing import Any, TypeVar
 import uvicorn
 from filelock import FileLock, Timeout
 
+from sia_events.agents.agentic import Agentic
+from sia_events.agents.direct import Direct
 from sia_events.errors import NodeHeld, Unusable
 from sia_events.evaluator.service import evaluator
-from sia_events.event_log.recorder import record
+from sia_events.event_log.recorder import lag, record
 from sia_events.feedback_svc.service import feedback_svc
-from sia_events.infra import clickhouse
+from sia_events.infra import clickhouse, nats_disk
 from sia_events.infra.blobs import open_blobs
 from sia_events.infra.box import kernel_box
 from sia_events.infra.child import Child
@@ -30,15 +32,26 @@ from sia_events.infra.instant import InstantModels
 from sia_events.infra.models import LocalModels
 from sia_events.infra.nats import connect
 from sia_events.infra.nats_server import running as nats_running
+from sia_events.infra.providers.finder import Providers
+from sia_events.infra.providers.prices import pricing
 from sia_events.infra.sandbox import Bubblewrap, UnsafeProcess, binary, check
 from sia_events.infra.store_lock import owner
 from sia_events.kernel_bench.service import kernel_bench
 from sia_events.local_model.weights import prepare
 from sia_events.meta_svc.service import meta_svc
+from sia_events.model_gateway.budget import Ledger
 from sia_events.model_gateway.door import gateway
 from sia_events.model_gateway.journal import Journal
 from sia_events.model_gateway.token import TokenDoor, keep_secret
-from sia_events.shared.ports import Blobs, Bus, Log, ModelFailed, Models, Ports, Sandbox, SandboxUnavailable
+from sia_events.shared.ports import (
+    Blobs,
+    Bus,
+    BusUnreachable,
+    Log,
+    Ports,
+    Sandbox,
+    SandboxUnavailable,
+)
 from sia_events.shared.record import Record
 from sia_events.shared.service import Service, serve
 from sia_events.shared.settings import Settings
@@ -52,9 +65,10 @@ SERVICES: Mapping[str, Service] = {
 }
 # These two answer no single record: one serves HTTP, the other copies whole batches.
 LOOPS = ("model_gateway", "recorder")
-# Whose models the gateway can ask; a model is named provider/name.
-PROVIDERS = ("local", "instant")
 POLL_S = 0.1
+# In the home: how long the embedded streams' files were when the log had everything in them.
+COPIED = "copied.json"
+MARK_S = 5.0
 
 
 class SystemClock:
@@ -157,6 +171,8 @@ async def hold(settings: Settings, purpose: str) -> AsyncIterator[None]:
         yield
     finally:
         note.unlink(missing_ok=True)
+        with suppress(OSError):  # not there, or not empty: whoever has a socket in it still runs
+            socket_place(settings).rmdir()
         lock.release()
 
 
@@ -271,18 +287,24 @@ def ports_of(name: str, node: Node) -> Ports:
         home=node.settings.home,
         private=node.private if name == "evaluator" else None,
         threads=node.settings.model_threads,
+        backends={"direct": Direct(), "agentic": Agentic()},
         boxed=None if node.sandbox == "process" else partial(kernel_box, binary(), hidden=(node.settings.home,)),
     )
 
 
 def socket_folder(settings: Settings) -> Path:
     """A folder of ours for unix sockets, whose names must stay under 108 bytes however deep the home lies."""
-    mark = hashlib.sha256(str(settings.home).encode()).hexdigest()[:12]
-    folder = Path(tempfile.gettempdir()) / f"sia-{os.getuid()}-{mark}"
+    folder = socket_place(settings)
     folder.mkdir(mode=0o700, exist_ok=True)
     if folder.stat().st_uid != os.getuid():
         raise PermissionError(f"{folder} belongs to somebody else; remove it or set TMPDIR")
     return folder
+
+
+def socket_place(settings: Settings) -> Path:
+    """That folder's name; whoever holds the home removes it at its end."""
+    mark = hashlib.sha256(str(settings.home).encode()).hexdigest()[:12]
+    return Path(tempfile.gettempdir()) / f"sia-{os.getuid()}-{mark}"
 
 
 async def _serve_gateway(node: Node) -> None:
@@ -298,20 +320,26 @@ async def _serve_gateway(node: Node) -> None:
         {"OMP_NUM_THREADS": threads, "OMP_WAIT_POLICY": "PASSIVE", "TOKENIZERS_PARALLELISM": "false"},
     )
     local = LocalModels(node.blobs, settings.home / "models" / "adapters", inner)
+    providers = Providers(settings.providers, os.environ, {"local": local, "instant": InstantModels()})
     journal = Journal(node.bus)
     app = gateway(
         journal,
-        _model_finder(dict(zip(PROVIDERS, (local, InstantModels()), strict=True))),
+        providers.find,
         keep_secret(settings.home, settings.gateway_secret),
         SystemClock(),
+        Ledger(node.bus, SystemClock(), pricing(settings.providers, settings.prices)),
+        settings.patience_s,
     )
     outer.unlink(missing_ok=True)
     config = uvicorn.Config(app, uds=str(outer), log_level="error", lifespan="off", timeout_graceful_shutdown=1)
     door = _Door(config)
     async with AsyncExitStack() as ending:
+        for socket in (inner, outer):
+            ending.callback(socket.unlink, missing_ok=True)
         # Last: what was answered until then has been paid for, and goes on disk.
         ending.push_async_callback(journal.close)
         ending.push_async_callback(local.close)
+        ending.push_async_callback(providers.aclose)
         ending.push_async_callback(server.close)
         async with asyncio.TaskGroup() as group:
             group.create_task(door.serve())
@@ -325,16 +353,6 @@ class _Door(uvicorn.Server):
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
         yield
-
-
-def _model_finder(providers: Mapping[str, Models]) -> Callable[[str], Models]:
-    def find(model: str) -> Models:
-        provider = model.partition("/")[0]
-        if provider not in providers:
-            raise ModelFailed(404, f"no provider {provider!r} for model {model!r}; there are: {', '.join(providers)}")
-        return providers[provider]
-
-    return find
 
 
 async def _record(node: Node) -> None:
@@ -360,8 +378,30 @@ async def _record(node: Node) -> None:
                 # The stream keeps everything; the owner is being started again.
                 await asyncio.sleep(0.5)
     finally:
+        with suppress(TimeoutError, BusUnreachable, OSError):
+            async with asyncio.timeout(MARK_S):
+                await mark_copied(node)
         if keeper:
             await keeper.close()
+
+
+def log_is_behind(settings: Settings) -> bool:
+    """Whether the embedded streams may have what the log has not; no server is started to tell."""
+    return settings.nats_url is None and nats_disk.has_news(settings.home / "nats", settings.home / COPIED)
+
+
+async def mark_copied(node: Node) -> None:
+    """Note how far the embedded streams had come, if the log has all of it; what comes later shows as news."""
+    if node.settings.nats_url is None:
+        # Looked at first: what comes between the two looks must not pass for copied.
+        copied = nats_disk.sizes(node.settings.home / "nats")
+        if copied and await lag(node.bus) <= 0:
+            nats_disk.keep(copied, node.settings.home / COPIED)
+
+
+def forget_copied(settings: Settings) -> None:
+    """What the log has is about to be less."""
+    (settings.home / COPIED).unlink(missing_ok=True)
 
 
 async def follow(bus: Bus, run: str, after: int = 0) -> AsyncIterator[Record]:

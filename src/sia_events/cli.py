@@ -2,12 +2,15 @@
 
 import json
 import re
+import shlex
 import sys
 from collections.abc import Coroutine, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, NoReturn, TypeVar
 
 import typer
+
+from sia_events import sia_spelling
 
 DONE, FAILED, USAGE = 0, 1, 2
 T = TypeVar("T")
@@ -29,6 +32,12 @@ cli.add_typer(bench, name="bench")
 
 Json = Annotated[bool, typer.Option("--json", help="JSON on stdout instead of text.")]
 RunName = Annotated[str, typer.Argument(metavar="RUN", help="The run's name, or an unambiguous beginning of it.")]
+# Rows of the provider table that profiles in SIA's spelling brought to this process.
+_PROVIDERS: dict[str, dict[str, str]] = {}
+By = Annotated[str | None, typer.Option(metavar="NAME", help="Who says so; the user's name when left out.")]
+Reason = Annotated[str, typer.Option(metavar="TEXT", help="Why; it stands in the record.")]
+Backend = Literal["builtin", "direct", "agentic", "claude", "openhands"]
+Autonomy = Literal["full", "approve-weights", "approve-each"]
 Lever = Literal["auto", "harness", "weights", "alternate", "random"]
 
 
@@ -50,44 +59,148 @@ def run(
     lever: Annotated[Lever, typer.Option(help="What a generation may change; all but auto are controls.")] = "auto",
     seed: Annotated[int, typer.Option(min=0, max=2**31 - 1, help="Seed of everything that is drawn.")] = 0,
     target_model: Annotated[
-        str, typer.Option(metavar="M", help="The agent's model, provider/name.")
-    ] = "local/smollm2-135m-instruct",
+        str | None, typer.Option(metavar="M", help="The agent's model, provider/name; the embedded one if left out.")
+    ] = None,
+    meta_model: Annotated[
+        str | None, typer.Option(metavar="M", help="The model of the meta- and, unless named, the feedback-agent.")
+    ] = None,
+    feedback_model: Annotated[str | None, typer.Option(metavar="M", help="The feedback-agent's model.")] = None,
+    backend: Annotated[
+        Backend | None, typer.Option(help="Who writes harnesses; direct where a meta model is named, else builtin.")
+    ] = None,
+    budget_usd: Annotated[float | None, typer.Option(metavar="X", help="US dollars the run may spend.")] = None,
+    budget_minutes: Annotated[float | None, typer.Option(metavar="X", help="Minutes the run may take.")] = None,
+    budget_tokens: Annotated[int | None, typer.Option(metavar="N", help="Tokens the run may use.")] = None,
+    budget_calls: Annotated[int | None, typer.Option(metavar="N", help="Model calls the run may make.")] = None,
+    autonomy: Annotated[Autonomy, typer.Option(help="What a person has to approve first.")] = "full",
+    steer_: Annotated[
+        str | None, typer.Option("--steer", metavar="TEXT", help="What every feedback of the run has to read.")
+    ] = None,
     sandbox: Annotated[
         Literal["bubblewrap", "process"], typer.Option(help="process is UNSAFE: the agent's code runs as you.")
     ] = "bubblewrap",
+    reference: Annotated[
+        Path | None, typer.Option(metavar="PATH", help="Start from this agent, a file or a folder; not the task's.")
+    ] = None,
+    entry: Annotated[
+        str | None, typer.Option(metavar="FILE", help="The program in --reference PATH; target_agent.py if left out.")
+    ] = None,
     set_: Annotated[
         list[str] | None,
         typer.Option("--set", metavar="KEY=VALUE", help="Any other setting of the run (docs/configuration.md)."),
     ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what the run would cost, and start nothing.")] = False,
     as_json: Json = False,
 ) -> None:
     """Improve an agent for TASK. The same command, or --resume NAME, goes on after a stop or a crash."""
-    from sia_events import driver
+    from sia_events import driver, roles
 
     wanted = {"generations": generations, "candidates": candidates, "lever": lever, "seed": seed}
-    settings = _run_settings({**wanted, "target_model": target_model, "sandbox": sandbox}, set_)
+    limits = {"usd": budget_usd, "minutes": budget_minutes, "tokens": budget_tokens, "calls": budget_calls}
+    named = {"target_model": target_model, "meta_model": meta_model, "feedback_model": feedback_model}
+    chosen = {**roles.cast(_settings(), named, backend), "sandbox": sandbox, "autonomy": autonomy}
+    settings = _run_settings({**wanted, **chosen, "budget": limits}, set_)
     if (task is None) == (resume is None):
         raise Wrong("name a task to start a run, or --resume NAME to go on with one (sia tasks list, sia runs)")
-    raise typer.Exit(_await(driver.run(_settings(), task, resume or name, settings, resume is not None, as_json)))
+    if task is not None:
+        _tell_costs(task, name, settings, dry_run, as_json)
+    elif dry_run:
+        raise Wrong(f"--dry-run is for a run that is not there yet; sia cost {resume} tells what {resume} has cost")
+    first = (reference, entry)
+    work = driver.run(_settings(), task, resume or name, settings, resume is not None, as_json, first, steer_)
+    raise typer.Exit(_await(work))
+
+
+@cli.command()
+def approve(run: RunName, by: By = None, as_json: Json = False) -> None:
+    """Let through what the run waits for a person's approval of."""
+    from sia_events import oversight
+
+    _say(run, oversight.approve(by), as_json)
+
+
+@cli.command()
+def refuse(run: RunName, reason: Reason = "", by: By = None, as_json: Json = False) -> None:
+    """Refuse what the run waits for approval of; its generation is closed and the run goes on."""
+    from sia_events import oversight
+
+    _say(run, oversight.refuse(by, reason), as_json)
+
+
+@cli.command()
+def pause(run: RunName, reason: Reason = "asked for", as_json: Json = False) -> None:
+    """Begin nothing new in the run until it is resumed."""
+    from sia_events import oversight
+
+    _say(run, oversight.pause(reason), as_json)
+
+
+@cli.command()
+def resume(run: RunName, reason: Reason = "asked for", as_json: Json = False) -> None:
+    """Let a paused run go on."""
+    from sia_events import oversight
+
+    _say(run, oversight.resume(reason), as_json)
+
+
+@cli.command()
+def steer(run: RunName, text: Annotated[str, typer.Argument(metavar="TEXT")], as_json: Json = False) -> None:
+    """Tell the run something that its next feedback reads."""
+    from sia_events import oversight
+
+    _say(run, oversight.steer(text), as_json)
+
+
+@cli.command()
+def cancel(run: RunName, reason: Reason = "asked for", as_json: Json = False) -> None:
+    """End the run for good, without a sealed test. What it recorded stays, and can be branched."""
+    from sia_events import oversight
+
+    _say(run, oversight.cancel(reason), as_json)
+
+
+@cli.command()
+def budget(
+    run: RunName,
+    usd: Annotated[float | None, typer.Option(help="US dollars, all roles together.")] = None,
+    minutes: Annotated[float | None, typer.Option(help="Minutes since the run began.")] = None,
+    tokens: Annotated[int | None, typer.Option(help="Prompt and completion tokens.")] = None,
+    calls: Annotated[int | None, typer.Option(help="Model calls.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Change the run's limits; a run that has used up its budget goes on."""
+    from sia_events import oversight
+
+    _say(run, oversight.budget(usd=usd, minutes=minutes, tokens=tokens, calls=calls), as_json)
 
 
 @cli.command()
 def runs(as_json: Json = False) -> None:
     """All runs, oldest first."""
-    from sia_events import driver, views
+    from sia_events import reading, views
 
-    rows = _await(driver.all_runs(_settings()))
+    rows = _await(reading.all_runs(_settings()))
     _print(json.dumps(rows) if as_json else views.runs_table(rows))
 
 
 @cli.command()
 def show(run: RunName, as_json: Json = False) -> None:
     """One run: every version with its scores and verdict, the sealed test, the cost."""
-    from sia_events import driver, views
+    from sia_events import reading, views
     from sia_events.shared.summary import whole
 
-    summary = whole(_await(driver.records(_settings(), run)))
+    summary = whole(_await(reading.records(_settings(), run)))
     _print(json.dumps(summary) if as_json else views.summary_text(summary))
+
+
+@cli.command()
+def cost(run: RunName, as_json: Json = False) -> None:
+    """What a run's model calls cost, by role, model and generation, and what is left of its budget."""
+    from sia_events import cost as costs
+    from sia_events import cost_views
+
+    told = _await(costs.cost(_settings(), run))
+    _print(json.dumps(told) if as_json else cost_views.cost_text(told))
 
 
 @cli.command()
@@ -99,11 +212,11 @@ def log(
     as_json: Json = False,
 ) -> None:
     """The run's records in order; with --json one CloudEvents object a line, the bytes that are hashed."""
-    from sia_events import driver, views
+    from sia_events import reading, views
     from sia_events.shared.record import to_wire
 
     async def printing() -> None:
-        async for record in driver.each_record(_settings(), run, follow):
+        async for record in reading.each_record(_settings(), run, follow):
             _print(to_wire(record).decode() if as_json else views.record_line(record))
 
     _await(printing())
@@ -112,19 +225,19 @@ def log(
 @cli.command()
 def diff(run: RunName, before: str, after: str, as_json: Json = False) -> None:
     """What changed between two versions: the harness file by file, the adapter, the scores."""
-    from sia_events import driver, views
+    from sia_events import reading, views
 
-    changes = _await(driver.diff(_settings(), run, before, after))
+    changes = _await(reading.diff(_settings(), run, before, after))
     _print(json.dumps(changes) if as_json else views.diff_text(changes))
 
 
 @cli.command()
 def replay(run: RunName, as_json: Json = False) -> None:
     """Decide everything again with today's code and compare. Calls no model and starts no sandbox."""
-    from sia_events import app, driver, views
+    from sia_events import app, reading, views
     from sia_events.shared.replay import replay as replayed
 
-    found = replayed(_await(driver.records(_settings(), run)), tuple(app.SERVICES.values()))
+    found = replayed(_await(reading.records(_settings(), run)), tuple(app.SERVICES.values()))
     _print(json.dumps(views.replay_summary(found)) if as_json else views.replay_text(found))
     raise typer.Exit(FAILED if found.divergence else DONE)
 
@@ -149,12 +262,41 @@ def branch(
     raise typer.Exit(_await(driver.branch(_settings(), run, at, _pairs(set_), name, not no_go, as_json)))
 
 
+@cli.command("export")
+def export_(
+    run: RunName,
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Where run_N is made; it must not be there.")],
+    as_json: Json = False,
+) -> None:
+    """Write RUN in SIA's layout, DIR/run_N/gen_G/…: agents, results, trajectories, notes (docs/coming-from-sia.md)."""
+    from sia_events import reading
+
+    made = _await(reading.export(_settings(), run, folder))
+    _print(json.dumps({"folder": str(made)}) if as_json else str(made))
+
+
+@cli.command("import")
+def import_(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", exists=True, file_okay=False, help="A runs/run_N of SIA's.")],
+    name: Annotated[
+        str | None, typer.Option("--run", metavar="NAME", help="Its name here; the folder's if left out.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Read a run of SIA's into the log, as a run that is over: its scores as reported, no verdicts."""
+    from sia_events import driver
+
+    told = _await(driver.import_run(_settings(), folder, name))
+    said = f"{told['run']}: {told['versions']} versions, {told['records']} records; sia show {told['run']}"
+    _print(json.dumps(told) if as_json else said)
+
+
 @cli.command()
 def compare(runs: Annotated[list[str], typer.Argument(metavar="RUN...")], as_json: Json = False) -> None:
     """Runs side by side: levers, gate scores by generation, sealed scores, cost; branches aligned at their fork."""
-    from sia_events import driver, views
+    from sia_events import reading, views
 
-    compared = _await(driver.compare(_settings(), runs))
+    compared = _await(reading.compare(_settings(), runs))
     _print(json.dumps(compared) if as_json else views.compare_text(compared))
 
 
@@ -252,7 +394,8 @@ def tasks_check(task: str, as_json: Json = False) -> None:
     _print(
         json.dumps(told)
         if as_json
-        else f"{found.name}: complete; {', '.join(f'{s} {n}' for s, n in told['splits'].items())}"
+        else f"{found.name}: complete; "
+        + (", ".join(f"{s} {n}" for s, n in told["splits"].items()) or "its score would not be held out")
     )
 
 
@@ -286,9 +429,12 @@ def bench_loop(
 
 def main(argv: Sequence[str] | None = None) -> NoReturn:
     """Entry point. Exit status: 0 done, 1 failed or diverged, 2 wrong usage or not ready, 130 interrupted."""
+    words = sys.argv[1:] if argv is None else list(argv)
     try:
+        if sia_spelling.spoken(words):
+            words = _in_our_words(words)
         # In this mode it prints usage errors itself and always ends in SystemExit, with the statuses above.
-        cli(args=None if argv is None else list(argv))
+        cli(args=words)
     except Exception as error:
         known = _not_ready()
         if _debug() or not isinstance(error, known):
@@ -298,17 +444,53 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
     raise AssertionError("the command line ends by exiting")
 
 
+def _in_our_words(words: Sequence[str]) -> list[str]:
+    """A command line in SIA's spelling as one of ours; what is different is told on stderr."""
+    from sia_events import profiles
+
+    places = profiles.places()
+    rows: dict[str, tuple[bool, dict[str, str]]] = {}
+
+    def known(profile: profiles.Profile) -> profiles.Profile:
+        if profile.provider:
+            name, row = profiles.table_row(profile.provider)
+            rows[name] = profile.own, row
+        return profile
+
+    lookups = sia_spelling.Lookups(
+        task=lambda name: profiles.find_bundled(name, places),
+        meta=lambda name: known(profiles.read_meta(name, places)),
+        target=lambda name: known(profiles.read_target(name, places)),
+    )
+    ours = sia_spelling.translate(words, lookups)
+    for line in (*ours.notes, f"in our words: sia {shlex.join(ours.argv)}"):
+        print(f"sia: {line}", file=sys.stderr)
+    for name, (own, row) in rows.items():
+        # What comes with SIA's package only fills gaps: a row of ours is newer, and may be the user's.
+        if own or name not in _settings().providers:
+            _PROVIDERS[name] = row
+            kept = profiles.as_toml(name, row)
+            print(f"sia: provider {name} is known to this process alone; config.toml keeps it: {kept}", file=sys.stderr)
+    return list(ours.argv)
+
+
 def _not_ready() -> tuple[type[Exception], ...]:
     """Errors that a person can mend; each message says what, where and how."""
     from sia_events import errors
 
-    return (Wrong, *errors.MENDABLE)
+    return (Wrong, sia_spelling.Misspelt, *errors.MENDABLE)
 
 
 def _settings() -> Any:
     from sia_events.shared.settings import load_settings
 
-    return load_settings()
+    settings = load_settings()
+    if not _PROVIDERS:
+        return settings
+    from sia_events.shared.providers import Provider
+
+    more = {name: Provider.model_validate(row) for name, row in _PROVIDERS.items()}
+    return settings.model_copy(update={"providers": {**settings.providers, **more}})
 
 
 def _debug() -> bool:
@@ -325,6 +507,29 @@ def _await(work: Coroutine[Any, Any, T]) -> T:
 
     _talk_on_stderr()
     return asyncio.run(work)
+
+
+def _tell_costs(task: str, name: str | None, settings: Any, dry_run: bool, as_json: bool) -> None:
+    """What a run that is not there yet will cost: on stderr where somebody bills it; a dry run ends with it."""
+    from sia_events import cost_views, estimate
+
+    told = _await(estimate.before(_settings(), task, name, settings))
+    if dry_run:
+        if told is None:
+            raise Wrong(f"run {name} is there already; sia cost {name} tells what it has cost")
+        _print(json.dumps(estimate.as_object(told)) if as_json else cost_views.estimate_text(told))
+        raise typer.Exit(DONE)
+    if told and told.lines:
+        print(f"sia: {cost_views.estimate_text(told)}", file=sys.stderr)
+
+
+def _say(run: str, word: Any, as_json: bool) -> None:
+    from sia_events import oversight
+
+    said = _await(oversight.say(_settings(), run, word))
+    go_on = said["status"] == "running"
+    hint = f"; where no services are up, sia run --resume {said['run']} goes on" if go_on else ""
+    _print(json.dumps(said) if as_json else f"{said['event']} is record {said['position']} of {said['run']}{hint}")
 
 
 def _talk_on_stderr() -> None:

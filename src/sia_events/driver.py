@@ -1,4 +1,4 @@
-"""What the verbs do: start, resume, branch and follow runs; read them back from the log."""
+"""The verbs that act: start, resume, branch and follow runs; serve; fill the log anew."""
 
 import asyncio
 import difflib
@@ -13,33 +13,42 @@ from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
 from importlib.metadata import version as installed
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import psutil
 from pydantic import ValidationError
 
 from sia_events import app, views
+from sia_events.catching_up import settled
 from sia_events.errors import NodeHeld, Unusable
 from sia_events.evaluator.trial import require_loadable
 from sia_events.event_log import recorder
-from sia_events.infra.clickhouse import LogUnavailable, QueryRefused
-from sia_events.infra.store_lock import StoreHeld
+from sia_events.importing import facts, read_run
 from sia_events.local_model.weights import CARRIER, prepare
-from sia_events.shared.events import RunBranched, RunFinished, RunSettings, RunStarted, ServiceFailed
+from sia_events.reading import records
+from sia_events.roles import is_local, require_askable
+from sia_events.shared.events import (
+    RunBranched,
+    RunFinished,
+    RunSettings,
+    RunStarted,
+    RunSteered,
+    ServiceFailed,
+)
 from sia_events.shared.failpoints import reach
-from sia_events.shared.ports import Log
-from sia_events.shared.record import Record, opening
-from sia_events.shared.registration import register, require_runnable
+from sia_events.shared.record import IMPORTED, Record, opening
+from sia_events.shared.registration import REQUIREMENTS, register, requirements
 from sia_events.shared.run import Run, fold
 from sia_events.shared.service import gave_up
 from sia_events.shared.settings import Settings
-from sia_events.shared.summary import row, whole
+from sia_events.shared.summary import whole
 from sia_events.shared.task import Task, find_task
-from sia_events.shared.tree import load_tree
+from sia_events.starting import first_agent, lay_down, suited
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
 CATCH_UP_S = 30.0
-FOLLOW_S = 0.5
+SILENCE_S = 5.0
 
 
 def merged(settings: RunSettings, changes: Mapping[str, Any]) -> RunSettings:
@@ -56,16 +65,34 @@ def merged(settings: RunSettings, changes: Mapping[str, Any]) -> RunSettings:
 
 
 async def run(
-    settings: Settings, task: str | None, name: str | None, wanted: RunSettings, resume: bool, as_json: bool
+    settings: Settings,
+    task: str | None,
+    name: str | None,
+    wanted: RunSettings,
+    resume: bool,
+    as_json: bool,
+    reference: tuple[Path | None, str | None] = (None, None),
+    steer: str | None = None,
 ) -> int:
-    """Start a run, or go on with an unfinished one, and follow it to its end; returns the exit status."""
+    """Start a run, or go on with an unfinished one, and follow it to its end; returns the exit status.
+
+    `reference` is the first agent's file or folder, and the program in it; the task's own where it is None. `steer` is
+    what every feedback has to read.
+    """
     if name is not None and not NAME.fullmatch(name):
         raise Unusable(f"a run's name is letters, digits, - and _, 64 at most, not {name!r}")
     chosen = find_task(task) if task else None
+    first: Mapping[str, bytes] = {}
     if chosen:
-        require_runnable(chosen)
-        await app.ready(settings, wanted.sandbox, _local(wanted))
-        await require_loadable(chosen, app.sandbox_named(wanted.sandbox, settings))
+        first = first_agent(chosen, *reference)
+        wanted, notes = suited(chosen, wanted)
+        print(*notes, sep="\n", end="\n" if notes else "", file=sys.stderr, flush=True)
+        if not settings.nats_url:
+            require_askable(settings, wanted)
+        await app.ready(settings, wanted.sandbox, is_local(settings, wanted))
+        await lay_down(settings.home, first.get(REQUIREMENTS))
+        packages = await lay_down(settings.home, None if chosen.splits else requirements(chosen))
+        await require_loadable(chosen, app.sandbox_named(wanted.sandbox, settings), packages)
     async with _stores(settings, f"run {name or ''}".strip()) as node:
         known = await node.bus.runs()
         name = name or _free_name(known)
@@ -76,7 +103,7 @@ async def run(
                 raise Unusable(
                     "services that are up run agents in bubblewrap only; for --sandbox process: sia down first"
                 )
-            await _open(node, name, chosen, wanted)
+            await _open(node, name, chosen, wanted, first, steer)
         else:
             state = fold(await node.bus.history(name))
             # A run that was killed between its end and telling of it is over, and still has something to say.
@@ -94,14 +121,15 @@ async def branch(
     settings: Settings, parent: str, at: int, overrides: Mapping[str, Any], name: str | None, go: bool, as_json: bool
 ) -> int:
     """Open a branch of `parent` behind the verdict of generation `at`, and go on with it."""
-    async with app.open_log(settings) as log:
-        parent = await _resolve(log, parent)
-        history = await _lineage(log, parent)
+    history = await records(settings, parent)
+    parent = history[-1].run
+    if history[0].producer == IMPORTED:
+        raise Unusable(f"run {parent} was imported: SIA keeps no data to go on with; start one with its agent: sia run")
     position, state = fork_point(history, at)
     changed = merged(state.settings, overrides)
     if at >= changed.generations:
         changed = merged(changed, {"generations": at + 1})
-    await app.ready(settings, changed.sandbox, _local(changed))
+    await app.ready(settings, changed.sandbox, is_local(settings, changed))
     async with _stores(settings, f"branch {name or ''}".strip()) as node:
         known = await node.bus.runs()
         name = name or _free_name(known)
@@ -119,6 +147,20 @@ async def branch(
             )
             return 0
         return await _drive(node, settings, name, as_json)
+
+
+async def import_run(settings: Settings, folder: Path, name: str | None) -> dict[str, Any]:
+    """Read a run folder of SIA's into the log, as a run that is over; returns {run, records, versions}."""
+    read = await asyncio.to_thread(read_run, folder)
+    name = name or read.name
+    if not NAME.fullmatch(name):
+        raise Unusable(f"a run's name is letters, digits, - and _, 64 at most, not {name!r}; give one with --run")
+    async with _stores(settings, f"import {name}") as node:
+        if name in await node.bus.runs():
+            raise Unusable(f"run {name} exists; nothing was written. Give another name with --run")
+        told = await facts(read, node.blobs, node.private)
+        records = await node.bus.append(name, opening(name, told, IMPORTED))
+    return {"run": name, "records": len(records), "versions": len(read.generations)}
 
 
 def fork_point(history: Sequence[Record], generation: int) -> tuple[int, Run]:
@@ -148,15 +190,18 @@ def _differences(one: RunSettings, other: RunSettings) -> list[str]:
     return [name for name in RunSettings.model_fields if getattr(one, name) != getattr(other, name)]
 
 
-async def _open(node: app.Node, name: str, task: Task, wanted: RunSettings) -> None:
-    registered = await register(task, node.blobs, node.private, wanted.rollout_items)
-    await node.bus.append(name, opening(name, [registered, RunStarted(settings=wanted, code=_code())]))
+async def _open(
+    node: app.Node, name: str, task: Task, wanted: RunSettings, first: Mapping[str, bytes], steer: str | None
+) -> None:
+    registered = await register(task, node.blobs, node.private, wanted.rollout_items, first)
+    said = [RunSteered(text=steer)] if steer else []
+    await node.bus.append(name, opening(name, [registered, *said, RunStarted(settings=wanted, code=_code())]))
 
 
 @asynccontextmanager
 async def _stores(settings: Settings, purpose: str) -> AsyncIterator[app.Node]:
     """Bus and blobs to drive a run on: those of services that are up, or our own, with every service to start."""
-    running = app.running_node(settings)
+    running = await settled(settings)
     if settings.nats_url or (running and running.get("purpose") == "serve"):
         url = settings.nats_url or app.own_nats_url(settings)
         async with app.stores(settings.model_copy(update={"nats_url": url})) as node:
@@ -166,22 +211,13 @@ async def _stores(settings: Settings, purpose: str) -> AsyncIterator[app.Node]:
             yield app.with_services(node, (*app.SERVICES, *app.LOOPS))
 
 
-def _local(wanted: RunSettings) -> bool:
-    """Whether the run's model is the embedded one. Raises Unusable for a model that nothing here answers for."""
-    provider, _, name = wanted.target_model.partition("/")
-    if provider not in app.PROVIDERS or not name:
-        known = " or ".join(f"{known}/NAME" for known in app.PROVIDERS)
-        raise Unusable(f"no provider of the model {wanted.target_model!r}; --target-model takes {known}")
-    return provider == "local"
-
-
 async def _drive(node: app.Node, settings: Settings, name: str, as_json: bool) -> int:
     """Follow the run to its end, and say what it came to."""
     started = time.monotonic()
     asked = fold(await node.bus.history(name)).settings
-    node = app.as_asked(node, asked.sandbox, _local(asked))
+    node = app.as_asked(node, asked.sandbox, is_local(settings, asked))
     if node.names:
-        await app.ready(settings, asked.sandbox, _local(asked))
+        await app.ready(settings, asked.sandbox, is_local(settings, asked))
     else:
         # A service that gave up on a record of the run is asked to try again: somebody has mended what was wrong.
         for service in gave_up(await node.bus.history(name)):
@@ -197,8 +233,9 @@ async def _drive(node: app.Node, settings: Settings, name: str, as_json: bool) -
                 try:
                     end = await node.guard(_until_over(node, name, tell))
                 except asyncio.CancelledError:
-                    node.stop_all_but("recorder")
-                    await _recorded(node)
+                    if node.names:
+                        node.stop_all_but("recorder")
+                        await _recorded(node)
                     raise
                 reach("sia run before the log has everything")
                 await _recorded(node)
@@ -210,24 +247,65 @@ async def _drive(node: app.Node, settings: Settings, name: str, as_json: bool) -
     if isinstance(end, ServiceFailed):
         print(f"sia: {end.service} gave up after {end.tries} tries: {end.error}", file=sys.stderr)
         print(f"everything so far is kept; mend the cause and: sia run --resume {name}", file=sys.stderr)
+    if isinstance(end, Run):
+        print(stopped_text(end), file=sys.stderr)
     print(json.dumps(summary) if as_json else views.ending_text(summary, settings.home))
+    if isinstance(end, Run):
+        return 1 if end.cancelled is not None else 3
     return 0 if isinstance(end, RunFinished) and end.outcome != "failed" else 1
 
 
-async def _until_over(node: app.Node, name: str, tell: views.Tell) -> RunFinished | ServiceFailed:
+def stopped_text(run: Run) -> str:
+    """Why a run that is not over does nothing, and what makes it go on."""
+    then = f", then sia run --resume {run.name}"
+    if run.cancelled is not None:
+        return f"sia: run {run.name} was cancelled: {run.cancelled}. What it recorded stays; sia branch goes on from it"
+    if run.exhausted:
+        used = f"its budget of {run.exhausted.allowed:g} {run.exhausted.limit} is used up"
+        return f"sia: run {run.name} is paused: {used}: sia budget {run.name} --{run.exhausted.limit} MORE{then}"
+    if run.paused is not None:
+        return f"sia: run {run.name} is paused: {run.paused}: sia resume {run.name}{then}"
+    assert run.waiting, "only a run that is held or waits for a person stops before its end"
+    answer = f"sia approve {run.name}, or sia refuse {run.name} --reason TEXT"
+    return f"sia: run {run.name} waits for approval of {run.waiting.subject} ({run.waiting.reason}): {answer}{then}"
+
+
+async def _until_over(node: app.Node, name: str, tell: views.Tell) -> RunFinished | ServiceFailed | Run:
+    """Follow the run until it is over, until a service gives up on it, or until it waits for a person."""
     state = Run()
     stuck: ServiceFailed | None = None
-    began = len(await node.bus.history(name))
-    async for record in app.follow(node.bus, name):
-        state = fold([record], state)
-        tell(record, state)
-        if isinstance(record.event, RunFinished) and record.run == name:
-            return record.event
-        if isinstance(record.event, ServiceFailed) and record.event.failed and record.position > began:
-            stuck = record.event
-        if stuck:
-            return stuck
+    known = await node.bus.history(name)
+    silence = asyncio.get_running_loop().call_later(SILENCE_S, _tell_of_silence, known[-1])
+    try:
+        async for record in app.follow(node.bus, name):
+            state = fold([record], state)
+            tell(record, state)
+            news = record.position > len(known)
+            if news or node.names:
+                silence.cancel()
+            if isinstance(record.event, RunFinished) and record.run == name:
+                return record.event
+            if isinstance(record.event, ServiceFailed) and record.event.failed and news:
+                stuck = record.event
+            if stuck:
+                return stuck
+            if state.status in ("paused", "waiting", "cancelled") and record is (await node.bus.history(name))[-1]:
+                return state
+    finally:
+        silence.cancel()
     raise AssertionError("a run is followed to its end")
+
+
+def _tell_of_silence(last: Record) -> None:
+    """Nobody knows from here whether services are up somewhere; what can be seen is that none has answered."""
+    owed = [s.name for s in app.SERVICES.values() if type(last.event) in {*s.decides, *s.performs}]
+    print(
+        f"sia: no service has answered record {last.position} ({last.type}) in {SILENCE_S:.0f} s; "
+        f"{' or '.join(owed) or 'some service'} has to. Where none is up, start all of them with `sia serve`, "
+        "under the same SIA_HOME and SIA_NATS_URL; this goes on waiting",
+        file=sys.stderr,
+        flush=True,
+    )
 
 
 async def _recorded(node: app.Node) -> None:
@@ -243,84 +321,9 @@ async def _recorded(node: app.Node) -> None:
         await asyncio.sleep(app.POLL_S)
 
 
-async def all_runs(settings: Settings) -> list[dict[str, Any]]:
-    """A row a run, oldest first."""
-    running = app.running_node(settings)
-    async with app.open_log(settings) as log:
-        rows = [row(await _lineage(log, name)) for name in await log.runs()]
-    for each in rows:
-        # A run is under way only while some process runs the services; else it waits to be resumed.
-        if each["status"] == "running" and not running and not settings.nats_url:
-            each["status"] = "interrupted"
-    return rows
-
-
-async def records(settings: Settings, run: str) -> Sequence[Record]:
-    """The run's whole lineage as the log holds it."""
-    async with app.open_log(settings) as log:
-        return await _lineage(log, await _resolve(log, run))
-
-
-async def each_record(settings: Settings, run: str, follow: bool) -> AsyncIterator[Record]:
-    """The run's records; with `follow` also those to come, to the run's end."""
-    name, seen = run, 0
-    while True:
-        try:
-            # Opened for each look: a store held between two looks would be in the way of whoever resumes the run.
-            async with app.open_log(settings) as log:
-                name = await _resolve(log, name)
-                history = await _lineage(log, name)
-        except (LogUnavailable, QueryRefused, StoreHeld):
-            if not seen:
-                raise
-            history = []  # its owner has just come or gone
-        for record in history[seen:]:
-            yield record
-        seen = max(seen, len(history))
-        if not follow or fold(history).status in ("finished", "cancelled"):
-            return
-        await asyncio.sleep(FOLLOW_S)
-
-
-async def diff(settings: Settings, run: str, before: str, after: str) -> dict[str, Any]:
-    """{files: {path: unified diff}, adapter: [before, after], scores: {version: {split: …}}} of two versions."""
-    history = await records(settings, run)
-    state = fold(history)
-    for name in (before, after):
-        if name not in state.versions:
-            raise Unusable(f"run {state.name} has no version {name!r}; there are: {', '.join(state.versions)}")
-    blobs = app.open_public_blobs(settings)
-    old, new = [await load_tree(blobs, state.versions[name].harness) for name in (before, after)]
-    files: dict[str, str] = {}
-    for path in sorted(old.keys() | new.keys()):
-        was, now = (tree.get(path, b"").decode(errors="replace").splitlines() for tree in (old, new))
-        if was != now:
-            files[path] = "\n".join(difflib.unified_diff(was, now, f"{before}/{path}", f"{after}/{path}", lineterm=""))
-    scores = {v["version"]: v["scores"] for v in whole(history)["generations"] if v["version"] in (before, after)}
-    adapters = [state.versions[name].weights.adapter for name in (before, after)]
-    return {"run": state.name, "before": before, "after": after, "files": files, "adapters": adapters, "scores": scores}
-
-
-async def compare(settings: Settings, names: Sequence[str]) -> list[dict[str, Any]]:
-    """A summary a run, in the order asked for; those with a common parent say where they part."""
-    async with app.open_log(settings) as log:
-        histories = [await _lineage(log, await _resolve(log, name)) for name in names]
-    shared = _common(histories) if len(histories) > 1 else 0
-    return [{**whole(history), "shared_records": shared} for history in histories]
-
-
-def _common(histories: Sequence[Sequence[Record]]) -> int:
-    count = 0
-    for column in zip(*histories, strict=False):
-        if len({record.id for record in column}) > 1:
-            break
-        count += 1
-    return count
-
-
 async def serve(settings: Settings, names: Sequence[str], as_json: bool) -> int:
     """Run services for every run on the stream until interrupted; always with the real sandbox."""
-    running = app.running_node(settings)
+    running = await settled(settings)
     if running and running.get("purpose") != "serve":
         # It answers its own run with services of its own: a second set would make every attempt twice.
         raise NodeHeld(f"{app.describe(running, settings.home)}; wait for its end, or set SIA_HOME to another folder")
@@ -350,8 +353,11 @@ async def _serving(node: app.Node, names: Sequence[str], as_json: bool) -> int:
 
 async def rebuild(settings: Settings) -> int:
     """Empty the log's tables and copy both streams into them again; returns how many runs the log holds then."""
+    await settled(settings)
     async with app.hold(settings, "rebuild"), app.stores(settings) as node, app.open_log(settings) as log:
+        app.forget_copied(settings)
         await recorder.rebuild(node.bus, log)
+        await app.mark_copied(node)
         return len(await log.runs())
 
 
@@ -392,27 +398,6 @@ def down(settings: Settings) -> dict[str, Any]:
         while process.status() != psutil.STATUS_ZOMBIE:
             time.sleep(app.POLL_S)
     return {"pid": pid}
-
-
-async def _resolve(log: Log, given: str) -> str:
-    names = await log.runs()
-    if given in names:
-        return given
-    near = [name for name in names if name.startswith(given)]
-    if len(near) == 1:
-        return near[0]
-    if near:
-        raise Unusable(f"{given!r} may be {', '.join(near[:5])}: write more of it")
-    raise Unusable(f"no run {given!r}; there are: {', '.join(names) or 'none yet (sia run words starts one)'}")
-
-
-async def _lineage(log: Log, run: str) -> list[Record]:
-    """A run's records behind those of its parents up to the fork."""
-    own = list(await log.records(run))
-    if own and isinstance(own[0].event, RunBranched):
-        fork = own[0].event
-        return [*(await _lineage(log, fork.parent))[: fork.at], *own]
-    return own
 
 
 def _free_name(known: Sequence[str]) -> str:

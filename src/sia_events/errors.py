@@ -5,11 +5,13 @@ from filelock import Timeout
 from sia_events.infra.blobs import BlobsUnavailable
 from sia_events.infra.child import ChildFailed
 from sia_events.infra.clickhouse import LogFull, LogUnavailable, QueryRefused, StoreTooNew, StoreUnsafe
-from sia_events.infra.nats_server import NatsServerFailed, NatsStoreHeld
+from sia_events.infra.nats_server import NatsServerFailed
 from sia_events.infra.store_lock import StoreHeld
+from sia_events.infra.tail import RunTooNew
 from sia_events.local_model.weights import ModelNotReady
 from sia_events.shared.items import TaskError
 from sia_events.shared.ports import BlobCorrupt, BlobMissing, BusFull, BusUnreachable, RunExists, SandboxUnavailable
+from sia_events.shared.record import NewerRecord
 from sia_events.shared.settings import SettingsError
 
 
@@ -29,10 +31,11 @@ MENDABLE: tuple[type[Exception], ...] = (
     ModelNotReady,
     SandboxUnavailable,
     NatsServerFailed,
-    NatsStoreHeld,
     BusFull,
     BusUnreachable,
     RunExists,
+    RunTooNew,
+    NewerRecord,
     StoreHeld,
     StoreTooNew,
     StoreUnsafe,

@@ -39,6 +39,7 @@ from sia_events.shared.run import Run
 from sia_events.shared.summary import shown
 
 Tell = Callable[[Record, Run], None]
+NOT_HELD_OUT = "  SCORE IS NOT HELD OUT: dev, gate and test are the same set (docs/coming-from-sia.md)"
 CONTROL = {c: None for c in (*range(32), 127, *range(128, 160)) if c not in (9, 10)}
 
 
@@ -170,14 +171,17 @@ def ending_text(summary: Mapping[str, Any], home: Path) -> str:
     """How a run ended: sealed scores, what each lever gave, where it is, what to do next."""
     run, sealed = summary["run"], summary["sealed"]
     lines = ["", f"run {run}: {summary['outcome'] or summary['status']}"]
+    if not summary["held_out"]:
+        lines.append(NOT_HELD_OUT)
     if sealed:
         lines += [
             f"  sealed test, {sealed['final']['n']} items, scored once:",
             f"    first   {shown(sealed['first'])}   {summary['generations'][0]['version']}",
             f"    final   {shown(sealed['final'])}   {summary['best']}",
-            f"    gain    {sealed['gain']:+.3f} [{sealed['low']:+.3f}, {sealed['high']:+.3f}]"
-            f"   p = {sealed['p_value']:.2g}",
+            f"    gain    {_gain(sealed)}   p = {sealed['p_value']:.2g}",
         ]
+        if summary["chance"] is not None:
+            lines.append(f"    chance  {summary['chance']:.3f}   one answer for every item")
     if summary["outcome"] == "no proven gain":
         lines.append(
             "  No gain could be shown. The final agent is no worse than the first by the gate, and no better by proof."
@@ -239,6 +243,8 @@ def summary_text(summary: Mapping[str, Any]) -> str:
     head = f"run {summary['run']}   task {summary['task']}   {summary['status']}   {summary['records']} records"
     if summary["parent"]:
         head += f"   branch of {summary['parent']}"
+    if summary["chance"] is not None:
+        head += f"   chance {summary['chance']:.3f}"
     cells = [
         (
             v["generation"],
@@ -255,6 +261,8 @@ def summary_text(summary: Mapping[str, Any]) -> str:
     lines = [head, "", _table(("gen", "version", "from", "lever", "dev", "gate", "sealed test", "verdict"), cells)]
     if summary["outcome"]:
         lines += ["", f"{summary['outcome']}: {summary['reason']}"]
+    if not summary["held_out"]:
+        lines.append(NOT_HELD_OUT)
     for failure in summary["service_failures"]:
         lines += [f"{failure['service']} gave up: {failure['error']} (payload {failure['payload'][:12]})"]
     return clean("\n".join([*lines, "", _spent(summary["cost"])]))
@@ -301,8 +309,11 @@ def _path(summary: Mapping[str, Any]) -> list[str]:
 
 def diff_text(changes: Mapping[str, Any]) -> str:
     lines = [f"run {changes['run']}: {changes['before']} -> {changes['after']}"]
+    lines += [f"  {name:<6}{_made(version)}" for name, version in changes["versions"].items()]
     for name, scores in changes["scores"].items():
         lines.append(f"  {name:<6}" + "  ".join(f"{split} {shown(score)}" for split, score in scores.items()))
+    if gains := changes["gains"]:
+        lines.append("  gain  " + "  ".join(f"{split} {_gain(gain)}" for split, gain in gains.items()))
     old, new = changes["adapters"]
     lines.append(
         f"  adapter {(old or 'none')[:12]} -> {(new or 'none')[:12]}"
@@ -314,6 +325,18 @@ def diff_text(changes: Mapping[str, Any]) -> str:
     if not changes["files"]:
         lines.append("  same harness")
     return clean("\n".join(lines))
+
+
+def _made(version: Mapping[str, Any]) -> str:
+    if not version["parent"]:
+        return "first agent"
+    return f"{version['lever']} of {version['parent']}" + (
+        f": {' + '.join(version['edits'])}" if version["edits"] else ""
+    )
+
+
+def _gain(compared: Mapping[str, Any]) -> str:
+    return f"{compared['gain']:+.3f} [{compared['low']:+.3f}, {compared['high']:+.3f}]"
 
 
 def replay_summary(found: Replayed) -> dict[str, Any]:

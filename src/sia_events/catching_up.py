@@ -1,0 +1,54 @@
+"""The log for those who read: first brought up to date, where the last recorder died before it had copied all."""
+
+import asyncio
+import sys
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
+
+from sia_events import app
+from sia_events.errors import MENDABLE, NodeHeld
+from sia_events.event_log import recorder
+from sia_events.infra.nats_streams import StreamUnfit
+from sia_events.shared.ports import Log
+from sia_events.shared.settings import Settings
+
+PURPOSE = "catch-up"
+CATCH_UP_S = 60.0
+
+
+@asynccontextmanager
+async def current_log(settings: Settings) -> AsyncIterator[Log]:
+    """The log, for reading, with everything in it that the embedded streams have; what is missing is told on stderr."""
+    await _catch_up(settings)
+    async with app.open_log(settings) as log:
+        yield log
+
+
+async def settled(settings: Settings) -> Mapping[str, object] | None:
+    """`app.running_node`, once no reader is in the way by bringing the log up to date."""
+    while (running := app.running_node(settings)) and running.get("purpose") == PURPOSE:  # noqa: ASYNC110 - a lock tells nobody
+        await asyncio.sleep(app.POLL_S)
+    return running
+
+
+async def _catch_up(settings: Settings) -> None:
+    """Copy what the log lacks, unless somebody runs the services: their recorder does."""
+    while app.log_is_behind(settings) and not await settled(settings):
+        try:
+            async with app.hold(settings, PURPOSE):
+                await _copy(settings)
+            return
+        except NodeHeld:
+            continue  # somebody was quicker: another reader, or services
+        except (*MENDABLE, StreamUnfit, TimeoutError, OSError) as error:
+            why = str(error) or f"not done within {CATCH_UP_S:.0f} s, the next look goes on with it"
+            print(f"sia: more may stand in {settings.home / 'nats'} than the log shows: {why}", file=sys.stderr)
+            return
+
+
+async def _copy(settings: Settings) -> None:
+    async with asyncio.timeout(CATCH_UP_S), app.stores(settings) as node, app.open_log(settings) as log:
+        if behind := await recorder.lag(node.bus):
+            print(f"sia: bringing the log up to date: {behind} messages behind the streams", file=sys.stderr)
+        await recorder.catch_up(node.bus, log)
+        await app.mark_copied(node)

@@ -1,0 +1,166 @@
+"""The reading verbs: runs and records as the log has them, compared and told apart."""
+
+import asyncio
+import difflib
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import AbstractAsyncContextManager, suppress
+from pathlib import Path
+from typing import Any, TypeVar
+
+from sia_events import app, exporting
+from sia_events.catching_up import current_log, settled
+from sia_events.errors import Unusable
+from sia_events.feedback_svc.gate import compare_on
+from sia_events.infra.clickhouse import LogUnavailable, QueryRefused
+from sia_events.infra.store_lock import StoreHeld
+from sia_events.shared.events import RunBranched, Split
+from sia_events.shared.ports import Log
+from sia_events.shared.record import Record
+from sia_events.shared.run import fold
+from sia_events.shared.settings import Settings
+from sia_events.shared.summary import row, whole
+from sia_events.shared.tree import load_tree
+
+FOLLOW_S = 0.5
+SCORED: tuple[Split, ...] = ("dev", "gate", "test")
+PATIENCE_S = 5.0
+T = TypeVar("T")
+Opened = Callable[[Settings], AbstractAsyncContextManager[Log]]
+
+
+async def look(settings: Settings, ask: Callable[[Log], Awaitable[T]], opened: Opened = current_log) -> T:
+    """What `ask` finds in the log. It is asked again where the embedded log's owner has just come or gone meanwhile.
+
+    Raises what `ask` raises, and LogUnavailable or StoreHeld when the log is not to be had for some seconds.
+    """
+    deadline = time.monotonic() + PATIENCE_S
+    while True:
+        try:
+            async with opened(settings) as log:
+                return await ask(log)
+        except (LogUnavailable, StoreHeld):
+            if settings.log_dsn or time.monotonic() > deadline:
+                raise
+        await asyncio.sleep(app.POLL_S)
+
+
+async def all_runs(settings: Settings) -> list[dict[str, Any]]:
+    """A row a run, oldest first."""
+    running = await settled(settings)
+
+    async def rows_of(log: Log) -> list[dict[str, Any]]:
+        return [row(await lineage(log, name)) for name in await log.runs()]
+
+    rows = await look(settings, rows_of)
+    for each in rows:
+        # A run is under way only while some process runs the services; else it waits to be resumed.
+        if each["status"] == "running" and not running and not settings.nats_url:
+            each["status"] = "interrupted"
+    return rows
+
+
+async def records(settings: Settings, run: str, opened: Opened = current_log) -> Sequence[Record]:
+    """The run's whole lineage as the log holds it; `run` may be an unambiguous beginning of its name."""
+
+    async def records_of(log: Log) -> Sequence[Record]:
+        return await lineage(log, await resolve(log, run))
+
+    return await look(settings, records_of, opened)
+
+
+async def each_record(settings: Settings, run: str, follow: bool) -> AsyncIterator[Record]:
+    """The run's records; with `follow` also those to come, to the run's end."""
+    history = await records(settings, run)
+    name, seen = history[-1].run, 0
+    while True:
+        for record in history[seen:]:
+            yield record
+        seen = max(seen, len(history))
+        if not follow or fold(history).status in ("finished", "cancelled"):
+            return
+        await asyncio.sleep(FOLLOW_S)
+        # Opened for each look, and not brought up to date again: whoever resumes the run wants the store and the home.
+        with suppress(LogUnavailable, QueryRefused, StoreHeld):  # its owner may take longer to start again
+            history = await records(settings, name, app.open_log)
+
+
+async def diff(settings: Settings, run: str, before: str, after: str) -> dict[str, Any]:
+    """What `changes` says of two versions, and {files: {path: unified diff}} of their harnesses."""
+    history = await records(settings, run)
+    state = fold(history)
+    for name in (before, after):
+        if name not in state.versions:
+            raise Unusable(f"run {state.name} has no version {name!r}; there are: {', '.join(state.versions)}")
+    blobs = app.open_public_blobs(settings)
+    old, new = [await load_tree(blobs, state.versions[name].harness) for name in (before, after)]
+    files: dict[str, str] = {}
+    for path in sorted(old.keys() | new.keys()):
+        was, now = (tree.get(path, b"").decode(errors="replace").splitlines() for tree in (old, new))
+        if was != now:
+            files[path] = "\n".join(difflib.unified_diff(was, now, f"{before}/{path}", f"{after}/{path}", lineterm=""))
+    return {**changes(history, before, after), "files": files}
+
+
+def changes(history: Sequence[Record], before: str, after: str) -> dict[str, Any]:
+    """How two versions of a run came about, and what `after` gained over `before` on the same items.
+
+    {run, before, after, adapters: [before, after], versions: {version: {generation, parent, lever, edits, …}},
+    scores: {version: {split: …}}, gains: {split: paired comparison, above zero for the better}}.
+    """
+    state = fold(history)
+    entries = {version["version"]: version for version in whole(history)["generations"]}
+    pair = {name: entries[name] for name in (before, after)}
+    compared = {split: compare_on(state, split, before, after) for split in SCORED}
+    return {
+        "run": state.name,
+        "before": before,
+        "after": after,
+        "adapters": [entry["adapter"] for entry in (entries[before], entries[after])],
+        "versions": pair,
+        "scores": {name: entry["scores"] for name, entry in pair.items()},
+        "gains": {split: found.model_dump() for split, found in compared.items() if found},
+    }
+
+
+async def export(settings: Settings, run: str, into: Path) -> Path:
+    """Write the run in SIA's layout under `into`, and return its folder."""
+    return await exporting.export(await records(settings, run), app.open_public_blobs(settings), into)
+
+
+async def compare(settings: Settings, names: Sequence[str]) -> list[dict[str, Any]]:
+    """A summary a run, in the order asked for; those with a common parent say where they part."""
+    histories = [await records(settings, name) for name in names]
+    shared = _common(histories) if len(histories) > 1 else 0
+    return [{**whole(history), "shared_records": shared} for history in histories]
+
+
+def _common(histories: Sequence[Sequence[Record]]) -> int:
+    count = 0
+    for column in zip(*histories, strict=False):
+        if len({record.id for record in column}) > 1:
+            break
+        count += 1
+    return count
+
+
+async def resolve(log: Log, given: str) -> str:
+    """The run of that name, or the one whose name begins so. Raises Unusable when there is none, or more than one."""
+    names = await log.runs()
+    if given in names:
+        return given
+    near = [name for name in names if name.startswith(given)]
+    if len(near) == 1:
+        return near[0]
+    if near:
+        raise Unusable(f"{given!r} may be {', '.join(near[:5])}: write more of it")
+    raise Unusable(f"no run {given!r}; there are: {', '.join(names) or 'none yet (sia run words starts one)'}")
+
+
+async def lineage(log: Log, run: str) -> list[Record]:
+    """A run's records behind those of its parents up to the fork."""
+    own = list(await log.records(run))
+    if own and isinstance(own[0].event, RunBranched):
+        fork = own[0].event
+        return [*(await lineage(log, fork.parent))[: fork.at], *own]
+    return own

@@ -1,0 +1,106 @@
+"""What a run is checked and made ready for before anything of it is recorded: its first agent, packages and splits."""
+
+import asyncio
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+
+from sia_events.errors import Unusable
+from sia_events.shared.events import RunSettings
+from sia_events.shared.packages import folder, listed
+from sia_events.shared.registration import ENTRY, reference_files, requirements
+from sia_events.shared.task import Task, split_sizes
+from sia_events.shared.tree import TreeRefused, read_tree
+
+REFERENCE = "reference_target_agent.py"
+TALK_CHARACTERS = 600
+
+
+def first_agent(task: Task, given: Path | None, entry: str | None = None) -> Mapping[str, bytes]:
+    """The harness a run starts from: the task's reference agent, or the file or folder that was given instead.
+
+    A folder's program is `entry`, else target_agent.py, else SIA's reference_target_agent.py; it goes in as
+    target_agent.py beside the other files. Raises TaskError or Unusable.
+    """
+    if given is None:
+        return reference_files(task)
+    asked = requirements(task)
+    files = {"requirements.txt": asked} if asked else {}
+    if given.is_file():
+        return {**files, ENTRY: given.read_bytes()}
+    if not given.is_dir():
+        raise Unusable(f"--reference {given}: neither a file nor a folder; nothing was written")
+    try:
+        files = {**files, **read_tree(given)}
+    except TreeRefused as refused:
+        raise Unusable(f"--reference {given}: {refused}; nothing was written") from refused
+    names = [entry] if entry else [ENTRY, REFERENCE]
+    found = next((name for name in names if name in files), None)
+    if found is None:
+        raise Unusable(f"--reference {given}: no {' or '.join(names)} in it; nothing was written")
+    return {**files, ENTRY: files[found]}
+
+
+def suited(task: Task, wanted: RunSettings) -> tuple[RunSettings, tuple[str, ...]]:
+    """The settings as the task allows them, and what a person has to know of it. Raises Unusable.
+
+    A plain task has no items to learn from, so only the harness can change.
+    """
+    if task.splits:
+        return wanted, ()
+    if wanted.lever not in ("auto", "harness"):
+        raise Unusable(
+            f"{task.path}: --lever {wanted.lever} needs items to learn from, and a folder without a task.toml has "
+            "none. State items and [splits] in a task.toml (docs/coming-from-sia.md), or take --lever harness."
+        )
+    sizes = split_sizes(task)
+    if sizes:
+        counts = ", ".join(f"{name} {size}" for name, size in sizes.items())
+        held = f"{task.name}: a plain task folder; every attempt answers all items, of which count: {counts}"
+    else:
+        held = (
+            f"{task.name}: SCORE IS NOT HELD OUT: no answer key with ids was found in data/private, so dev, gate and "
+            "test are the same set and one figure. No gain on it can be shown to be real, and none is accepted. "
+            "docs/coming-from-sia.md says what to add"
+        )
+    return wanted.model_copy(update={"lever": "harness"}), (f"{held}; only the harness can change",)
+
+
+async def lay_down(home: Path, asked: bytes | None) -> Path | None:
+    """The folder of packages that a requirements.txt lists, installed once for all runs; None where it lists none.
+
+    Wheels only: nothing is built, so nothing of a package runs here. Raises Unusable with what pip said.
+    """
+    if asked is None or not listed(asked):
+        return None
+    target = folder(home, asked)
+    if target.is_dir():
+        return target
+    print(f"laying down {', '.join(listed(asked))} in {target}, once for all runs", file=sys.stderr, flush=True)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    scratch = Path(tempfile.mkdtemp(dir=target.parent, prefix="new-"))
+    try:
+        options = (
+            "--target",
+            str(scratch / "site"),
+            "--only-binary",
+            ":all:",
+            "--disable-pip-version-check",
+            "--quiet",
+        )
+        command = (sys.executable, "-m", "pip", "install", *options, "--", *listed(asked))
+        done = await asyncio.to_thread(subprocess.run, command, capture_output=True, text=True)
+        if done.returncode:
+            raise Unusable(
+                f"packages of requirements.txt could not be installed, nothing was kept: "
+                f"{done.stderr.strip()[-TALK_CHARACTERS:]}. Mend the list or the network, then give the same command."
+            )
+        (scratch / "site").chmod(0o755)
+        if not target.is_dir():  # somebody was quicker
+            (scratch / "site").rename(target)
+        return target
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
