@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from string import ascii_lowercase
 
 from sia_events.agents.check import changed, problems
+from sia_events.agents.client import spending
 from sia_events.shared.events import BackendName, Written
 from sia_events.shared.ports import Backend, Brief, Ports, Writing, WritingFailed
 from sia_events.shared.tree import store_tree
@@ -77,6 +78,7 @@ async def write_candidates(
             prompt=await ports.blobs.put(_text(each.prompt).encode()),
             trajectory=await ports.blobs.put(result.trajectory),
             note=await ports.blobs.put(note.encode()),
+            **await spending(each, ports),
         )
         edits = changed(brief.files, result.files)
         usable.append(Candidate(version, place, harness, edits, _short(note), written))

@@ -10,6 +10,7 @@ from typing import Any, Protocol
 
 import httpx
 
+from sia_events.shared.calls import decode_call, journal_key, spent
 from sia_events.shared.ports import Brief, BudgetSpent, Ports, WritingFailed
 
 MAX_TOKENS = 16_384
@@ -79,6 +80,12 @@ async def asking(brief: Brief, ports: Ports) -> AsyncIterator[Ask]:
             return _read(response, brief)
 
         yield ask
+
+
+async def spending(brief: Brief, ports: Ports) -> dict[str, Any]:
+    """What the brief's calls took so far, earlier starts' too: {calls, prompt_tokens, completion_tokens, usd}."""
+    envelopes = await ports.bus.traces(brief.run, "model_call", journal_key(brief.key))
+    return spent(decode_call(line) for envelope in envelopes for line in envelope.lines)
 
 
 def _read(response: httpx.Response, brief: Brief) -> Reply:

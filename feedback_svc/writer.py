@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 
 from sia_events.agents.candidates import told, write_candidates
-from sia_events.agents.client import asking
+from sia_events.agents.client import asking, spending
 from sia_events.agents.observe import observe
 from sia_events.agents.prompt import decision_prompt, feedback_prompt
 from sia_events.agents.structured import structured
@@ -22,6 +22,7 @@ from sia_events.shared.events import (
 from sia_events.shared.ports import Brief, WritingFailed
 from sia_events.shared.registration import decode_task
 from sia_events.shared.service import Work
+from sia_events.shared.summary import cost
 from sia_events.shared.tree import load_tree
 
 
@@ -36,7 +37,8 @@ async def choose(work: Work, asked: FeedbackRequested, by_rule: LeverChoice) -> 
     records = list(await work.ports.bus.history(work.run.name))[: work.cause.position]
     attempt = await observe(work.run, records, blobs)
     allowed: Mapping[Lever, Sequence[str]] = {"harness": (), "weights": (settings.algorithm,)}
-    words = decision_prompt(work.run, records, task, attempt, by_rule.evidence, allowed, settings.prompt_tokens)
+    usd = cost(records)["usd"]
+    words = decision_prompt(work.run, records, task, attempt, by_rule.evidence, allowed, settings.prompt_tokens, usd)
 
     def read(text: str) -> Decision:
         return read_decision(text, allowed["weights"], words.references)
@@ -55,6 +57,7 @@ async def choose(work: Work, asked: FeedbackRequested, by_rule: LeverChoice) -> 
         prompt=await blobs.put(words.text.encode()),
         trajectory=await blobs.put(trajectory),
         note=await blobs.put("\n".join(decision.reasons).encode()),
+        **await spending(brief, work.ports),
     )
     return FeedbackGiven(
         generation=asked.generation,
@@ -78,7 +81,7 @@ async def write(work: Work, asked: HarnessPatchRequested) -> Sequence[Event]:
     harness = await load_tree(blobs, parent.harness)
     records = list(await work.ports.bus.history(run.name))[: work.cause.position]
     attempt = await observe(run, records, blobs)
-    words = feedback_prompt(run, records, task, harness, attempt, run.settings.prompt_tokens)
+    words = feedback_prompt(run, records, task, harness, attempt, run.settings.prompt_tokens, cost(records)["usd"])
     data = await load_tree(blobs, run.task.datasets.get("train") or next(iter(run.task.datasets.values())))
     brief = _brief(work, "feedback", words.text, asked.seed + asked.generation, harness, data)
     # What was tried under other weights may be tried again: a harness fits the weights it was tried with.

@@ -1,12 +1,13 @@
 """A child process of ours that must be there: started, awaited until it is ready, started again when it dies."""
 
 import asyncio
-import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import msgspec
 import structlog
+
+from sia_events.shared.environment import plain
 
 log = structlog.get_logger()
 
@@ -26,7 +27,7 @@ class Child:
     def __init__(self, name: str, argv: Sequence[str], env: Mapping[str, str] | None = None) -> None:
         self.name = name
         self._argv = argv
-        self._env = {**os.environ, **(env or {})}
+        self._env = {**plain(), **(env or {})}
         self._process: asyncio.subprocess.Process | None = None
         self._keeper: asyncio.Task[None] | None = None
 

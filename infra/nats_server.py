@@ -17,6 +17,7 @@ import psutil
 import structlog
 
 from sia_events.infra.store_lock import claim
+from sia_events.shared.environment import plain
 
 MINIMUM = (2, 12)  # the first with atomic batches
 MAX_PAYLOAD = 8 * 2**20
@@ -151,7 +152,12 @@ async def _start(server: NatsServer) -> None:
     leash = (sys.executable, "-I", "-S", "-c", _LEASH, str(os.getpid()))
     # A session of its own: Ctrl-C is for us, and we still have records to write.
     server.process = await asyncio.create_subprocess_exec(
-        *leash, server.binary, "-c", str(server.config), stdin=-3, stdout=-3, stderr=-3, start_new_session=True
+        *(*leash, server.binary, "-c", str(server.config)),
+        stdin=-3,
+        stdout=-3,
+        stderr=-3,
+        env=plain(),
+        start_new_session=True,
     )
     _write_private(server.store / "server.json", json.dumps({"pid": server.process.pid, "name": server.name}))
     try:

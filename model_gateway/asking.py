@@ -29,6 +29,8 @@ from sia_events.shared.record import NAMESPACE
 DELIVERY = ("stream", "stream_options")
 # What no change of the request would mend: the run was set up with it.
 NOT_THE_CALLERS = ("no_key", "unknown_model", "rate_limited", "timeout")
+# The embedded model takes a few seconds to start.
+QUIET_S, COMPLAINTS_S = 5.0, 20.0
 # How many faults are remembered to have been recorded.
 KEPT = 1024
 
@@ -48,6 +50,7 @@ class Calls:
         self._ledger = ledger
         self._patience = patience
         self._under_way: dict[tuple[str, ...], tuple[Reading, asyncio.Task[None]]] = {}
+        self._complained: dict[str, float] = {}
         self._told: OrderedDict[tuple[str, str, str], None] = OrderedDict()
 
     async def read(self, wire: Wire, claims: Claims, body: Body, streamed: bool) -> Reading:
@@ -67,11 +70,20 @@ class Calls:
             return reading
         key = (claims.run, journal_key(claims.attempt), digest, str(n))
         if key not in self._under_way:
+            self._require_room(claims, len(recorded))
             reading = Reading(Ask(claims, body, model, adapter, name, seed))
             reading_on = asyncio.create_task(self._read(wire, reading, digest, n, streamed))
             self._under_way[key] = reading, reading_on
             reading_on.add_done_callback(lambda _: self._under_way.pop(key))
         return self._under_way[key][0]
+
+    def _require_room(self, claims: Claims, recorded: int) -> None:
+        """Raises Refused when the attempt has made all the calls that it may make."""
+        if claims.calls is None:
+            return
+        mine = (claims.run, journal_key(claims.attempt))
+        if recorded + sum(key[:2] == mine for key in self._under_way) >= claims.calls:
+            raise Refused(429, f"this attempt may make {claims.calls} model calls and has made them; none is left")
 
     async def _read(self, wire: Wire, reading: Reading, digest: str, n: int, streamed: bool) -> None:
         try:
@@ -148,6 +160,15 @@ class Calls:
             raise Refused(failure.status, str(failure)) from failure
         return _Outcome(error=str(failure), fault=failure.kind, usage=usage or {}, usd=usd if usage else 0.0)
 
+    def _tell(self, ask: Ask, state: RetryCallState) -> None:
+        """Say that a provider keeps us waiting, seldom and for all its calls: who follows would take it for a hang."""
+        now = time.monotonic()
+        long, lately = (state.seconds_since_start or 0.0) > QUIET_S, self._complained.get(ask.model, float("-inf"))
+        if state.outcome and long and now > lately + COMPLAINTS_S:
+            self._complained[ask.model] = now
+            why = str(state.outcome.exception())
+            log.warning("a model does not answer, and is asked again", model=ask.model, why=why)
+
     async def _patiently(self, question: Question, reading: Reading, streamed: bool) -> Body:
         """Ask again, ever more slowly, while the fault is the provider's and nothing of a reply has come.
 
@@ -157,7 +178,7 @@ class Calls:
             retry=retry_if_exception(lambda error: not reading.parts and _passes(error)),
             stop=stop_before_delay(self._patience),
             wait=_pause,
-            before_sleep=lambda state: _tell(reading.ask, state),
+            before_sleep=lambda state: self._tell(reading.ask, state),
             reraise=True,
         )
         async for go in retrying:
@@ -225,13 +246,6 @@ def _passes(error: BaseException) -> bool:
 def _is_the_callers(failed: ModelFailed) -> bool:
     """Whether the request was at fault, and not the provider or how the run was set up."""
     return 400 <= failed.status < 500 and failed.status not in (408, 429) and failed.kind not in NOT_THE_CALLERS
-
-
-def _tell(ask: Ask, state: RetryCallState) -> None:
-    """Say that a provider keeps us waiting, ever more rarely: who follows the run would take it for a hang."""
-    if state.attempt_number.bit_count() == 1 and state.outcome:
-        why, tries = str(state.outcome.exception()), state.attempt_number
-        log.warning("a model does not answer, and is asked again", model=ask.model, tries=tries, why=why)
 
 
 def _pause(state: RetryCallState) -> float:

@@ -1,5 +1,6 @@
 """One model call as it is recorded: a line of the trace stream, of a trajectory and of the table `model_calls`."""
 
+from collections.abc import Iterable
 from typing import Any, Literal
 
 import msgspec
@@ -34,6 +35,18 @@ class ModelCall(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     usd: float | None = 0.0
     seconds: float = 0.0
     time: str = ""
+
+
+def spent(calls: Iterable[ModelCall]) -> dict[str, Any]:
+    """What calls took: {calls, prompt_tokens, completion_tokens, usd}; usd None as soon as one has no price."""
+    made = [call for call in calls if call.fault != "budget"]
+    unpriced = any(call.usd is None for call in made)
+    return {
+        "calls": len(made),
+        "prompt_tokens": sum(call.prompt_tokens for call in made),
+        "completion_tokens": sum(call.completion_tokens for call in made),
+        "usd": None if unpriced else round(sum(call.usd or 0.0 for call in made), 9),
+    }
 
 
 _encoder = msgspec.json.Encoder()

@@ -90,6 +90,7 @@ class RunSettings(Value):
     meta_model: str | None = None
     feedback_model: str | None = None
     any_model_name: bool = False
+    attempt_calls: int | None = Field(default=None, ge=1)
     turns: int = Field(default=20, ge=1, le=200)
     prompt_tokens: int = Field(default=24_000, ge=2_000)
     budget: Budget = Budget()
@@ -100,13 +101,20 @@ class RunSettings(Value):
 
 
 class Written(Value):
-    """How an LLM agent came to what it wrote: its prompt, its own trajectory and its improvement note, by digest."""
+    """How an LLM agent came to what it wrote: its prompt, its own trajectory and its note, by digest; and what it took.
+
+    `usd` is None where nobody knows the model's price, here and in what attempts took.
+    """
 
     backend: BackendName
     model: str
     prompt: Digest
     trajectory: Digest
     note: Digest
+    calls: int = 0
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    usd: float | None = 0.0
 
 
 class Evidence(Value):
@@ -186,6 +194,7 @@ class ExecutionLogged(Event):
     prompt_tokens: int
     completion_tokens: int
     seconds: float
+    usd: float | None = 0.0
 
 
 class AttemptFailed(Event):
@@ -206,6 +215,7 @@ class AttemptFailed(Event):
     calls: int = 0
     prompt_tokens: int = 0
     completion_tokens: int = 0
+    usd: float | None = 0.0
 
 
 class KernelMeasured(Event):

@@ -5,7 +5,16 @@ from datetime import datetime
 from typing import Any
 
 from sia_events.shared.calls import journal_key
-from sia_events.shared.events import AttemptFailed, Estimate, ExecutionLogged, Scored, VersionAccepted
+from sia_events.shared.events import (
+    AgentProposed,
+    AttemptFailed,
+    Estimate,
+    ExecutionLogged,
+    FeedbackGiven,
+    HarnessPatched,
+    Scored,
+    VersionAccepted,
+)
 from sia_events.shared.record import Record
 from sia_events.shared.run import Run, fold
 
@@ -80,15 +89,18 @@ def cost(records: Sequence[Record]) -> dict[str, Any]:
             # All tries of an attempt share a journal, and the one that knew the most calls knew all of them.
             key = record.run, journal_key(record.event.attempt)
             ended[key] = max(ended.get(key, record.event), record.event, key=lambda event: event.calls)
+    written = [r.event.written for r in records if isinstance(r.event, AgentProposed | FeedbackGiven | HarnessPatched)]
+    took = [*ended.values(), *filter(None, written)]
+    priced = [each.usd for each in took if each.usd is not None]
     spans: dict[str, list[datetime]] = {}
     for record in records:
         spans.setdefault(record.run, []).append(record.time)
     # A branch stands idle behind its parent until somebody opens it: that time is nobody's.
     seconds = sum((times[-1] - times[0]).total_seconds() for times in spans.values())
     return {
-        "model_calls": sum(e.calls for e in ended.values()),
-        "tokens": sum(e.prompt_tokens + e.completion_tokens for e in ended.values()),
-        "usd": 0.0,
+        "model_calls": sum(each.calls for each in took),
+        "tokens": sum(each.prompt_tokens + each.completion_tokens for each in took),
+        "usd": round(sum(priced), 6) if len(priced) == len(took) else None,
         "seconds": round(seconds, 3),
     }
 

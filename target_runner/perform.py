@@ -8,7 +8,7 @@ from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
-from sia_events.shared.calls import ModelCall, decode_call, encode_call, journal_key
+from sia_events.shared.calls import ModelCall, decode_call, encode_call, journal_key, spent
 from sia_events.shared.events import AttemptFailed, AttemptRequested, Event, ExecutionLogged, FailureKind
 from sia_events.shared.packages import PACKAGES, PackagesMissing, environment
 from sia_events.shared.ports import Job, Limits, Outcome
@@ -61,7 +61,7 @@ async def attempt(work: Work, asked: AttemptRequested) -> Sequence[Event]:
         calls = await recorded_calls(work, asked.attempt)
         if trouble := _trouble(asked, outcome, calls, overslept):
             detail = await ports.blobs.put(outcome.stderr[-20_000:]) if outcome.stderr else None
-            return [trouble.model_copy(update={"detail": detail, **_spent(calls)})]
+            return [trouble.model_copy(update={"detail": detail, **spent(calls)})]
         try:
             outputs = read_tree(folder / "work", max_bytes=DATA_LEFT_IN_WORK)
         except TreeRefused as refused:
@@ -77,7 +77,7 @@ async def attempt(work: Work, asked: AttemptRequested) -> Sequence[Event]:
             split=asked.split,
             outputs=await store_tree(ports.blobs, outputs),
             trajectory=await ports.blobs.put(b"\n".join(encode_call(call) for call in calls if call.reply is not None)),
-            **_spent(calls),
+            **spent(calls),
             seconds=round(outcome.seconds, 3),
         )
     ]
@@ -109,6 +109,7 @@ def _claims(run: Run, asked: AttemptRequested, expires: datetime) -> Mapping[str
         "seed": asked.seed,
         "expires": expires.timestamp(),
         "any_model": run.settings.any_model_name,
+        "calls": run.settings.attempt_calls,
     }
 
 
@@ -166,13 +167,5 @@ def _failed(asked: AttemptRequested, kind: FailureKind, message: str, calls: Seq
         split=asked.split,
         kind=kind,
         message=message,
-        **_spent(calls),
+        **spent(calls),
     )
-
-
-def _spent(calls: Sequence[ModelCall]) -> dict[str, int]:
-    return {
-        "calls": sum(call.fault != "budget" for call in calls),
-        "prompt_tokens": sum(call.prompt_tokens for call in calls),
-        "completion_tokens": sum(call.completion_tokens for call in calls),
-    }

@@ -451,3 +451,13 @@ async def test_on_every_wire_and_in_streams_the_record_keeps_what_training_needs
     assert call.reply["prompt_token_ids"] == whole["prompt_token_ids"]
     (said,), (meant,) = call.reply["choices"], whole["choices"]
     assert (said["token_ids"], said["logprobs"]) == (meant["token_ids"], meant["logprobs"])
+
+
+async def test_an_attempt_makes_no_more_calls_than_it_may_and_recorded_ones_are_answered_still(house: House):
+    for word in "abc":
+        body = {**HELLO, "messages": [{"role": "user", "content": word}]}
+        reply = await house.chat(body, calls=2, start=f"first {word}")
+        assert reply.status_code == (429 if word == "c" else 200)
+    assert "may make 2 model calls" in reply.text
+    again = await house.chat({**HELLO, "messages": [{"role": "user", "content": "a"}]}, calls=2, start="again")
+    assert again.status_code == 200

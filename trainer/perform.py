@@ -1,7 +1,6 @@
 """Updates a LoRA adapter on the incumbent's logged rollouts, in a process of its own."""
 
 import asyncio
-import os
 import shutil
 import sys
 import tempfile
@@ -14,6 +13,7 @@ import msgspec
 
 from sia_events.local_model.weights import prepare
 from sia_events.shared.calls import decode_call
+from sia_events.shared.environment import plain
 from sia_events.shared.events import Event, ProposalFailed, Weights, WeightsUpdated, WeightUpdateRequested
 from sia_events.shared.ports import Envelope, Ports
 from sia_events.shared.service import Work
@@ -79,7 +79,7 @@ async def update(work: Work, asked: WeightUpdateRequested) -> Sequence[Event]:
 async def _learn(spec: Path, ports: Ports, run: str, key: str) -> dict[str, Any]:
     """Run the learner; its lines go to the trace as they come. Ends with us: it watches its standard input."""
     threads = str(ports.threads)
-    env = {**os.environ, "OMP_NUM_THREADS": threads, "OMP_WAIT_POLICY": "PASSIVE", "TOKENIZERS_PARALLELISM": "false"}
+    env = {**plain(), "OMP_NUM_THREADS": threads, "OMP_WAIT_POLICY": "PASSIVE", "TOKENIZERS_PARALLELISM": "false"}
     child = await asyncio.create_subprocess_exec(
         *(sys.executable, "-m", "sia_events.trainer.learn", str(spec), "--die-with-parent"),
         stdin=asyncio.subprocess.PIPE,

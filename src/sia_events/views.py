@@ -200,7 +200,8 @@ def ending_text(summary: Mapping[str, Any], home: Path) -> str:
 
 def _spent(cost: Mapping[str, Any]) -> str:
     calls, tokens = f"{cost['model_calls']:,} model calls", f"{cost['tokens']:,} tokens"
-    return f"{calls}, {tokens}, {cost['usd']:.2f} USD, {cost['seconds']:.0f} s"
+    dollars = "price unknown" if cost["usd"] is None else f"{cost['usd']:.2f} USD"
+    return f"{calls}, {tokens}, {dollars}, {cost['seconds']:.0f} s"
 
 
 def _next(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
