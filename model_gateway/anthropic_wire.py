@@ -48,12 +48,15 @@ def as_messages(body: MessagesBody) -> list[Mapping[str, Any]]:
         found.append({"role": "system", "content": text_of(body.system, ("text",), "system")})
     for place, said in enumerate(body.messages):
         where, content = f"messages.{place}", said.get("content")
-        if said.get("role") not in ("user", "assistant"):
+        if said.get("role") not in ("user", "assistant", "system"):
             raise Refused(400, f"{where}: the role is {said.get('role')!r}; it must be 'user' or 'assistant'")
         blocks = [{"type": "text", "text": content}] if isinstance(content, str) else content
         if not isinstance(blocks, list) or not all(isinstance(block, dict) for block in blocks):
             raise Refused(400, f"{where} is neither text nor a list of blocks")
-        found += _assistant(blocks, where) if said["role"] == "assistant" else _user(blocks, where)
+        if said["role"] == "system":  # in the midst of a conversation, as newer clients have it
+            found.append({"role": "system", "content": text_of(blocks, ("text",), where)})
+        else:
+            found += _assistant(blocks, where) if said["role"] == "assistant" else _user(blocks, where)
     return found
 
 

@@ -16,8 +16,8 @@ class Claims(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     `start` tells one start of the attempt's program from the next; `sample`: replies are drawn at temperature 1,
     whatever is asked for; `expires`: when the token is worth nothing any more, in seconds since 1970 UTC. `models` may
-    be asked for by name beside `model`; with `any_model` every other name means `model`. `calls`: how many an attempt may
-    make, all its tries together.
+    be asked for by name beside `model`; with `any_model` every other name means `model`. `calls`: how many model calls
+    the attempt may make, all its tries together.
     """
 
     run: str

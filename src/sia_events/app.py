@@ -28,6 +28,7 @@ from sia_events.infra import clickhouse, nats_disk
 from sia_events.infra.blobs import open_blobs
 from sia_events.infra.box import kernel_box
 from sia_events.infra.child import Child
+from sia_events.infra.claude_agent import ClaudeAgent, find_program
 from sia_events.infra.instant import InstantModels
 from sia_events.infra.models import LocalModels
 from sia_events.infra.nats import connect
@@ -44,6 +45,7 @@ from sia_events.model_gateway.door import gateway
 from sia_events.model_gateway.journal import Journal
 from sia_events.model_gateway.token import TokenDoor, keep_secret
 from sia_events.shared.ports import (
+    Backend,
     Blobs,
     Bus,
     BusUnreachable,
@@ -287,9 +289,16 @@ def ports_of(name: str, node: Node) -> Ports:
         home=node.settings.home,
         private=node.private if name == "evaluator" else None,
         threads=node.settings.model_threads,
-        backends={"direct": Direct(), "agentic": Agentic()},
+        backends=backends(),
         boxed=None if node.sandbox == "process" else partial(kernel_box, binary(), hidden=(node.settings.home,)),
     )
+
+
+def backends() -> Mapping[str, Backend]:
+    """The ways to have a harness written by an LLM that this installation has."""
+    program = find_program()
+    claude = {"claude": ClaudeAgent(program)} if program else {}
+    return {"direct": Direct(), "agentic": Agentic(), **claude}
 
 
 def socket_folder(settings: Settings) -> Path:

@@ -427,6 +427,14 @@ def bench_loop(
     _print(_await(benches.loop(_settings(), seeds, quick, as_json)))
 
 
+@bench.command("gateway")
+def bench_gateway(as_json: Json = False) -> None:
+    """The gateway's figures: a call beside a direct one, calls a second, first tokens, a budget race, a generation."""
+    from sia_events import benches
+
+    _print(_await(benches.gateway(_settings(), as_json)))
+
+
 def main(argv: Sequence[str] | None = None) -> NoReturn:
     """Entry point. Exit status: 0 done, 1 failed or diverged, 2 wrong usage or not ready, 130 interrupted."""
     words = sys.argv[1:] if argv is None else list(argv)

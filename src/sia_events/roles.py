@@ -4,6 +4,7 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
+from sia_events import app
 from sia_events.errors import Unusable
 from sia_events.infra.providers.finder import ADAPTERS, lacks
 from sia_events.infra.providers.prices import pricing
@@ -37,6 +38,10 @@ def require_askable(settings: Settings, wanted: RunSettings, environ: Mapping[st
             "nothing was written"
         )
     hosted = wanted.backend != "builtin"
+    if hosted and wanted.backend not in app.backends():
+        there = ", ".join(sorted(app.backends()))
+        mend = "pip install 'sia-events[claude]'" if wanted.backend == "claude" else f"take one of {there}"
+        raise Unusable(f"--backend {wanted.backend} is not installed here: {mend}; nothing was written")
     asked = {wanted.target_model, *((wanted.meta_model, wanted.feedback_model) if hosted else ())} - {None}
     usd = pricing(settings.providers, settings.prices)
     for model in sorted(filter(None, asked)):

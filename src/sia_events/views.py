@@ -148,8 +148,10 @@ def _panel(name: str, run: Run, told: Sequence[str], started: float) -> Panel:
     total = run.settings.generations
     left = f", about {elapsed / closed * (total - closed):.0f} s left" if closed else ""
     lever = run.feedback[-1].lever if run.feedback else "first agent"
-    calls = sum(e.calls for e in run.executions.values())
-    head = f"generation {run.generation} of {total}   lever {lever}   {calls:,} calls, 0.00 USD   {elapsed:.0f} s{left}"
+    ended = [*run.executions.values(), *run.failures.values()]
+    calls, usd = sum(e.calls for e in ended), sum(e.usd or 0.0 for e in ended)
+    spend = f"{calls:,} calls, {usd:.2f} USD"
+    head = f"generation {run.generation} of {total}   lever {lever}   {spend}   {elapsed:.0f} s{left}"
     table = Table(box=None, pad_edge=False)
     for column in ("version", "lever", "dev", "gate", "verdict"):
         table.add_column(column)
