@@ -8,7 +8,7 @@ from pathlib import Path
 
 import msgspec
 
-from sia_events.agents.check import MAX_FILES, MAX_TREE
+from sia_events.agents.check import MAX_FILES, MAX_TREE, without_caches
 from sia_events.shared.ports import Brief, Envelope, Job, Limits, Outcome, Ports
 from sia_events.shared.tree import TreeRefused, load_tree, read_tree, store_tree, write_tree
 
@@ -57,7 +57,7 @@ async def run_command(
         outcome = await ports.sandbox.run(Job(("sh", "-c", command), folder / "work", reads, env, None, LIMITS))
         text = told(outcome)
         try:
-            files = read_tree(folder / "work", MAX_FILES, MAX_TREE)
+            files = without_caches(read_tree(folder / "work", MAX_FILES, MAX_TREE))
         except TreeRefused as refused:
             text = f"{text}\nThe files are as they were before: {refused}"
     finally:

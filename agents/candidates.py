@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from string import ascii_lowercase
 
-from sia_events.agents.check import changed, problems
+from sia_events.agents.check import changed, problems, without_caches
 from sia_events.agents.client import spending
 from sia_events.shared.events import BackendName, Written
 from sia_events.shared.ports import Backend, Brief, Ports, Writing, WritingFailed
@@ -99,6 +99,7 @@ def _brief(brief: Brief, version: str, place: int, count: int) -> Brief:
 async def _write(author: Backend, brief: Brief, ports: Ports) -> Writing:
     """What the backend wrote, held against the contract once more, whoever the backend is."""
     writing = await author.write(brief, ports)
+    writing = replace(writing, files=without_caches(writing.files))
     found: Sequence[str] = problems(writing.files)
     if not found and not changed(brief.files, writing.files):
         found = ["it changes nothing"]

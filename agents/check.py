@@ -28,6 +28,11 @@ def problems(files: Mapping[str, bytes]) -> list[str]:
     return found + [problem for path in named if (problem := body_problem(path, files[path]))]
 
 
+def without_caches(files: Mapping[str, bytes]) -> dict[str, bytes]:
+    """The files less what an interpreter left beside those that it ran: nobody wrote that."""
+    return {path: body for path, body in files.items() if "__pycache__" not in path.split("/")}
+
+
 def path_problem(path: str) -> str | None:
     """Why `path` cannot name a file of a harness."""
     pure = PurePosixPath(path)

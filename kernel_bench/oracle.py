@@ -3,7 +3,6 @@
 Left to itself BLAS takes every core and spins while it waits, which on a busy machine costs ten times the work.
 """
 
-import os
 import pickle
 import subprocess
 import sys
@@ -12,6 +11,7 @@ from contextlib import contextmanager, suppress
 
 from sia_events.kernel_bench.host import BenchUnavailable
 from sia_events.kernel_bench.problems import Array, Inputs, Problem
+from sia_events.shared.environment import plain
 
 ONE_THREAD = {"OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
 
@@ -26,7 +26,7 @@ def oracle(problem: Problem) -> Iterator[Oracle]:
     """
     argv = (sys.executable, "-m", "sia_events.kernel_bench.oracle")
     pipe = subprocess.PIPE
-    with subprocess.Popen(argv, stdin=pipe, stdout=pipe, env=os.environ | ONE_THREAD) as process:
+    with subprocess.Popen(argv, stdin=pipe, stdout=pipe, env={**plain(), **ONE_THREAD}) as process:
         assert process.stdin and process.stdout
         requests, replies = process.stdin, process.stdout
 

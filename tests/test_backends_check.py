@@ -2,7 +2,7 @@
 
 import pytest
 
-from sia_events.agents.check import MAX_FILE, MAX_FILES, changed, problems
+from sia_events.agents.check import MAX_FILE, MAX_FILES, changed, problems, without_caches
 from sia_events.agents.direct import Patch, patched, read_patch
 from sia_events.agents.structured import Unusable
 
@@ -96,3 +96,8 @@ def test_a_patch_that_changes_nothing_or_leaves_no_harness_is_none():
         patched(AGENT, Patch("", {}, ["target_agent.py"]))
     with pytest.raises(Unusable, match="not UTF-8"):
         patched(AGENT, Patch("", {"a.txt": "\ud800"}))
+
+
+def test_what_an_interpreter_leaves_is_no_part_of_a_harness():
+    left = {"__pycache__/lib.cpython-311.pyc": b"\x00\xff", "tools/__pycache__/x.pyc": b"\xff"}
+    assert without_caches({"target_agent.py": b"", **left}) == {"target_agent.py": b""}

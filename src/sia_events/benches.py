@@ -58,6 +58,28 @@ async def loop(settings: Settings, seeds: int, quick: bool, as_json: bool) -> st
             if not quick:
                 _tell(found, *figures.sealed(seed, summary, ran))
         _tell(found, figures.disk(model, grown, calls))
+    return _told(found, load, as_json)
+
+
+async def gateway(settings: Settings, as_json: bool) -> str:
+    """Every figure of the gateway, on a provider of its own that answers at once; the disk is that of SIA_HOME."""
+    from sia_events import gateway_figures
+
+    settings.home.mkdir(parents=True, exist_ok=True)
+    load = os.getloadavg()[0]
+    found: list[Figure] = []
+    with tempfile.TemporaryDirectory(prefix="bench-", dir=settings.home) as folder:
+        async with gateway_figures.bench(Path(folder) / "calls") as servers:
+            _tell(found, *await gateway_figures.calls(servers))
+            _tell(found, await gateway_figures.rate(servers))
+            _tell(found, await gateway_figures.race(servers))
+        (Path(folder) / "builtin").mkdir()
+        _tell(found, await overheads.generation(Path(folder) / "builtin"))
+        _tell(found, await gateway_figures.generation(Path(folder) / "direct"))
+    return _told(found, load, as_json)
+
+
+def _told(found: Sequence[Figure], load: float, as_json: bool) -> str:
     machine = {"cores": os.cpu_count(), "load before": round(load, 1), "load after": round(os.getloadavg()[0], 1)}
     return (
         json.dumps({"machine": machine, "figures": [asdict(f) for f in found]}) if as_json else render(machine, found)

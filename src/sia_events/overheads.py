@@ -115,12 +115,17 @@ TRIVIAL = Service(
 async def generation(home: Path, candidates: int = 1, generations: int = GENERATIONS) -> Figure:
     """Seconds a generation with the instant model and AGENT: boxes, model calls, scores, verdict, all of it on disk."""
     history = await trivial_run(home, candidates, generations)
+    return await a_generation(home, history, f"a generation of {candidates}, instant model", 0.4)
+
+
+async def a_generation(home: Path, history: Sequence[Record], name: str, goal: float) -> Figure:
+    """The median time of a run's generations, beside what their boxes and writes cost on their own."""
     begun = [record for record in history if isinstance(record.event, FeedbackRequested)]
     took = [(later.time - sooner.time).total_seconds() for sooner, later in pairwise(begun)]
     one = [record for record in history if begun[0].position < record.position <= begun[1].position]
     boxes = sum(isinstance(record.event, AttemptRequested) for record in one)
     appends = len(Counter((record.cause, record.producer) for record in one))
-    box_s, fsync_s = await _box_seconds(home), _fsync_seconds(home)
+    box_s, fsync_s = await _box_seconds(home), fsync_seconds(home)
     value = statistics.median(took)
     beside = {
         "boxes": boxes,
@@ -130,20 +135,25 @@ async def generation(home: Path, candidates: int = 1, generations: int = GENERAT
         "bare sum": boxes * box_s + appends * fsync_s,
         "slowest": max(took),
     }
-    return Figure(f"a generation of {candidates}, instant model", value, "s", "<= 0.4", value <= 0.4, beside)
+    return Figure(name, value, "s", f"<= {goal}", value <= goal, beside)
 
 
 async def trivial_run(home: Path, candidates: int, generations: int) -> Sequence[Record]:
-    """A whole run on the trivial task, every service in this process; returns its records."""
-    settings, run = Settings(home=home), f"trivial{candidates}"
+    """A whole run on the trivial task whose candidates are the incumbent once more; returns its records."""
     wanted = RunSettings(generations=generations, candidates=candidates, lever="harness", target_model=INSTANT)
+    return await driven(Settings(home=home), f"trivial{candidates}", wanted, TRIVIAL)
+
+
+async def driven(settings: Settings, run: str, wanted: RunSettings, feedback: Service) -> Sequence[Record]:
+    """A whole run on the trivial task under this feedback agent, every service in this process; returns its records."""
     async with app.hold(settings, "bench"), app.stores(settings) as bare:
-        others = [name for name in (*app.SERVICES, *app.LOOPS) if name != TRIVIAL.name]
+        others = [name for name in (*app.SERVICES, *app.LOOPS) if name != feedback.name]
         node = app.as_asked(app.with_services(bare, others), "bubblewrap", local_model=False)
-        registered = await register(trivial_task(home / "task"), node.blobs, node.private, 8)
+        registered = await register(trivial_task(settings.home / "task"), node.blobs, node.private, 8)
         await node.bus.append(run, opening(run, [registered, RunStarted(settings=wanted, code="bench")]))
         async with node.answering(run):
-            node.tasks.append(asyncio.create_task(serve(TRIVIAL, node.bus, app.ports_of(TRIVIAL.name, node), run)))
+            ports = app.ports_of(feedback.name, node)
+            node.tasks.append(asyncio.create_task(serve(feedback, node.bus, ports, run)))
             await node.guard(_finished(node, run))
         return await node.bus.history(run)
 
@@ -243,7 +253,7 @@ async def _box_seconds(home: Path) -> float:
     return statistics.median(took)
 
 
-def _fsync_seconds(home: Path) -> float:
+def fsync_seconds(home: Path) -> float:
     """Median seconds to make one small write last."""
     took: list[float] = []
     with tempfile.TemporaryFile(dir=home) as file:

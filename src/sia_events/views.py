@@ -196,7 +196,7 @@ def ending_text(summary: Mapping[str, Any], home: Path) -> str:
                 f"  {lever:<8} {gave['accepted']} of {gave['tried']} versions accepted, {gave['gain']:+.3f} on the gate"
             )
     lines += [f"  {_spent(summary['cost'])}, {summary['records']} records", f"  kept in {home}"]
-    lines += ["", "next:", *(f"  {command:<44}{why}" for command, why in _next(summary))]
+    lines += ["", "next:", *(f"  {command:<43} {why}" for command, why in _next(summary))]
     return "\n".join(lines)
 
 
@@ -217,11 +217,13 @@ def _next(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
             ("sia doctor", "what works here, and how to mend what does not"),
         ]
     other = "harness" if summary["lever"] == "weights" else "weights"
+    change = f"lever={other}" if summary["settings"]["target_model"].startswith("local/") else "seed=1"
+    why = "under the other lever" if change.startswith("lever") else "with other chances"
     first = summary["generations"][0]["version"]
     return [
         (f"sia show {run}", "every version, its scores and its verdict"),
         (f"sia replay {run}", "decide it all again from the log, calling nothing"),
-        (f"sia branch {run} --at 1 --set lever={other}", "go on from generation 1 under the other lever"),
+        (f"sia branch {run} --at 1 --set {change}", f"go on from generation 1 {why}"),
         (f"sia diff {run} {first} {summary['best']}", "what changed between first and best"),
     ]
 
