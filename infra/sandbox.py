@@ -260,7 +260,7 @@ async def supervise(
     finally:
         await end()
         await done
-        await tree.close()
+        tree.close()
     (stdout, cut_out), (stderr, cut_err) = await asyncio.gather(*captures)
     await asyncio.to_thread(tidy, job.work)
     return hit, Ending(stdout, stderr, cut_out or cut_err, seconds)

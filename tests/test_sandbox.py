@@ -652,6 +652,8 @@ async def test_a_box_that_cannot_be_built_is_not_the_jobs_crash(work: Path):
 
 async def test_no_control_group_is_left(work: Path):
     await Bubblewrap().run(python(work, "pass"))
+    # Whoever removes them is waited for here, and by nobody else.
+    await asyncio.get_running_loop().shutdown_default_executor()
     for parent in find_controllers().values():
         assert not list(parent.glob(f"sia-{os.getpid()}-*"))
 
