@@ -99,6 +99,9 @@ def test_where_no_reply_can_be_used_the_reference_agent_goes_in_and_the_generati
         for (_, why), version in zip(UNUSABLE.values(), "abcdefg", strict=True):
             said = told.partition(f"g{generation}{version}: ")[2].partition("; g")[0]
             assert why in said, (version, said)
+    # What was written in vain is paid for all the same.
+    paid = read(tmp_path, "cost", "r1")["own"]["total"]
+    assert paid["calls"] == provider.count == read(tmp_path, "show", "r1")["cost"]["model_calls"]
     assert not read(tmp_path, "replay", "r1")["diverged"]
     assert_none_left(children)
 

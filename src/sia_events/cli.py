@@ -186,10 +186,12 @@ def runs(as_json: Json = False) -> None:
 @cli.command()
 def show(run: RunName, as_json: Json = False) -> None:
     """One run: every version with its scores and verdict, the sealed test, the cost."""
-    from sia_events import reading, views
-    from sia_events.shared.summary import whole
+    from sia_events import cost, reading, views
 
-    summary = whole(_await(reading.records(_settings(), run)))
+    async def told() -> dict[str, Any]:
+        return await cost.summary(_settings(), await reading.records(_settings(), run))
+
+    summary = _await(told())
     _print(json.dumps(summary) if as_json else views.summary_text(summary))
 
 

@@ -15,6 +15,7 @@ from sia_events.shared.ports import Log
 from sia_events.shared.record import Record
 from sia_events.shared.run import fold
 from sia_events.shared.settings import Settings
+from sia_events.shared.summary import whole
 
 # Counted as the budget counts them: calls with a reply, whole or broken off. The sum of the dollars leaves out calls of
 # models without a price; `unpriced` says how many those are.
@@ -95,6 +96,21 @@ def told(history: Sequence[Record], calls: Iterable[Calls], now: datetime) -> di
         "inherited": _sums(shared) if state.parent else None,
         "budget": {name: _against(limits[name], amount) for name, amount in used.items()},
     }
+
+
+async def summary(settings: Settings, history: Sequence[Record]) -> dict[str, Any]:
+    """`whole`, with what LLM agents cost by the calls themselves: a candidate that was left out is in no record."""
+    found = whole(history)
+    if fold(history).settings.backend != "builtin":
+        paid = await cost(settings, history[-1].run)
+        parts = [part["total"] for part in (paid["own"], paid["inherited"]) if part]
+        dollars = [part["usd"] for part in parts]
+        found["cost"] |= {
+            "model_calls": sum(part["calls"] for part in parts),
+            "tokens": sum(part["prompt_tokens"] + part["completion_tokens"] for part in parts),
+            "usd": None if None in dollars else round(sum(dollars), 6),
+        }
+    return found
 
 
 def generations_of(history: Sequence[Record]) -> dict[tuple[str, str], int]:

@@ -19,7 +19,7 @@ from typing import Any
 import psutil
 from pydantic import ValidationError
 
-from sia_events import app, views
+from sia_events import app, cost, views
 from sia_events.catching_up import settled
 from sia_events.errors import NodeHeld, Unusable
 from sia_events.evaluator.trial import require_loadable
@@ -42,7 +42,6 @@ from sia_events.shared.registration import REQUIREMENTS, register, requirements
 from sia_events.shared.run import Run, fold
 from sia_events.shared.service import gave_up
 from sia_events.shared.settings import Settings
-from sia_events.shared.summary import whole
 from sia_events.shared.task import Task, find_task
 from sia_events.starting import first_agent, lay_down, suited
 
@@ -243,7 +242,7 @@ async def _drive(node: app.Node, settings: Settings, name: str, as_json: bool) -
     except asyncio.CancelledError:
         print(f"\nstopped; nothing is lost. Go on with: sia run --resume {name}", file=sys.stderr)
         raise
-    summary = {**whole(history), "took": round(time.monotonic() - started, 1)}
+    summary = {**await cost.summary(settings, history), "took": round(time.monotonic() - started, 1)}
     if isinstance(end, ServiceFailed):
         print(f"sia: {end.service} gave up after {end.tries} tries: {end.error}", file=sys.stderr)
         print(f"everything so far is kept; mend the cause and: sia run --resume {name}", file=sys.stderr)
