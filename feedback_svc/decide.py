@@ -43,7 +43,7 @@ def on_score(run: Run, scored: Scored) -> Sequence[Event]:
 def on_failure(run: Run, failure: AttemptFailed) -> Sequence[Event]:
     """A failure that will not be tried again settles its attempt as a score does; many in a row hold the run."""
     paused: list[Event] = []
-    if run.failures_in_a_row == run.settings.pause_after_failures:
+    if failure.kind != "budget" and 0 < run.failures_in_a_row == run.settings.pause_after_failures:
         paused.append(
             RunPaused(reason=f"{run.failures_in_a_row} attempts failed in a row, the last: {failure.message}")
         )

@@ -94,6 +94,7 @@ class NatsBus:
         """Compare and set on the run's last message. Who loses, or cannot know, reads on and looks for its records."""
         if not tail.sequence:
             await self._catch_up(tail)
+        tail.require_known()
         while True:
             if found := stored(tail, drafts):
                 return found

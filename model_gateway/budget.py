@@ -11,7 +11,7 @@ from typing import Any, Literal
 import structlog
 
 from sia_events.shared.calls import decode_call
-from sia_events.shared.events import Budget, BudgetExhausted, RunPaused, RunResumed
+from sia_events.shared.events import Budget, BudgetChanged, BudgetExhausted, RunPaused, RunResumed
 from sia_events.shared.ports import Bus, Clock, ModelFailed
 from sia_events.shared.record import Draft, Record, answers, derived_id
 from sia_events.shared.run import fold
@@ -108,6 +108,8 @@ class Ledger:
         async with account.news:
             while over := _over(account.limits, account.spent + account.held + worst, self._minutes(account)):
                 if account.held == Spend() or over == "minutes":
+                    if await self._look(run, account):
+                        continue  # somebody may have said meanwhile that there is more
                     raise await self._exhausted(run, account, over)
                 await account.news.wait()
             account.held += worst
@@ -139,12 +141,18 @@ class Ledger:
                 self._accounts[run] = _Account(await self._recorded(run))
             account = self._accounts[run]
             if time.monotonic() - account.looked > LOOK_S:
-                history = await self._bus.history(run)
-                if len(history) != len(account.history):
-                    account.history, settings = history, fold(history).settings
-                    account.limits, account.rate = settings.budget, settings.pause_usd_per_minute
-                account.looked = time.monotonic()
+                await self._look(run, account)
             return account
+
+    async def _look(self, run: str, account: _Account) -> bool:
+        """Read the run's limits again; whether there was any news."""
+        history = await self._bus.history(run)
+        account.looked, known = time.monotonic(), len(account.history)
+        if len(history) == known:
+            return False
+        account.history, settings = history, fold(history).settings
+        account.limits, account.rate = settings.budget, settings.pause_usd_per_minute
+        return True
 
     async def _recorded(self, run: str) -> Spend:
         spent = Spend()
@@ -194,16 +202,22 @@ class Ledger:
 
 
 def active_minutes(history: Sequence[Record], now: datetime) -> float:
-    """Minutes since the run itself was opened, without those for which it was paused by a person."""
+    """Minutes since the run itself was opened, without those for which it was paused or out of budget."""
     own = [record for record in history if record.run == history[-1].run] if history else []
     if not own:
         return 0.0
     total, since = 0.0, own[0].time
+    paused = exhausted = False
     stopped: datetime | None = None
     for record in own:
-        if isinstance(record.event, RunPaused) and stopped is None:
+        match record.event:
+            case RunPaused() | RunResumed():
+                paused = isinstance(record.event, RunPaused)
+            case BudgetExhausted() | BudgetChanged():
+                exhausted = isinstance(record.event, BudgetExhausted)
+        if (paused or exhausted) and stopped is None:
             stopped = record.time
-        elif isinstance(record.event, RunResumed) and stopped is not None:
+        elif not (paused or exhausted) and stopped is not None:
             total -= (record.time - stopped).total_seconds()
             stopped = None
     total += ((stopped or now) - since).total_seconds()

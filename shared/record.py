@@ -200,8 +200,15 @@ def parse_record(wire: bytes) -> Record:
 
 
 Upcast = Callable[[Mapping[str, Any]], Mapping[str, Any]]
-# (type, schema it was written under) -> the same data one schema later. Empty until a first event changes shape.
-UPCASTS: dict[tuple[str, int], Upcast] = {}
+
+
+def _never_paused(data: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A run of schema 1 knew no pause: the threshold that came later must not decide otherwise in its replay."""
+    return {**data, "settings": {"pause_after_failures": 0, **data["settings"]}}
+
+
+# (type, schema it was written under) -> the same data one schema later.
+UPCASTS: dict[tuple[str, int], Upcast] = {("RunStarted", 1): _never_paused, ("RunBranched", 1): _never_paused}
 
 
 def broken_link(records: Sequence[Record], previous_chain: str = GENESIS) -> Record | None:

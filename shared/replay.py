@@ -52,7 +52,7 @@ def replay(records: Sequence[Record], services: Sequence[Service]) -> Replayed:
         event = (broken.event,)
         return Replayed(len(records), 0, 0, 0, Divergence(broken, broken.producer, event, (), "hash chain broken"))
     lineage = Lineage(records)
-    over = lineage.latest.status in ("finished", "cancelled")
+    over = lineage.latest.status == "finished"  # a cancelled run was broken off wherever it stood
     decisions = performed = pending = 0
     accounted: set[UUID] = set()
     for cause in records:
@@ -67,7 +67,7 @@ def replay(records: Sequence[Record], services: Sequence[Service]) -> Replayed:
                 decided = recorded
             else:
                 decide = service.decides.get(type(cause.event))
-                decided = tuple(decide(lineage.state(cause, run), cause.event)) if decide else ()
+                decided = tuple(lineage.decided(decide, cause, run)) if decide else ()
                 # The log of a run under way may end before an answer, or inside one that was written as a batch.
                 at_the_end = not given or given[-1] is records[-1]
                 if not over and at_the_end and len(recorded) < len(decided) and recorded == decided[: len(recorded)]:

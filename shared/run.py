@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
+from sia_events.shared.calls import journal_key
 from sia_events.shared.events import (
     AgentProposed,
     ApprovalGiven,
@@ -130,9 +131,11 @@ class Run:
 
 def final(run: Run, failure: AttemptFailed) -> bool:
     """Whether a failed attempt will not be tried again: the candidate's own fault, or our tries are used up."""
-    tries = run.attempts[failure.attempt].tries + 1
     if failure.kind == "budget":
         return False
+    name = journal_key(failure.attempt)
+    unpaid = sum(f.kind == "budget" and journal_key(f.attempt) == name for f in run.failures.values())
+    tries = run.attempts[failure.attempt].tries + 1 - unpaid
     return failure.kind != "infrastructure" or tries >= run.settings.attempt_tries
 
 

@@ -3,11 +3,19 @@
 import asyncio
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 from uuid import UUID
 
-from sia_events.shared.events import Event, RunBranched, ServiceFailed
+from sia_events.shared.events import (
+    AttemptRequested,
+    Event,
+    FeedbackRequested,
+    HarnessPatchRequested,
+    RunBranched,
+    RunStarted,
+    ServiceFailed,
+)
 from sia_events.shared.failpoints import reach
 from sia_events.shared.ports import BudgetSpent, Bus, Ports
 from sia_events.shared.record import IMPORTED, Record, answers
@@ -16,6 +24,8 @@ from sia_events.shared.run import Run, evolve, fold
 KEPT_EVERY = 64
 KEPT_RUNS = 64
 HELD_S = 1.0
+# What opens new work; judging what an attempt wrote, and learning, which takes no calls, go on while a run is held.
+BEGINNINGS = (RunStarted, AttemptRequested, FeedbackRequested, HarnessPatchRequested)
 
 
 @dataclass(frozen=True)
@@ -68,13 +78,22 @@ class Lineage:
         self._last = 0, self.latest
         self._given: dict[tuple[UUID | None, str], list[Record]] = {}
         self._forks: dict[str, Record] = {}
+        # (position that held the run, position that let it go on): what lies between was decided at the latter.
+        self._holds: list[tuple[int, int]] = []
+        self._held_at = 0
         self.extend(records)
 
     def extend(self, records: Sequence[Record]) -> None:
         """Take over the records behind those already known; `records` is the whole history."""
         for record in records[len(self.records) :]:
+            held = self.latest.held
             self.latest = evolve(self.latest, record)
             self.records.append(record)
+            if self.latest.held and not held:
+                self._held_at = record.position
+            # A branch goes on without deciding what its parent's hold kept back: it inherits that.
+            if held and not self.latest.held and not isinstance(record.event, RunBranched):
+                self._holds.append((self._held_at, record.position))
             if len(self.records) % KEPT_EVERY == 0:
                 self._kept.append(self.latest)
             self._given.setdefault((record.cause, record.producer), []).append(record)
@@ -82,10 +101,27 @@ class Lineage:
                 self._forks[record.run] = record
 
     def state(self, cause: Record, run: str) -> Run:
-        """The fold on which `run` decides its answer to `cause`."""
+        """The fold on which `run` decides its answer to `cause`.
+
+        A hold that ended before the fork stays one for what it kept back: the record that ended it was answered for it.
+        """
         state = self._after(cause.position)
         fork = self._forks.get(run)
-        return state if fork is None or fork.position <= cause.position else evolve(state, fork)
+        if fork is None or fork.position <= cause.position:
+            return state
+        forked = replace(evolve(state, fork), released=state.released)
+        if any(held < cause.position < going < fork.position for held, going in self._holds):
+            return replace(forked, paused=state.paused, exhausted=state.exhausted, cancelled=state.cancelled)
+        return forked
+
+    def decided(self, decide: Decide, cause: Record, run: str) -> Sequence[Event]:
+        """What `run` decides on `cause`. What a branch's parent answered with nothing, its settings do not reopen."""
+        fork = self._forks.get(run)
+        if fork is not None and cause.position < fork.position:
+            before = self._after(cause.position)
+            if not before.held and not decide(before, cause.event):
+                return ()
+        return decide(self.state(cause, run), cause.event)
 
     def _after(self, position: int) -> Run:
         """The state after the record at `position`, from the nearest one kept before it."""
@@ -132,11 +168,10 @@ async def answer(service: Service, lineage: Lineage, cause: Record, run: str, po
     for one in causes:
         if lineage.given(service, one):
             continue
-        state = lineage.state(one, run)
         if decide := service.decides.get(type(one.event)):
-            events = decide(state, one.event)
+            events = lineage.decided(decide, one, run)
         else:
-            events = await _performed(service, Work(state, one, ports))
+            events = await _performed(service, Work(lineage.state(one, run), one, ports))
         if events:
             reach(f"{service.name} before publishing on {one.type}")
             await ports.bus.append(run, answers(run, one, service.name, events))
@@ -144,14 +179,28 @@ async def answer(service: Service, lineage: Lineage, cause: Record, run: str, po
 
 
 async def _performed(service: Service, work: Work) -> Sequence[Event]:
-    """What comes of performing; where the run's budget ends in the midst of it, once there is more."""
+    """What comes of performing; where the run's budget ends in the midst of it, once there is more.
+
+    What begins something waits while the run is held. Of a cancelled run nothing more comes.
+    """
+    waits = isinstance(work.cause.event, BEGINNINGS)
     while True:
+        if waits and not await _goes_on(work):
+            return []
         try:
             return await service.performs[type(work.cause.event)](work, work.cause.event)
         except BudgetSpent:
             await asyncio.sleep(HELD_S)
-            while fold(await work.ports.bus.history(work.run.name)).held:  # noqa: ASYNC110 - a stream is only read
-                await asyncio.sleep(HELD_S)
+            waits = True
+
+
+async def _goes_on(work: Work) -> bool:
+    """Return when the run is not held; False when it is cancelled, and never will be."""
+    while (run := fold(await work.ports.bus.history(work.run.name))).held:
+        if run.cancelled is not None:
+            return False
+        await asyncio.sleep(HELD_S)
+    return True
 
 
 async def serve(service: Service, bus: Bus, ports: Ports, run: str | None = None, at_once: int = 1) -> None:

@@ -10,6 +10,7 @@ from pydantic import ValidationError
 from sia_events import app
 from sia_events.catching_up import settled
 from sia_events.errors import Unusable
+from sia_events.roles import require_prices
 from sia_events.shared.events import (
     ApprovalGiven,
     ApprovalRefused,
@@ -40,6 +41,8 @@ async def say(settings: Settings, run: str, word: Say) -> dict[str, Any]:
         if state.finished or state.cancelled is not None:
             raise Unusable(f"run {name} is {state.status}; there is nothing left to say to it")
         event = word(state)
+        if isinstance(event, BudgetChanged) and not settings.nats_url:
+            require_prices(settings, state.settings.model_copy(update={"budget": event.budget}))
         (record,) = await bus.append(name, answers(name, _cause(history, event), "cli", [event]))
         if record.event != event:
             raise Unusable(f"somebody was quicker: run {name} has {record.type} there already; sia log {name}")

@@ -43,7 +43,6 @@ def require_askable(settings: Settings, wanted: RunSettings, environ: Mapping[st
         mend = "pip install 'sia-events[claude]'" if wanted.backend == "claude" else f"take one of {there}"
         raise Unusable(f"--backend {wanted.backend} is not installed here: {mend}; nothing was written")
     asked = {wanted.target_model, *((wanted.meta_model, wanted.feedback_model) if hosted else ())} - {None}
-    usd = pricing(settings.providers, settings.prices)
     for model in sorted(filter(None, asked)):
         name, rest = split_model(model)
         if name not in settings.providers or not rest:
@@ -52,6 +51,14 @@ def require_askable(settings: Settings, wanted: RunSettings, environ: Mapping[st
         provider = settings.providers[name]
         if provider.kind in ADAPTERS and (missing := lacks(provider, environ)):
             raise Unusable(f"{model}: {missing}; nothing was written. sia doctor shows which providers are ready")
+    require_prices(settings, wanted)
+
+
+def require_prices(settings: Settings, wanted: RunSettings) -> None:
+    """Raises Unusable for a limit in dollars on a model without a price: no call of it would be made."""
+    hosted = (wanted.meta_model, wanted.feedback_model) if wanted.backend != "builtin" else ()
+    usd = pricing(settings.providers, settings.prices)
+    for model in sorted(filter(None, {wanted.target_model, *hosted})):
         if wanted.budget.usd is not None and usd(model, {"prompt_tokens": 1, "completion_tokens": 1}) is None:
             raise Unusable(
                 f"a limit in dollars needs the price of {model}, which nobody knows here; nothing was written. "
