@@ -103,13 +103,20 @@ def _read(response: httpx.Response, brief: Brief) -> Reply:
         choice = response.json()["choices"][0]
         message = choice["message"]
         return Reply(
-            text=message.get("content") or "",
+            text=_words(message.get("content")),
             calls=tuple(message.get("tool_calls") or ()),
             finish=choice.get("finish_reason") or "stop",
             refusal=message.get("refusal") or "",
         )
     except (ValueError, LookupError, TypeError, AttributeError) as error:
         raise WritingFailed(f"the reply of {brief.model} to {brief.key} holds no message: {error!r}") from error
+
+
+def _words(content: Any) -> str:
+    """A message's text; some endpoints send parts, the model's thinking among them."""
+    if isinstance(content, list):
+        return "".join(part["text"] for part in content if part.get("type") == "text")
+    return content or ""
 
 
 def _message(response: httpx.Response) -> str:

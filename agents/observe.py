@@ -27,7 +27,8 @@ async def observe(run: Run, records: Sequence[Record], blobs: Blobs) -> Attempt:
     task = decode_task(await blobs.get(run.task.spec))
     logged = run.executions[scored.attempt]
     data = await load_tree(blobs, run.task.datasets["dev"])
-    items = items_in(data.get(ITEMS, b""))
+    # A plain task's file of that name is its own matter, and dev is a part of it only.
+    items = items_in(data.get(ITEMS, b"")) if task.splits else {}
     calls = calls_in(await blobs.get(logged.trajectory))
     outputs = answers_in((await load_tree(blobs, logged.outputs)).get(ANSWERS, b""))
     return seen(scored, position, logged.trajectory, items, outputs, calls, task.labels, run.task.maximize)

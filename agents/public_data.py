@@ -54,6 +54,9 @@ def _rows(name: str, rows: Sequence[object]) -> str:
 
 
 def _row(row: object) -> str:
+    if isinstance(row, dict):
+        # What stands behind the last column of a table has no name.
+        row = {str(key): value for key, value in row.items()}
     return cut(msgspec.json.encode(row).decode(), ROW_CHARS).replace("\n", " ")
 
 

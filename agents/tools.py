@@ -86,9 +86,12 @@ def read_call(name: str, arguments: str) -> Tool:
     if name not in TOOLS:
         raise ToolError(f"there is no tool {name[:100]!a}; there are: {', '.join(TOOLS)}")
     try:
-        return msgspec.json.decode(arguments or "{}", type=TOOLS[name])
+        call = msgspec.json.decode(arguments or "{}", type=TOOLS[name])
     except (msgspec.DecodeError, UnicodeEncodeError, RecursionError) as error:
         raise ToolError(f"the arguments of {name} are not of its form: {error}") from error
+    if isinstance(call, Run) and "\0" in call.command:
+        raise ToolError("a command cannot hold a zero byte; nothing was run")
+    return call
 
 
 def use(call: Tool, files: Mapping[str, bytes], data: Mapping[str, bytes]) -> tuple[Mapping[str, bytes], str]:
@@ -117,6 +120,8 @@ def use(call: Tool, files: Mapping[str, bytes], data: Mapping[str, bytes]) -> tu
 def _written(files: Mapping[str, bytes], path: str, body: bytes) -> tuple[Mapping[str, bytes], str]:
     if problem := path_problem(path):
         raise ToolError(f"{problem}; nothing was changed")
+    if inside := next((name for name in files if name.startswith(f"{path}/") or path.startswith(f"{name}/")), None):
+        raise ToolError(f"{path} and {inside} cannot both be: one is a file and a folder at once; nothing was changed")
     broken = body_problem(path, body)
     # Code that does not compile yet may be half of an edit: it is kept, and finish will not take it.
     return {**files, path: body}, f"{path} is written, {len(body):,} bytes" + (f". {broken}" if broken else "")

@@ -90,7 +90,7 @@ async def _plain_judge(
         return {**folder, name: keep_only(key.file, folder[name], some)}
 
     written = await _own_judge(work, task, about(ids), outputs)
-    if grades := plain.items_of(written, ids):
+    if grades := plain.items_of(written, ids, task.direction == "maximize"):
         return grades
     if len(ids) < BLOCKS:
         return Grades((plain.figure_of(written, task.metric),), {}, 0.0)

@@ -15,14 +15,17 @@ UNANSWERED = ("missing", "failed_inference")
 RIGHT, ASKED = ("correct", "n_correct"), ("total_questions", "total", "n_total")
 
 
-def items_of(written: Mapping[str, bytes], ids: Sequence[str]) -> Grades | None:
-    """A score for each of `ids`, where the results list them; None where they list no items.
+def items_of(written: Mapping[str, bytes], ids: Sequence[str], maximize: bool = True) -> Grades | None:
+    """A score for each of `ids`, where the results list them; None where they list no items, or items without scores.
 
-    What is not listed was not answered and counts as 0. Ids beside `ids` are left out: their answers were not there to
+    What is not listed was not answered and counts as 0, or refuses the lot where less is better.
+    Ids beside `ids` are left out: their answers were not there to
     compare with. An id that is listed twice refuses the lot.
     """
     rows = _listed(_results(written))
     if rows is None:
+        return None
+    if rows and not any(_verdict(row) is not None for row in rows):
         return None
     given: dict[str, float] = {}
     unanswered: set[str] = set()
@@ -32,11 +35,13 @@ def items_of(written: Mapping[str, bytes], ids: Sequence[str]) -> Grades | None:
             raise OutputRefused("the evaluator lists an item twice: the agent answered it twice")
         if str(row.get("status", "")).lower() in UNANSWERED:
             unanswered.add(id)
-        given[id] = float(next((row[name] for name in VERDICTS if isinstance(row.get(name), bool | int | float)), 0))
+        given[id] = _verdict(row) or 0.0
     if not given.keys() & set(ids):
         raise OutputRefused(f"the evaluator lists none of the {len(ids)} items asked: nothing was answered")
     items = tuple(given.get(id, 0.0) for id in ids)
     missing = sum(id not in given or id in unanswered for id in ids)
+    if missing and not maximize:
+        raise OutputRefused(f"{missing} of {len(ids)} items have no answer")
     counts = {"unanswered": missing, "wrong": sum(item <= 0 for item in items) - missing}
     return Grades(items, {kind: count for kind, count in counts.items() if count}, 0.0)
 
@@ -79,6 +84,10 @@ def _listed(results: Mapping[str, Any]) -> list[dict[str, Any]] | None:
         if isinstance(rows, list) and all(isinstance(r, dict) and r.keys() & set(IDS) for r in rows):
             return rows
     return None
+
+
+def _verdict(row: Mapping[str, Any]) -> float | None:
+    return next((float(row[name]) for name in VERDICTS if isinstance(row.get(name), bool | int | float)), None)
 
 
 def _number(figures: Mapping[str, Any], name: str) -> float | None:

@@ -23,22 +23,26 @@ ADDRESS = "127.0.0.1:8080"
 REQUESTS = (b"GET ", b"POST ")
 # A gateway that broke down over a request; what it refuses, or a provider did not answer, has another status.
 BROKEN = (b"HTTP/1.0 500", b"HTTP/1.1 500")
+# A stream says so at its head, and has an end of its own (RFC 9112, section 7.1); without it, it broke off.
+STREAM, STREAM_ENDS = b"transfer-encoding: chunked", b"0\r\n\r\n"
 SUBREAPER = 36  # PR_SET_CHILD_SUBREAPER, linux/prctl.h
 
 
 class Half:
     """One direction of a connection. It holds one chunk at most, so a slow reader slows its writer.
 
-    The client's is `asking` from a request's first byte to the reply's.
+    The client's is `asking` from a request's first byte to the reply's; the gateway's is `streaming` until the reply's
+    last, of which `tail` is what came so far.
     """
 
-    __slots__ = ("asking", "chunk", "ended", "other", "sink", "source")
+    __slots__ = ("asking", "chunk", "ended", "other", "sink", "source", "streaming", "tail")
 
     other: "Half"
 
     def __init__(self, source: socket.socket, sink: socket.socket) -> None:
         self.source, self.sink = source, sink
         self.chunk, self.ended, self.asking = b"", False, False
+        self.streaming, self.tail = False, b""
 
     def fill(self) -> bool:
         """Whether there was something to take from the source, its end included."""
@@ -98,8 +102,15 @@ class Relay:
             half.asking = half.chunk.startswith(REQUESTS) or (half.asking and not half.ended)
         elif half.other.asking:
             half.other.asking = False
+            half.streaming = STREAM in half.chunk.lower()
             if not half.chunk or half.chunk.startswith(BROKEN):
                 self.lose()
+        elif half.streaming and not half.chunk and not half.other.ended:
+            half.streaming = False
+            self.lose()
+        if half.streaming:
+            half.tail = (half.tail + half.chunk)[-len(STREAM_ENDS) :]
+            half.streaming = half.tail != STREAM_ENDS
 
     def lose(self) -> None:
         # Beyond what the pipe holds nobody counts.

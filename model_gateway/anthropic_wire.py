@@ -20,11 +20,16 @@ from sia_events.model_gateway.wire import (
     named_frame,
     native_body,
     native_for,
+    require_no_links,
+    require_own_tools,
     text_of,
 )
 from sia_events.shared.chunks import chunks
 from sia_events.shared.ports import Chat, Models
 
+# Tools of Anthropic's own making that the caller runs, and its own.
+OWN_TOOLS = ("custom", "bash_", "text_editor_", "memory_", "computer_")
+ELSEWHERE = ("mcp_servers", "container", "speed")
 TOOL_CHOICES = {"auto": "auto", "any": "required", "none": "none"}
 
 
@@ -111,6 +116,8 @@ def _tool_choice(asked: dict[str, Any] | None) -> str | Mapping[str, Any] | None
 
 def _question(port: Models, ask: Ask) -> Question:
     if native := native_for(port, ask, "anthropic"):
+        require_own_tools(ask, OWN_TOOLS, ELSEWHERE)
+        require_no_links(ask.body.get("messages"))
         whole, most = native_body(ask, "max_tokens")
         # Our own note of the item that a call is made for; Anthropic refuses fields it does not know.
         if isinstance(noted := whole.get("metadata"), dict):

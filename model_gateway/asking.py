@@ -147,7 +147,10 @@ class Calls:
         reply, usage, failure = None, None, None
         try:
             reply = await self._patiently(question, reading, streamed)
+            # Who tells no count is held to the most that it can have been: money spent is never counted as none.
             usage = wire.usage(reply)
+            if not usage.get("prompt_tokens") and not usage.get("completion_tokens"):
+                usage = completion.usage_of(worst, question.max_tokens)
         except ModelFailed as failed:
             failure = failed
             # What had come is paid for, and who broke off told no count: a part has a token at least.

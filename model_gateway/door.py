@@ -155,5 +155,5 @@ async def _body(request: Request) -> Mapping[str, Any]:
             raise Refused(413, f"request larger than {MAX_BODY:,} bytes")
     try:
         return msgspec.json.decode(bytes(raw), type=dict[str, Any])
-    except msgspec.DecodeError as error:
+    except (msgspec.DecodeError, RecursionError) as error:
         raise Refused(400, f"the request is no JSON object: {error}") from error

@@ -18,11 +18,15 @@ from sia_events.model_gateway.wire import (
     named_frame,
     native_body,
     native_for,
+    require_no_links,
+    require_own_tools,
     text_of,
 )
 from sia_events.shared.chunks import chunks
 from sia_events.shared.ports import Chat, Models
 
+OWN_TOOLS = ("function", "custom", "local_shell", "apply_patch")
+ELSEWHERE = ("background", "prompt")
 TEXTS = ("input_text", "output_text", "text")
 ROLES = {"user": "user", "assistant": "assistant", "system": "system", "developer": "system"}
 
@@ -74,6 +78,10 @@ def as_messages(body: ResponsesBody) -> list[Mapping[str, Any]]:
 
 def _question(port: Models, ask: Ask) -> Question:
     if native := native_for(port, ask, "responses"):
+        require_own_tools(ask, OWN_TOOLS, ELSEWHERE)
+        if ask.body.get("service_tier") not in (None, "auto", "default", "flex"):
+            raise Refused(400, "`service_tier` is not served: it makes a call dearer than its price")
+        require_no_links(ask.body.get("input"))
         whole, most = native_body(ask, "max_output_tokens")
         return Question(
             most,

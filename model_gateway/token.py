@@ -1,7 +1,10 @@
 """Attempt tokens: what a gateway believes of a caller, signed, so that it need not remember anybody."""
 
+import os
 import secrets
+import tempfile
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -67,8 +70,15 @@ def keep_secret(home: Path, given: str | None) -> str:
         return given
     file = home / "gateway.secret"
     if not file.exists():
-        file.touch(mode=0o600)
-        file.write_text(secrets.token_urlsafe(32))
+        # Whole or not there at all: with an empty secret anybody could sign, an agent in its box too.
+        handle, new = tempfile.mkstemp(dir=home, prefix="secret-")  # readable by its owner only
+        with os.fdopen(handle, "w") as drawn:
+            drawn.write(secrets.token_urlsafe(32))
+            drawn.flush()
+            os.fsync(drawn.fileno())
+        with suppress(FileExistsError):  # somebody was quicker
+            os.link(new, file)
+        os.unlink(new)
     return file.read_text()
 
 

@@ -182,6 +182,35 @@ def native_body(ask: Ask, limit: str) -> tuple[dict[str, Any], int]:
     return body | {"model": ask.model.partition("/")[2], limit: most}, most
 
 
+def require_own_tools(ask: Ask, own: tuple[str, ...], elsewhere: tuple[str, ...]) -> None:
+    """Raises Refused for what a provider would do beside answering: an agent in a box has no network.
+
+    `own` begin the types of the tools that the caller runs itself, `elsewhere` are fields that reach further, or that
+    put a call off or make it dearer than its price.
+    """
+    tools = ask.body.get("tools") or []
+    if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
+        raise Refused(400, "tools is no list of objects")
+    for tool in tools:
+        if not str(tool.get("type") or "custom").startswith(own):
+            raise Refused(400, f"the tool {tool['type']!r} is not served: it runs at the provider, which has a network")
+    if there := [name for name in elsewhere if ask.body.get(name)]:
+        raise Refused(400, f"`{there[0]}` is not served")
+
+
+def require_no_links(content: Any) -> None:
+    """Raises Refused for a block that the provider would fetch from an address."""
+    for block in content if isinstance(content, list) else ():
+        if isinstance(block, dict):
+            source = block.get("source")
+            told = [block.get("image_url"), block.get("file_url")]
+            told += [source.get("url")] if isinstance(source, dict) else []
+            if any(isinstance(url, str) and not url.startswith("data:") for url in told):
+                raise Refused(400, "a block with an address is not served; send the content itself")
+            for name in ("content", "output"):
+                require_no_links(block.get(name))
+
+
 def native_for(port: Models, ask: Ask, name: ProviderWire) -> Native | None:
     """The provider as one that speaks the wire itself, if it does.
 

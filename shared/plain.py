@@ -33,12 +33,13 @@ def find_key(private: Mapping[str, bytes]) -> Key | None:
     return found[0] if len(found) == 1 else None
 
 
-def deal(ids: Sequence[str]) -> dict[str, tuple[str, ...]]:
-    """A quarter of the ids as dev, half as gate, the rest as test, by a hash of the id alone.
+def deal(ids: Sequence[str], key: bytes = b"") -> dict[str, tuple[str, ...]]:
+    """A quarter of the ids as dev, half as gate, the rest as test, by a hash of the id and of the answer `key`.
 
-    Every attempt answers all of them and cannot tell which count where, so no split has to be kept from an agent.
+    Every attempt answers all of them and, the key being private, cannot tell which count where.
     """
-    dealt = sorted(ids, key=lambda id: hashlib.sha256(f"plain split {id}".encode()).hexdigest())
+    secret = hashlib.sha256(key).hexdigest()
+    dealt = sorted(ids, key=lambda id: hashlib.sha256(f"plain split {secret} {id}".encode()).hexdigest())
     splits: dict[str, tuple[str, ...]] = {}
     for name, share in SHARES.items():
         size = round(share * len(ids))
@@ -50,7 +51,7 @@ def keep_only(name: str, body: bytes, ids: Collection[str]) -> bytes:
     """The key file with the answers to `ids` and no others, in its own format and order."""
     wanted = set(ids)
     if name.endswith(".csv"):
-        rows = list(csv.reader(io.StringIO(_text(body))))
+        rows = _rows(body)
         column = _id_column(rows[0])
         assert column is not None, "a key has a column of ids"
         out = io.StringIO()
@@ -78,7 +79,7 @@ def _ids(name: str, body: bytes) -> tuple[str, ...] | None:
 
 def _stated_ids(name: str, body: bytes) -> list[str | None] | None:
     if name.endswith(".csv"):
-        rows = [row for row in csv.reader(io.StringIO(_text(body))) if row]
+        rows = _rows(body)
         column = _id_column(rows[0]) if rows else None
         return None if column is None else [row[column] if len(row) > column else None for row in rows[1:]]
     if name.endswith(".jsonl"):
@@ -104,6 +105,11 @@ def _id_of(row: Any) -> str | None:
             if isinstance(row.get(name), str | int):
                 return str(row[name])
     return None
+
+
+def _rows(body: bytes) -> list[list[str]]:
+    """A table's rows, its blank lines left out."""
+    return [row for row in csv.reader(io.StringIO(_text(body), newline="")) if row]
 
 
 def _text(body: bytes) -> str:

@@ -123,7 +123,7 @@ def answer_key(task: Task) -> Key | None:
 def plain_splits(task: Task) -> dict[str, tuple[str, ...]]:
     """Ids by split of a plain task, empty without an answer key: then no score of it is held out."""
     key = answer_key(task)
-    return deal(key.ids) if key else {}
+    return deal(key.ids, private_files(task)[key.file]) if key else {}
 
 
 def private_files(task: Task) -> dict[str, bytes]:

@@ -208,7 +208,7 @@ IMAGE: Any = {"type": "image", "source": {"type": "url", "url": "https://example
     ("path", "change", "message"),
     [
         ("/v1/messages", {"messages": [{"role": "user", "content": [IMAGE]}]}, "blocks of type 'image'"),
-        ("/v1/messages", {"messages": [{"role": "system", "content": "x"}]}, "the role is 'system'"),
+        ("/v1/messages", {"messages": [{"role": "tool", "content": "x"}]}, "the role is 'tool'"),
         ("/v1/messages", {"messages": [{"role": "user", "content": 7}]}, "neither text nor a list of blocks"),
         ("/v1/messages", {"max_tokens": None}, "max_tokens"),
         ("/v1/messages", {"tools": [{"type": "web_search_20250305", "name": "w"}]}, "runs at Anthropic"),

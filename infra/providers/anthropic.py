@@ -102,6 +102,9 @@ class AnthropicModels:
             return request(call, model)
         except Untranslatable as error:
             raise unsupported(self._account, f"cannot be asked with {error}") from error
+        except (LookupError, TypeError, AttributeError, ValueError) as error:
+            # What agents send is checked nowhere else, and a mistake of theirs must not pass for ours.
+            raise unsupported(self._account, f"cannot be asked with a malformed message or tool: {error!r}") from error
 
 
 def _with_betas(body: Mapping[str, Any]) -> tuple[Mapping[str, Any], dict[str, str]]:

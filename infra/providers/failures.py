@@ -9,12 +9,14 @@ from sia_events.infra.providers.account import Account
 from sia_events.shared.ports import FailedCall, ModelFailed
 
 QUOTED = 500
+# What Anthropic and Google say, with status 400, of an account without money and of a key that is none.
+ACCOUNT = re.compile(r"credit balance|API[ _]key (not valid|expired|not found)|API_KEY_INVALID", re.IGNORECASE)
 
 
 def kind_of(status: int) -> FailedCall:
     """The kind of failure that an HTTP status stands for."""
     match status:
-        case 401 | 403:
+        case 401 | 402 | 403:
             return "no_key"
         case 404:
             return "unknown_model"
@@ -31,6 +33,9 @@ def kind_of(status: int) -> FailedCall:
 def answered(account: Account, status: int, said: str, headers: Mapping[str, str]) -> ModelFailed:
     """The failure of a call that the provider answered with `status`, in its own words as far as they hold no key."""
     name, kind = account.name, kind_of(status)
+    if status == 400 and ACCOUNT.search(said):
+        # No request would be answered: that must not pass for the caller's fault.
+        kind = "no_key"
     words = _quote(account, said)
     match kind:
         case "no_key":
@@ -88,5 +93,7 @@ def seconds_to_wait(headers: Mapping[str, str]) -> float | None:
 
 def _quote(account: Account, said: str) -> str:
     if account.key:
-        said = said.replace(account.key, "[the key]")
+        # As it is, and as Python writes it where it has a character that cannot be sent.
+        for written in (account.key, repr(account.key)[1:-1], ascii(account.key)[1:-1]):
+            said = said.replace(written, "[the key]")
     return said if len(said) <= QUOTED else f"{said[:QUOTED]} … ({len(said)} characters)"

@@ -65,7 +65,8 @@ class Providers:
 
     def _made(self, name: str, provider: Provider) -> Hosted:
         module, adapter, _, _ = ADAPTERS[provider.kind]
-        key = self._environ.get(provider.key_env, "") if provider.key_env else ""
+        # A line's end that came with it from a file is no part of a key, and HTTP would quote both in its complaint.
+        key = self._environ.get(provider.key_env, "").strip() if provider.key_env else ""
         # Said to the SDK in any case: left to itself it would look for a place in the environment.
         place = provider.base_url or BUILT_IN.get(provider.kind, {}).get("base_url")
         provider = provider.model_copy(update={"base_url": place})
@@ -93,7 +94,7 @@ def lacks(provider: Provider, environ: Mapping[str, str]) -> Lack | None:
     _, _, sdk, package = ADAPTERS[provider.kind]
     if not _installed(sdk):
         return Lack(f"{sdk} is not installed", f"pip install '{package}'", 400, "unsupported")
-    if provider.key_env and not environ.get(provider.key_env):
+    if provider.key_env and not environ.get(provider.key_env, "").strip():
         return Lack(f"the variable {provider.key_env} is not set", f"set {provider.key_env} to a key", 401, "no_key")
     return None
 

@@ -80,6 +80,9 @@ class GoogleModels:
             return {**config(call), "model": model, "contents": contents(call.messages)}
         except Untranslatable as error:
             raise unsupported(self._account, f"cannot be asked with {error}") from error
+        except (LookupError, TypeError, AttributeError, ValueError) as error:
+            # What agents send is checked nowhere else, and a mistake of theirs must not pass for ours.
+            raise unsupported(self._account, f"cannot be asked with a malformed message or tool: {error!r}") from error
 
     @contextmanager
     def _named(self) -> Iterator[None]:

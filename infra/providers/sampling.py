@@ -12,6 +12,8 @@ from typing import Any, TypeVar
 from sia_events.shared.ports import ModelFailed
 
 HINTS = ("temperature", "top_p", "seed")
+# A refusal of what stands in one request is not one of the argument: learned, it would change everybody's calls.
+OF_A_VALUE = re.compile(r"range|maximum|minimum|less than|greater than|between|[<>]=|must be", re.IGNORECASE)
 T = TypeVar("T")
 
 
@@ -30,6 +32,6 @@ class Sampling:
                 return await send(sent)
             except ModelFailed as failed:
                 named = {hint for hint in HINTS if hint in sent and re.search(rf"\b{hint}\b", str(failed))}
-                if failed.kind != "refused" or not named:
+                if failed.kind != "refused" or not named or OF_A_VALUE.search(str(failed)):
                     raise
                 refused |= named

@@ -22,6 +22,8 @@ EXECUTION, IMPROVEMENT, RESULTS, CONTEXT, PROFILES = (
     "context.md",
     "profiles.json",
 )
+# Names that readers take for the evaluator's word.
+TOLD = (RESULTS, "evaluation_results.json", "evaluation.log", HARNESS_LIST)
 PROMPTS = ("meta_agent_prompt.txt", "feedback_agent_prompt.txt")
 
 
@@ -68,12 +70,15 @@ def _furthest(run: Run, versions: Sequence[Version]) -> Version:
 
 
 async def _generation(run: Run, version: Version, written: Written | None, blobs: Blobs) -> dict[str, bytes]:
-    """The files of one generation's folder; the harness's own keep their names whatever the agent wrote."""
+    """The files of one generation's folder. What is told of it keeps its names whatever the agent or its author wrote:
+    who reads the folder would take a results.json of theirs for the evaluator's.
+    """
     harness = await load_tree(blobs, version.harness)
     files: dict[str, bytes] = {}
     logged = [e for e in run.executions.values() if e.version == version.name and e.split == "dev"]
     if logged:
-        files.update(await load_tree(blobs, logged[-1].outputs))
+        outputs = await load_tree(blobs, logged[-1].outputs)
+        files.update({name: body for name, body in outputs.items() if name not in TOLD})
         files.setdefault(EXECUTION, await _execution(logged[-1], blobs))
     for scored in run.scored(version.name, "dev")[-1:]:
         files[RESULTS] = _json(_results(run, scored))
@@ -83,6 +88,7 @@ async def _generation(run: Run, version: Version, written: Written | None, blobs
         files[PROMPTS[version.generation > 0]] = await blobs.get(written.prompt)
     if version.generation:
         files[IMPROVEMENT] = await blobs.get(written.note) if written else _improvement(run, version).encode()
+    harness = {name: body for name, body in harness.items() if name not in TOLD}
     return {**files, **harness, HARNESS_LIST: _json(sorted(harness))}
 
 

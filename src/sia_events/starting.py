@@ -1,6 +1,7 @@
 """What a run is checked and made ready for before anything of it is recorded: its first agent, packages and splits."""
 
 import asyncio
+import re
 import shutil
 import subprocess
 import sys
@@ -17,6 +18,9 @@ from sia_events.shared.tree import TreeRefused, read_tree
 
 REFERENCE = "reference_target_agent.py"
 TALK_CHARACTERS = 600
+# A name as PEP 508 has it, its extras, and versions or a marker; no address and no path: what is there is built, and
+# building runs its code here, which pip's --only-binary does not prevent.
+PACKAGE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*\s*(\[[^\]/]*\])?\s*\(?\s*([<>=!~;][^/@]*)?")
 
 
 def first_agent(task: Task, given: Path | None, entry: str | None = None) -> Mapping[str, bytes]:
@@ -76,6 +80,8 @@ async def lay_down(home: Path, asked: bytes | None) -> Path | None:
     """
     if asked is None or not listed(asked):
         return None
+    if strange := [line for line in listed(asked) if not PACKAGE.fullmatch(line)]:
+        raise Unusable(f"requirements.txt: {strange[0]!r} is no package of an index by name; nothing was installed")
     target = folder(home, asked)
     if target.is_dir():
         return target
@@ -92,7 +98,8 @@ async def lay_down(home: Path, asked: bytes | None) -> Path | None:
             "--quiet",
         )
         command = (sys.executable, "-m", "pip", "install", *options, "--", *listed(asked))
-        done = await asyncio.to_thread(subprocess.run, command, capture_output=True, text=True)
+        # Elsewhere than here: pip takes a file of a package's name for the package.
+        done = await asyncio.to_thread(subprocess.run, command, capture_output=True, text=True, cwd=scratch)
         if done.returncode:
             raise Unusable(
                 f"packages of requirements.txt could not be installed, nothing was kept: "
