@@ -232,6 +232,26 @@ async def test_what_has_no_equal_at_another_provider_is_refused_clearly(
         assert there.provider.count == 0 and not await there.recorded()
 
 
+@pytest.mark.parametrize(
+    ("model", "path", "change"),
+    [
+        (ANTHROPIC, "/v1/messages", {"tools": [{"type": "web_search_20250305", "name": "web_search"}]}),
+        (ANTHROPIC, "/v1/messages", {"mcp_servers": [{"type": "url", "url": "https://example.org", "name": "m"}]}),
+        (ANTHROPIC, "/v1/messages", {"messages": [{"role": "user", "content": [IMAGE]}]}),
+        (OPENAI, "/v1/responses", {"tools": [{"type": "web_search"}]}),
+        (OPENAI, "/v1/responses", {"background": True}),
+    ],
+)
+async def test_what_a_provider_would_fetch_or_do_elsewhere_is_refused_where_bodies_pass_through_too(
+    model: str, path: str, change: dict[str, Any]
+):
+    """An agent in a box has no network, and a provider's own tools would be one."""
+    async with house() as there, there.http(model) as client:
+        reply = await client.post(path, json={**dict(WIRES)[path], **change})
+        assert reply.status_code == 400 and "not served" in told(path, reply.json())[1]
+        assert there.provider.count == 0 and not await there.recorded()
+
+
 async def test_the_clients_raise_their_own_errors_for_what_the_gateway_refuses():
     async with house(ledger=Purse(calls=0)) as there:
         with pytest.raises(openai.PermissionDeniedError, match=f"it may use {COMPATIBLE}"):
