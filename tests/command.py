@@ -4,6 +4,7 @@ import asyncio
 import ctypes
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -131,6 +132,8 @@ def start(home: Path, *words: object, **more: str) -> subprocess.Popen[str]:
         stderr=pipe,
         text=True,
         start_new_session=True,
+        # Whoever started the tests in the background had SIGINT ignored, which is inherited.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )
 
 
