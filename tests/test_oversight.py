@@ -26,7 +26,6 @@ from sia_events.shared.events import (
     RunCancelled,
     RunPaused,
     RunResumed,
-    RunSettings,
     RunSteered,
     VersionAccepted,
 )
@@ -214,4 +213,3 @@ def test_a_cancelled_run_is_over_and_says_so(tmp_path: Path, task: Path):
     assert answered(tmp_path, "cancel", "r1", "--reason", "enough")["status"] == "cancelled"
     ended = sia(tmp_path, "run", "--resume", "r1")
     assert ended.returncode == 1 and "cancelled: enough" in ended.stderr
-    assert RunSettings().autonomy == "full"
