@@ -85,7 +85,7 @@ def test_killed_at_every_named_point_one_after_the_other_the_run_comes_to_the_sa
         died = sia(tmp_path, *command(task), SIA_FAIL_AT=point)
         assert died.returncode == KILLED, f"{point}: {died.returncode}\n{died.stderr}"
         assert_none_left(children)
-    end = sia(tmp_path, "run", "--resume", "r1")
+    end = sia(tmp_path, *command(task))
     assert end.returncode == 0 and "improved" in end.stdout, end.stderr
     assert_whole(tmp_path, log(tmp_path), undisturbed)
     assert_none_left(children)

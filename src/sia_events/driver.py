@@ -106,7 +106,7 @@ async def run(
         else:
             state = fold(await node.bus.history(name))
             # A run that was killed between its end and telling of it is over, and still has something to say.
-            if state.finished and not resume and not (node.names and await recorder.lag(node.bus)):
+            if state.finished and not resume and not _untold(settings, name).exists():
                 raise Unusable(f"run {name} exists and is finished; take another name, or sia show {name}")
             if chosen and state.task and chosen.name != state.task.task:
                 raise Unusable(f"run {name} exists, for task {state.task.task}; take another name")
@@ -210,9 +210,17 @@ async def _stores(settings: Settings, purpose: str) -> AsyncIterator[app.Node]:
             yield app.with_services(node, (*app.SERVICES, *app.LOOPS))
 
 
+def _untold(settings: Settings, name: str) -> Path:
+    """A file that is there from when a run is followed until its end has been told."""
+    return settings.home / "untold" / name
+
+
 async def _drive(node: app.Node, settings: Settings, name: str, as_json: bool) -> int:
     """Follow the run to its end, and say what it came to."""
     started = time.monotonic()
+    untold = _untold(settings, name)
+    untold.parent.mkdir(exist_ok=True)
+    untold.touch()
     asked = fold(await node.bus.history(name)).settings
     node = app.as_asked(node, asked.sandbox, is_local(settings, asked))
     if node.names:
@@ -248,7 +256,9 @@ async def _drive(node: app.Node, settings: Settings, name: str, as_json: bool) -
         print(f"everything so far is kept; mend the cause and: sia run --resume {name}", file=sys.stderr)
     if isinstance(end, Run):
         print(stopped_text(end), file=sys.stderr)
-    print(json.dumps(summary) if as_json else views.ending_text(summary, settings.home))
+    print(json.dumps(summary) if as_json else views.ending_text(summary, settings.home), flush=True)
+    reach("sia run after its last word")
+    untold.unlink(missing_ok=True)
     if isinstance(end, Run):
         return 1 if end.cancelled is not None else 3
     return 0 if isinstance(end, RunFinished) and end.outcome != "failed" else 1
