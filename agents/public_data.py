@@ -14,6 +14,8 @@ OPEN = "train.jsonl"
 SAMPLES = 2
 ROW_CHARS = 300
 LABELS = 30
+KEYS = 30
+NAME_CHARS = 60
 TEXT_CHARS = 200
 
 
@@ -37,20 +39,24 @@ def _content(name: str, body: bytes) -> str:
             return _rows(name, list(csv.DictReader(io.StringIO(text), delimiter="\t" if kind == "tsv" else ",")))
         if kind == "json":
             return _value(msgspec.json.decode(body))
-    except (msgspec.DecodeError, csv.Error) as error:
+    except (msgspec.DecodeError, csv.Error, RecursionError) as error:
         return f"text that is no {kind}: {error}."
     return f"text, {len(text.splitlines()):,} lines; it begins {cut(text, TEXT_CHARS)!r}"
 
 
 def _rows(name: str, rows: Sequence[object]) -> str:
     tables = [row for row in rows if isinstance(row, dict)]
-    keys = list(dict.fromkeys(str(key) for row in tables for key in row))
+    names = dict.fromkeys(cut(str(key), NAME_CHARS) for row in tables for key in row)
     shown = "".join(f"\n  - `{_row(row)}`" for row in rows[:SAMPLES])
     counted = ""
     if name == OPEN and (labels := Counter(str(row["label"]) for row in tables if "label" in row)):
-        commonest = ", ".join(f"{cut(label, 60)} {times}" for label, times in labels.most_common(LABELS))
-        counted = f"\n  - labels: {commonest}" + (f" and {len(labels) - LABELS} more" if len(labels) > LABELS else "")
-    return f"{len(rows):,} rows with {', '.join(keys) or 'no keys'}; the first:{shown}{counted}"
+        counts = [f"{cut(label, NAME_CHARS)} {times}" for label, times in labels.most_common()]
+        counted = f"\n  - labels: {_listed(counts, LABELS)}"
+    return f"{len(rows):,} rows with {_listed([*names], KEYS) or 'no keys'}; the first:{shown}{counted}"
+
+
+def _listed(words: Sequence[str], most: int) -> str:
+    return ", ".join(words[:most]) + (f" and {len(words) - most:,} more" if len(words) > most else "")
 
 
 def _row(row: object) -> str:

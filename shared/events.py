@@ -9,6 +9,7 @@ LeverPolicy = Literal["auto", "harness", "weights", "alternate", "random"]
 Split = Literal["train", "dev", "gate", "test"]
 FailureKind = Literal["infrastructure", "budget", "timeout", "crash", "invalid_output", "empty_reply", "truncated"]
 BackendName = Literal["builtin", "direct", "agentic", "claude", "openhands"]
+Algorithm = Literal["reinforce", "grpo", "rloo", "ppo", "entropic", "cloning", "dpo"]
 Autonomy = Literal["full", "approve-weights", "approve-each"]
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
@@ -70,6 +71,63 @@ class Budget(Value):
     calls: int | None = Field(default=None, gt=0)
 
 
+class Learning(Value):
+    """How weights are learned from rollouts, whatever the algorithm; a field that an algorithm has no use for is idle.
+
+    Credit: `terminal` gives every call of an attempt the advantage of the whole attempt; `per-step` compares calls that
+    were made in the same state, on what was rewarded from there on, `discount` a call. Reduction: the mean over each
+    sample's tokens (`sample`, GRPO's own), over all tokens of the batch (`token`, DAPO's) or a sum over a `constant`
+    (Dr. GRPO's). `kl` weighs the distance from the base model, not from the last adapter, in nats. `kl_stop` ends
+    learning at that mean distance from the policy that made the rollouts. `max_lag`: rollouts of up to so many adapters
+    back are learned from too. A sample whose mean |log ratio| a token passes `max_ratio` is masked, and counted.
+    """
+
+    lr: float = Field(default=5e-4, gt=0, le=1)
+    rank: int = Field(default=16, ge=1, le=512)
+    scale: float = Field(default=2.0, gt=0)
+    batch_prompts: int = Field(default=24, ge=1)
+    updates: int = Field(default=1, ge=1, le=16)
+    clip: float = Field(default=1.0, gt=0)
+    kl: float = Field(default=0.0, ge=0)
+    kl_stop: float | None = Field(default=None, gt=0)
+    entropy: float = Field(default=0.0, ge=0)
+    reduction: Literal["sample", "token", "constant"] = "sample"
+    credit: Literal["terminal", "per-step"] = "terminal"
+    discount: float = Field(default=1.0, gt=0, le=1)
+    trace: float = Field(default=0.95, ge=0, le=1)
+    best_of: int = Field(default=1, ge=1)
+    margin: float = Field(default=0.0, ge=0)
+    beta: float = Field(default=0.1, gt=0)
+    leave_one_out: bool = False
+    max_lag: int = Field(default=0, ge=0)
+    max_ratio: float = Field(default=5.0, gt=0)
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    trainer: Literal["own", "trl"] = "own"
+
+
+class Probe(Value):
+    """Proof that an adapter reached the sampler: log-probs of fixed texts by the learner and by whoever serves it.
+
+    `apart` is the largest difference of a token's log-prob between the two, `moved` the largest between the served
+    adapter and what it started from: an adapter that never arrived has `moved` = 0.
+    """
+
+    texts: int
+    tokens: int
+    apart: float
+    moved: float
+
+
+class RolloutSource(Value):
+    """Where logged rollouts lie: one attempt's calls and rewards. `lag`: how many adapters it is behind the parent."""
+
+    attempt: str
+    version: str
+    trajectory: Digest
+    rewards: Digest
+    lag: int = 0
+
+
 class RunSettings(Value):
     """What a run was asked to do; a branch changes some of it."""
 
@@ -79,10 +137,11 @@ class RunSettings(Value):
     seed: int = Field(default=0, ge=0, lt=2**31)
     target_model: str = "local/smollm2-135m-instruct"
     sandbox: Literal["bubblewrap", "process"] = "bubblewrap"
-    algorithm: Literal["reinforce"] = "reinforce"
+    algorithm: Algorithm | Literal["auto"] = "reinforce"
     rollout_items: int = Field(default=512, ge=1)
     rollout_samples: int = Field(default=8, ge=2, le=64)
     epochs: int = Field(default=1, ge=1, le=10)
+    learning: Learning = Learning()
     alpha: float = Field(default=0.05, gt=0, lt=0.5)
     plateau_gain: float = Field(default=0.03, ge=0)
     attempt_tries: int = Field(default=3, ge=1, le=10)
@@ -118,7 +177,12 @@ class Written(Value):
 
 
 class Evidence(Value):
-    """What a lever was chosen on: figures of the log, each of them recomputable from it."""
+    """What a lever and an algorithm were chosen on: figures of the log, each of them recomputable from it.
+
+    `rewards` counts the incumbent's dev items in ten equal bins of its score, lowest first; `reward_mean` and
+    `reward_skew` (third standardised moment) are of the same. `seconds_of` and `usd_of` are what a try of each lever
+    took so far, in the mean.
+    """
 
     incumbent: str
     dev_score: float | None
@@ -129,6 +193,13 @@ class Evidence(Value):
     harness_tries: int
     weights_tries: int
     generations_left: int
+    failures: dict[str, int] = {}
+    rewards: tuple[int, ...] = ()
+    reward_mean: float | None = None
+    reward_skew: float | None = None
+    calls_an_item: float | None = None
+    seconds_of: dict[str, float] = {}
+    usd_of: dict[str, float | None] = {}
 
 
 class TaskRegistered(Event):
@@ -324,7 +395,7 @@ class HarnessPatched(Event):
 
 
 class WeightUpdateRequested(Event):
-    """The next generation changes the weights: learn from these rollouts of the incumbent."""
+    """The next generation changes the weights: learn from these rollouts of the incumbent, and from `older` ones."""
 
     type: Literal["WeightUpdateRequested"] = "WeightUpdateRequested"
     generation: int
@@ -334,10 +405,16 @@ class WeightUpdateRequested(Event):
     rewards: Digest
     epochs: int
     seed: int
+    learning: Learning = Learning()
+    older: tuple[RolloutSource, ...] = ()
 
 
 class WeightsUpdated(Event):
-    """A candidate with another adapter and its parent's harness."""
+    """A candidate with another adapter and its parent's harness.
+
+    `counts` says what became of the rollouts: learned from, or left out and why. `manifest` is the digest of the
+    adapter's own: base, parent, algorithm, data, metrics.
+    """
 
     type: Literal["WeightsUpdated"] = "WeightsUpdated"
     version: str
@@ -349,6 +426,9 @@ class WeightsUpdated(Event):
     rollouts: int
     metrics: dict[str, float]
     seconds: float
+    counts: dict[str, int] = {}
+    probe: Probe | None = None
+    manifest: Digest | None = None
 
 
 class ProposalFailed(Event):

@@ -12,7 +12,7 @@ import msgspec
 from sia_events.shared.events import EVENTS, Event
 
 NAMESPACE = UUID("5f4c9e52-2f0d-5b3a-9d3e-6b1f6f0f51a0")
-SCHEMA = 2
+SCHEMA = 3
 GENESIS = "0" * 64
 # The producer of what another program ran: facts that no service of ours decided, or has to answer.
 IMPORTED = "import"

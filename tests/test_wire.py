@@ -146,8 +146,8 @@ def test_attributes_that_others_add_are_left_alone():
 
 
 def test_a_newer_schema_says_what_to_do():
-    with pytest.raises(NewerRecord, match=r"schema 3; this release reads up to 2.*Use the release that wrote it"):
-        parse_record(changed(schema=3, data={"unheard": "of"}))
+    with pytest.raises(NewerRecord, match=r"schema 4; this release reads up to 3.*Use the release that wrote it"):
+        parse_record(changed(schema=4, data={"unheard": "of"}))
 
 
 def test_an_old_record_is_mended_where_it_enters(monkeypatch: pytest.MonkeyPatch):
