@@ -18,32 +18,30 @@ RIGHT, ASKED = ("correct", "n_correct"), ("total_questions", "total", "n_total")
 def items_of(written: Mapping[str, bytes], ids: Sequence[str], maximize: bool = True) -> Grades | None:
     """A score for each of `ids`, where the results list them; None where they list no items, or items without scores.
 
-    What is not listed was not answered and counts as 0, or refuses the lot where less is better.
-    Ids beside `ids` are left out: their answers were not there to
-    compare with. An id that is listed twice refuses the lot.
+    What is not listed, or listed without a score, was not answered and counts as 0, or refuses the lot where less is
+    better. Ids beside `ids` are left out: their answers were not there to compare with. An id that is listed twice
+    refuses the lot.
     """
     rows = _listed(_results(written))
     if rows is None:
         return None
     if rows and not any(_verdict(row) is not None for row in rows):
         return None
-    given: dict[str, float] = {}
-    unanswered: set[str] = set()
+    given: dict[str, float | None] = {}
     for row in rows:
         id = str(next((row[name] for name in IDS if name in row), ""))
         if id in given:
             raise OutputRefused("the evaluator lists an item twice: the agent answered it twice")
-        if str(row.get("status", "")).lower() in UNANSWERED:
-            unanswered.add(id)
-        given[id] = _verdict(row) or 0.0
+        answered = str(row.get("status", "")).lower() not in UNANSWERED
+        given[id] = _verdict(row) if answered else None
     if not given.keys() & set(ids):
         raise OutputRefused(f"the evaluator lists none of the {len(ids)} items asked: nothing was answered")
-    items = tuple(given.get(id, 0.0) for id in ids)
-    missing = sum(id not in given or id in unanswered for id in ids)
+    scores = [given.get(id) for id in ids]
+    missing = scores.count(None)
     if missing and not maximize:
         raise OutputRefused(f"{missing} of {len(ids)} items have no answer")
-    counts = {"unanswered": missing, "wrong": sum(item <= 0 for item in items) - missing}
-    return Grades(items, {kind: count for kind, count in counts.items() if count}, 0.0)
+    counts = {"unanswered": missing, "wrong": sum(score is not None and score <= 0 for score in scores)}
+    return Grades(tuple(s or 0.0 for s in scores), {kind: count for kind, count in counts.items() if count}, 0.0)
 
 
 def figure_of(written: Mapping[str, bytes], metric: str) -> float:

@@ -23,8 +23,9 @@ ADDRESS = "127.0.0.1:8080"
 REQUESTS = (b"GET ", b"POST ")
 # A gateway that broke down over a request; what it refuses, or a provider did not answer, has another status.
 BROKEN = (b"HTTP/1.0 500", b"HTTP/1.1 500")
-# A stream says so at its head, and has an end of its own (RFC 9112, section 7.1); without it, it broke off.
-STREAM, STREAM_ENDS = b"transfer-encoding: chunked", b"0\r\n\r\n"
+# A stream says so in its head, and has an end of its own (RFC 9112, section 7.1); without it, it broke off.
+HEAD_ENDS = b"\r\n\r\n"
+STREAM, STREAM_ENDS = b"transfer-encoding: chunked", b"\r\n0\r\n\r\n"
 SUBREAPER = 36  # PR_SET_CHILD_SUBREAPER, linux/prctl.h
 
 
@@ -102,7 +103,8 @@ class Relay:
             half.asking = half.chunk.startswith(REQUESTS) or (half.asking and not half.ended)
         elif half.other.asking:
             half.other.asking = False
-            half.streaming = STREAM in half.chunk.lower()
+            # In the head alone: what stands behind it is the model's word, and so may be its agent's.
+            half.streaming = STREAM in half.chunk.partition(HEAD_ENDS)[0].lower()
             if not half.chunk or half.chunk.startswith(BROKEN):
                 self.lose()
         elif half.streaming and not half.chunk and not half.other.ended:

@@ -13,6 +13,8 @@ from typing import Any, Literal
 import msgspec
 from itsdangerous import BadData, URLSafeSerializer
 
+from sia_events.shared.settings import SettingsError
+
 
 class Claims(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """For whom a call is made and with what.
@@ -32,7 +34,7 @@ class Claims(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     sample: bool
     seed: int
     expires: float
-    role: Literal["target", "meta", "feedback"] = "target"
+    role: Literal["target", "meta", "feedback", "trainer"] = "target"
     models: tuple[str, ...] = ()
     any_model: bool = False
     calls: int | None = None
@@ -65,7 +67,10 @@ def read_token(token: str, secret: str, now: datetime) -> Claims:
 
 
 def keep_secret(home: Path, given: str | None) -> str:
-    """The signing secret: the one given, or one drawn once for this home and kept readable by its owner only."""
+    """The signing secret: the one given, or one drawn once for this home and kept readable by its owner only.
+
+    Raises SettingsError where the file that keeps it is empty.
+    """
     if given:
         return given
     file = home / "gateway.secret"
@@ -79,7 +84,10 @@ def keep_secret(home: Path, given: str | None) -> str:
         with suppress(FileExistsError):  # somebody was quicker
             os.link(new, file)
         os.unlink(new)
-    return file.read_text()
+    if not (secret := file.read_text().strip()):
+        said = "empty, and with an empty secret anybody could sign. Nothing is lost. Delete it: a new one is drawn"
+        raise SettingsError(f"{file}: {said}")
+    return secret
 
 
 def _serializer(secret: str) -> URLSafeSerializer:

@@ -25,9 +25,9 @@ async def load_tree(blobs: Blobs, digest: str) -> dict[str, bytes]:
 
 
 def write_tree(files: Mapping[str, bytes], folder: Path) -> None:
-    """Lay the files down under `folder`, which is made."""
-    for path, body in files.items():
-        target = folder / _checked(path)
+    """Lay the files down under `folder`, which is made. Raises TreeRefused for a path that leads out, before any is."""
+    targets = {folder / _checked(path): body for path, body in files.items()}
+    for target, body in targets.items():
         target.parent.mkdir(parents=True, exist_ok=True)
         target.write_bytes(body)
 

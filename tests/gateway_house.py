@@ -16,17 +16,18 @@ from loopback import Loopback, Script
 
 from sia_events.infra.memory import MemoryBus
 from sia_events.infra.providers.finder import Providers
+from sia_events.model_gateway.asking import Calls
 from sia_events.model_gateway.door import gateway
 from sia_events.model_gateway.journal import Journal
-from sia_events.model_gateway.ledger import Ledger
+from sia_events.model_gateway.ledger import Ledger, Unlimited
 from sia_events.model_gateway.token import TokenDoor
 from sia_events.shared.calls import ModelCall, decode_call
 from sia_events.shared.providers import Provider
 
 SECRET = "a secret of the tests"
 KEY = "sk-a-key-that-nobody-may-see"
-# Providers of one loopback: two that speak a wire of their own natively, one that speaks chat completions alone.
-ANTHROPIC, OPENAI, COMPATIBLE = "anthropic/claude", "openai/gpt", "compatible/llama"
+# Providers of one loopback: two that speak a wire of their own natively, two that are asked by translation alone.
+ANTHROPIC, OPENAI, COMPATIBLE, GOOGLE = "anthropic/claude", "openai/gpt", "compatible/llama", "google/gemini"
 
 
 class Clock:
@@ -41,6 +42,8 @@ class House:
     url: str
     bus: MemoryBus
     provider: Loopback
+    calls: Calls
+    providers: Providers
 
     def token(self, model: str, **claims: Any) -> str:
         expires = (datetime.now(UTC) + timedelta(minutes=10)).timestamp()
@@ -74,9 +77,9 @@ async def house(
         stack.push_async_callback(providers.aclose)
         journal = Journal(bus)
         stack.push_async_callback(journal.close)
-        app = gateway(journal, providers.find, SECRET, Clock(), ledger, patience)
-        url = await stack.enter_async_context(serving(app))
-        yield House(url, bus, provider)
+        calls = Calls(journal, providers.find, Clock(), ledger or Unlimited(), patience)
+        url = await stack.enter_async_context(serving(gateway(calls, SECRET, Clock())))
+        yield House(url, bus, provider, calls, providers)
 
 
 def table(provider: Loopback) -> Mapping[str, Provider]:
@@ -85,6 +88,7 @@ def table(provider: Loopback) -> Mapping[str, Provider]:
         "openai": Provider(kind="openai", base_url=provider.openai, key_env="KEY", responses=True),
         "compatible": Provider(kind="openai", base_url=provider.openai, key_env="KEY"),
         "keyless": Provider(kind="openai", base_url=provider.openai, key_env="NO_SUCH_KEY"),
+        "google": Provider(kind="google", base_url=provider.google, key_env="KEY"),
         "slow": Provider(kind="openai", base_url=provider.openai, timeout_s=0.3),
     }
 

@@ -19,7 +19,8 @@ class ToolCall:
 class Reply:
     """What the model says. A stream hands out `text` word by word; a `held` one waits for `release` after the first.
 
-    `refused`: the model declines, in the words of `text` where the wire has a place for them.
+    `refused`: the model declines, in the words of `text` where the wire has a place for them. `counted`: how many
+    tokens it took is told.
     """
 
     text: str = "ok"
@@ -30,6 +31,7 @@ class Reply:
     finish: Literal["stop", "length"] = "stop"
     held: bool = False
     refused: bool = False
+    counted: bool = True
 
 
 def whole(wire: Wire, body: Mapping[str, Any], reply: Reply) -> dict[str, Any]:
@@ -68,7 +70,9 @@ def _chat_head(body: Mapping[str, Any], kind: str) -> dict[str, Any]:
     return {"id": "chatcmpl-1", "object": kind, "created": 1_700_000_000, "model": body["model"]}
 
 
-def _chat_usage(reply: Reply) -> dict[str, Any]:
+def _chat_usage(reply: Reply) -> dict[str, Any] | None:
+    if not reply.counted:
+        return None
     return {
         "prompt_tokens": reply.prompt_tokens,
         "completion_tokens": reply.completion_tokens,
@@ -158,7 +162,9 @@ def _response(body: Mapping[str, Any], reply: Reply) -> dict[str, Any]:
             "output_tokens": reply.completion_tokens,
             "output_tokens_details": {"reasoning_tokens": 0},
             "total_tokens": reply.prompt_tokens + reply.completion_tokens,
-        },
+        }
+        if reply.counted
+        else None,
     }
 
 
@@ -222,7 +228,9 @@ def _message(body: Mapping[str, Any], reply: Reply) -> dict[str, Any]:
             "cache_read_input_tokens": reply.cached_tokens,
             "cache_creation_input_tokens": 0,
             "output_tokens": reply.completion_tokens,
-        },
+        }
+        if reply.counted
+        else {},
     }
 
 
@@ -232,7 +240,12 @@ def _message_events(body: Mapping[str, Any], reply: Reply) -> Iterator[str]:
     def event(kind: str, **values: Any) -> str:
         return _data({"type": kind, **values}, kind)
 
-    opened = {**done, "content": [], "stop_reason": None, "usage": {**done["usage"], "output_tokens": 1}}
+    opened = {
+        **done,
+        "content": [],
+        "stop_reason": None,
+        "usage": done["usage"] and {**done["usage"], "output_tokens": 1},
+    }
     yield event("message_start", message=opened)
     yield event("ping")
     for i, block in enumerate(done["content"]):
@@ -247,7 +260,7 @@ def _message_events(body: Mapping[str, Any], reply: Reply) -> Iterator[str]:
                 yield event("content_block_delta", index=i, delta={"type": "input_json_delta", "partial_json": part})
         yield event("content_block_stop", index=i)
     ended = {"stop_reason": done["stop_reason"], "stop_sequence": None}
-    yield event("message_delta", delta=ended, usage={"output_tokens": reply.completion_tokens})
+    yield event("message_delta", delta=ended, usage={"output_tokens": reply.completion_tokens} if reply.counted else {})
     yield event("message_stop")
 
 
@@ -264,7 +277,12 @@ def _gemini_chunk(parts: Sequence[Mapping[str, Any]], finish: str | None, reply:
         "totalTokenCount": reply.prompt_tokens + reply.completion_tokens,
         "cachedContentTokenCount": reply.cached_tokens,
     }
-    return {"candidates": [candidate], "usageMetadata": usage, "modelVersion": "scripted", "responseId": "gemini-1"}
+    return {
+        "candidates": [candidate],
+        "usageMetadata": usage if reply.counted else None,
+        "modelVersion": "scripted",
+        "responseId": "gemini-1",
+    }
 
 
 def _gemini_tools(reply: Reply) -> list[dict[str, Any]]:

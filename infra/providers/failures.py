@@ -93,7 +93,7 @@ def seconds_to_wait(headers: Mapping[str, str]) -> float | None:
 
 def _quote(account: Account, said: str) -> str:
     if account.key:
-        # As it is, and as Python writes it where it has a character that cannot be sent.
-        for written in (account.key, repr(account.key)[1:-1], ascii(account.key)[1:-1]):
+        # As it is, and as Python writes it where it has a backslash.
+        for written in (account.key, repr(account.key)[1:-1]):
             said = said.replace(written, "[the key]")
     return said if len(said) <= QUOTED else f"{said[:QUOTED]} … ({len(said)} characters)"

@@ -2,8 +2,8 @@
 
 import json
 import re
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from sia_events.errors import Unusable
@@ -12,7 +12,7 @@ from sia_events.shared.events import AgentProposed, ExecutionLogged, HarnessPatc
 from sia_events.shared.ports import Blobs
 from sia_events.shared.record import Record
 from sia_events.shared.run import Run, Version, fold
-from sia_events.shared.tree import load_tree, write_tree
+from sia_events.shared.tree import TreeRefused, load_tree, write_tree
 
 HARNESS_LIST = "harness_files.json"
 EXECUTION, IMPROVEMENT, RESULTS, CONTEXT, PROFILES = (
@@ -22,9 +22,11 @@ EXECUTION, IMPROVEMENT, RESULTS, CONTEXT, PROFILES = (
     "context.md",
     "profiles.json",
 )
-# Names that readers take for the evaluator's word.
-TOLD = (RESULTS, "evaluation_results.json", "evaluation.log", HARNESS_LIST)
+LOG = "evaluation.log"
 PROMPTS = ("meta_agent_prompt.txt", "feedback_agent_prompt.txt")
+ROOT = PurePosixPath("/")
+# Names that readers take for the evaluator's word or the platform's.
+TOLD = (RESULTS, "evaluation_results.json", LOG, HARNESS_LIST, IMPROVEMENT, *PROMPTS)
 
 
 async def export(records: Sequence[Record], blobs: Blobs, into: Path) -> Path:
@@ -32,7 +34,8 @@ async def export(records: Sequence[Record], blobs: Blobs, into: Path) -> Path:
 
     gen_1 has the first agent, gen_G the version that came furthest in generation G - 1: the accepted one, else the
     one that met the gate, else the best on dev. results.json has the dev score, which the loop may tune on, and
-    beside it the gate's. Raises Unusable for a folder with something in it; nothing was written then.
+    beside it the gate's. Raises Unusable for a folder with something in it, and for a file of the run's that leads out
+    of it; nothing was written then.
     """
     run = fold(records)
     ending = re.search(r"(\d+)$", run.name)
@@ -50,7 +53,10 @@ async def export(records: Sequence[Record], blobs: Blobs, into: Path) -> Path:
         place = f"gen_{version.generation + 1}/"
         made = await _generation(run, version, written.get(version.name), blobs)
         files.update({place + name: body for name, body in made.items()})
-    write_tree(files, folder)
+    try:
+        write_tree(files, folder)
+    except TreeRefused as refused:
+        raise Unusable(f"{run.name} has a file that cannot be laid down: {refused}; nothing was written") from refused
     return folder
 
 
@@ -73,23 +79,31 @@ async def _generation(run: Run, version: Version, written: Written | None, blobs
     """The files of one generation's folder. What is told of it keeps its names whatever the agent or its author wrote:
     who reads the folder would take a results.json of theirs for the evaluator's.
     """
-    harness = await load_tree(blobs, version.harness)
+    harness = _clear_of(TOLD, await load_tree(blobs, version.harness))
     files: dict[str, bytes] = {}
     logged = [e for e in run.executions.values() if e.version == version.name and e.split == "dev"]
     if logged:
-        outputs = await load_tree(blobs, logged[-1].outputs)
-        files.update({name: body for name, body in outputs.items() if name not in TOLD})
-        files.setdefault(EXECUTION, await _execution(logged[-1], blobs))
+        files = _clear_of([*TOLD, *harness], await load_tree(blobs, logged[-1].outputs))
+        if EXECUTION not in files:
+            files = {**_clear_of([EXECUTION], files), EXECUTION: await _execution(logged[-1], blobs)}
     for scored in run.scored(version.name, "dev")[-1:]:
         files[RESULTS] = _json(_results(run, scored))
     if failure := run.failed(version.name, "dev"):
-        files["evaluation.log"] = f"{failure.kind}: {failure.message}\n".encode()
+        files[LOG] = f"{failure.kind}: {failure.message}\n".encode()
     if written:
         files[PROMPTS[version.generation > 0]] = await blobs.get(written.prompt)
     if version.generation:
         files[IMPROVEMENT] = await blobs.get(written.note) if written else _improvement(run, version).encode()
-    harness = {name: body for name, body in harness.items() if name not in TOLD}
     return {**files, **harness, HARNESS_LIST: _json(sorted(harness))}
+
+
+def _clear_of(ours: Iterable[str], theirs: Mapping[str, bytes]) -> dict[str, bytes]:
+    """Those of their files that stand at none of our paths, and in the way of none."""
+    taken = {ROOT / name for name in ours}
+    folders = {folder for path in taken for folder in path.parents}
+    paths = {name: ROOT / name for name in theirs}
+    apart = {name for name, path in paths.items() if path not in folders and taken.isdisjoint([path, *path.parents])}
+    return {name: body for name, body in theirs.items() if name in apart}
 
 
 async def _execution(logged: ExecutionLogged, blobs: Blobs) -> bytes:

@@ -1,0 +1,118 @@
+"""Control groups are gone with their job; those of a run that was killed go when the next job begins."""
+
+import asyncio
+import os
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+from bus_on import until
+from test_sandbox import BOTH, daemon, pytestmark, python, rung
+
+from sia_events.infra.limits import Tree, find_controllers, new_groups, remove
+from sia_events.shared.ports import Limits, Sandbox
+
+__all__ = ["pytestmark"]
+
+CONTROLLERS = find_controllers()
+GROUPS = pytest.mark.skipif(not CONTROLLERS, reason="this machine has no control group that can be written")
+PLATFORM = """
+import asyncio
+from pathlib import Path, PosixPath
+from sia_events.infra.sandbox import Bubblewrap, UnsafeProcess
+from sia_events.shared.ports import Job, Limits
+asyncio.run({box}().run({job!r}))
+"""
+
+
+@pytest.fixture
+def work(tmp_path: Path) -> Path:
+    (folder := tmp_path / "work").mkdir()
+    return folder
+
+
+@pytest.fixture
+def bell(tmp_path: Path) -> Iterator[socket.socket]:
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(tmp_path / "bell.sock"))
+        listener.listen()
+        listener.settimeout(20)
+        yield listener
+
+
+def holds_a_process(group: Path) -> bool:
+    # Whoever begins a job on this machine may have removed it meanwhile.
+    with suppress(OSError):
+        return bool((group / "cgroup.procs").read_text())
+    return False
+
+
+def groups_of(pid: int) -> list[Path]:
+    return [group for parent in set(CONTROLLERS.values()) for group in parent.glob(f"sia-{pid}-*")]
+
+
+@GROUPS
+@BOTH
+async def test_what_a_killed_run_leaves_of_its_groups_is_gone_when_the_next_job_begins(
+    box: Sandbox, work: Path, bell: socket.socket, tmp_path: Path
+):
+    job = daemon(work, bell, box, "time.sleep(1000)")
+    code = PLATFORM.format(box=type(box).__name__, job=job)
+    platform = await asyncio.create_subprocess_exec(sys.executable, "-c", code)
+    with await rung(bell) as connection:
+        left = groups_of(platform.pid)
+        assert left, "a job runs in groups of its own"
+        platform.kill()
+        assert await asyncio.to_thread(connection.recv, 1) == b""
+    await platform.wait()
+    await until(lambda: not any(map(holds_a_process, left)))
+    (other := tmp_path / "other/work").mkdir(parents=True)
+    assert (await box.run(python(other, "pass"))).status == "ok"
+    assert not groups_of(platform.pid)
+
+
+@GROUPS
+def test_a_command_that_ends_has_waited_for_its_groups_to_be_removed(work: Path):
+    job = python(work, "pass")
+    code = PLATFORM.format(box="UnsafeProcess", job=job) + "import os; print(os.getpid())"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert not groups_of(int(done.stdout))
+
+
+@GROUPS
+def test_a_group_that_still_holds_a_process_is_tried_until_it_is_empty():
+    group = next(iter(new_groups(CONTROLLERS).values()))
+    group.mkdir()
+    with subprocess.Popen(["sleep", "1000"]) as holder:
+        (group / "cgroup.procs").write_text(str(holder.pid))
+        with pytest.raises(OSError):
+            group.rmdir()
+        removing = threading.Thread(target=remove, args=(group,))
+        removing.start()
+        holder.kill()
+    removing.join(20)
+    assert not group.exists()
+
+
+# --- on folders that stand in for control groups, wherever this runs --------------------------------------------------
+
+
+async def test_the_groups_of_a_tree_are_made_with_its_limits_and_removed_behind_it(tmp_path: Path):
+    dead = tmp_path / "sia-999999999-0"
+    dead.mkdir()
+    groups = new_groups({"memory": tmp_path, "pids": tmp_path})
+    tree = Tree(os.getpid(), Limits(), tmp_path, groups, spare=1)
+    tree.bind()
+    (group,) = set(groups.values())
+    assert not dead.exists() and (group / "cgroup.procs").read_text() == str(os.getpid())
+    # The kernel's files go with their group; those of a folder do not.
+    (group / "cgroup.procs").unlink()
+    tree.close()
+    await asyncio.get_running_loop().shutdown_default_executor()
+    assert not group.exists()
