@@ -11,12 +11,14 @@ from typing import Any, Protocol
 import httpx
 
 from sia_events.shared.calls import decode_call, journal_key, spent
-from sia_events.shared.ports import Brief, BudgetSpent, Ports, WritingFailed
+from sia_events.shared.ports import Brief, BudgetSpent, Ports, ProviderAway, WritingFailed
 
 MAX_TOKENS = 16_384
 # A model on this machine has a short context.
 EMBEDDED, EMBEDDED_MAX_TOKENS = ("local/", "instant/"), 1024
 MAX_REPLY = 16_000_000
+# With these the gateway has waited for the provider already, or would wait in vain.
+AWAY = (HTTPStatus.TOO_MANY_REQUESTS, HTTPStatus.SERVICE_UNAVAILABLE, HTTPStatus.GATEWAY_TIMEOUT)
 # Behind the gateway a call may wait for its turn, be tried again, and then take as long as a long reply takes.
 CALL_S = 3600.0
 
@@ -39,7 +41,7 @@ class Ask(Protocol):
     async def __call__(self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] = ()) -> Reply:
         """The model's reply to OpenAI's `messages`.
 
-        Raises BudgetSpent, ModelAway, and WritingFailed where asking again cannot help.
+        Raises BudgetSpent, ProviderAway, ModelAway, and WritingFailed where asking again cannot help.
         """
         ...
 
@@ -59,18 +61,7 @@ async def asking(brief: Brief, ports: Ports) -> AsyncIterator[Ask]:
             body: dict[str, Any] = {"model": brief.model, "messages": list(messages), "max_tokens": limit}
             if tools:
                 body["tools"] = list(tools)
-            claims = {
-                "run": brief.run,
-                "attempt": brief.key,
-                "start": start,
-                "version": brief.key.partition(".")[2],
-                "role": brief.role,
-                "model": brief.model,
-                "adapter": None,
-                "sample": False,
-                "seed": brief.seed,
-                "expires": (ports.clock.now() + timedelta(seconds=CALL_S)).timestamp(),
-            }
+            claims = brief.claims(start, ports.clock.now() + timedelta(seconds=CALL_S))
             headers = {"Authorization": f"Bearer {ports.door.token(claims)}"}
             try:
                 response = await http.post("/v1/chat/completions", json=body, headers=headers)
@@ -94,7 +85,9 @@ def _read(response: httpx.Response, brief: Brief) -> Reply:
         said = f"{brief.model} did not answer {brief.key} ({status}): {_message(response)}"
         if status == HTTPStatus.PAYMENT_REQUIRED:
             raise BudgetSpent(said)
-        if status == HTTPStatus.TOO_MANY_REQUESTS or status >= HTTPStatus.INTERNAL_SERVER_ERROR:
+        if status in AWAY:
+            raise ProviderAway(said)
+        if status >= HTTPStatus.INTERNAL_SERVER_ERROR:
             raise ModelAway(said)
         raise WritingFailed(said)
     if len(response.content) > MAX_REPLY:

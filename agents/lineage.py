@@ -74,7 +74,7 @@ def levers(run: Run, records: Sequence[Record]) -> str:
         mine = [v for v in run.versions.values() if v.lever == lever]
         accepted = sum(isinstance(run.verdicts.get(v.name), VersionAccepted) for v in mine)
         gains = ", ".join(f"{generation}: {_best_gain(run, generation)}" for generation in generations[-GAINS:])
-        spent = [e for e in _executions(records) if _lever_of(run, e) == lever]
+        spent = [e for e in executions(records) if lever_of(run, e) == lever]
         tokens = sum(e.prompt_tokens + e.completion_tokens for e in spent)
         calls, seconds = sum(e.calls for e in spent), sum(e.seconds for e in spent)
         training = f"{sum(e.seconds for e in trained):.0f}" if lever == "weights" else "0"
@@ -88,7 +88,7 @@ def levers(run: Run, records: Sequence[Record]) -> str:
 def remaining(run: Run, records: Sequence[Record], usd: float | None) -> str:
     """The budget's limits and what was used up to the last of the records. `usd` is None where nobody counted it."""
     limits: Budget = run.settings.budget
-    spent = _executions(records)
+    spent = executions(records)
     tokens = sum(e.prompt_tokens + e.completion_tokens for e in spent)
     rows = (
         ("generations", run.settings.generations, float(run.generation - 1)),
@@ -139,13 +139,13 @@ def _best_gain(run: Run, generation: int) -> str:
     return f"{max(gains):+.3f}" if gains else "none"
 
 
-def _executions(records: Sequence[Record]) -> list[ExecutionLogged]:
+def executions(records: Sequence[Record]) -> list[ExecutionLogged]:
     """The executions, one an attempt: its last try tells of every call of the earlier ones."""
     logged = (r.event for r in records if isinstance(r.event, ExecutionLogged))
     return list({journal_key(event.attempt): event for event in logged}.values())
 
 
-def _lever_of(run: Run, logged: ExecutionLogged) -> Lever | None:
+def lever_of(run: Run, logged: ExecutionLogged) -> Lever | None:
     """Whose cost an attempt is: rollouts belong to the weights, whichever version was asked for them."""
     if logged.split == "train":
         return "weights"

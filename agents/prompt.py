@@ -96,23 +96,19 @@ def decision_prompt(
     task: Task,
     attempt: Attempt,
     evidence: Evidence,
-    allowed: Mapping[Lever, Sequence[str]],
+    allowed: Mapping[Lever, Mapping[str, str]],
     budget_tokens: int,
     usd_spent: float | None = None,
 ) -> Prompt:
     """What the feedback-agent reads to choose a lever; it states the form of the reply too.
 
-    `allowed` maps each lever that may be chosen to its algorithms, none for the harness. The gains that `evidence` has
-    from the gate are not shown. Otherwise as `feedback_prompt`.
+    `allowed` maps each lever that may be chosen to its algorithms, none for the harness, and to when each is apt. The
+    gains that `evidence` has from the gate are not shown. Otherwise as `feedback_prompt`.
     """
-    choices = [
-        f"- `{lever}`" + (f", with `algorithm` one of {', '.join(f'`{a}`' for a in algorithms)}" if algorithms else "")
-        for lever, algorithms in allowed.items()
-    ]
     fixed = {
         **_task_words(task, run.versions[attempt.version].weights.model),
         **_run_words(run, records, attempt, usd_spent),
-        "allowed": "\n".join(choices),
+        "allowed": "\n".join(_choice(lever, algorithms) for lever, algorithms in allowed.items()),
         "figures": _figures(evidence),
     }
     sections = {
@@ -226,14 +222,30 @@ def _steering(run: Run) -> Section:
     return Section("words of steering", 0.1, parts, between="\n", empty="Nothing so far.")
 
 
+def _choice(lever: Lever, algorithms: Mapping[str, str]) -> str:
+    lines = [f"- `{lever}`" + (", with one `algorithm` of these" if algorithms else "")]
+    return "\n".join([*lines, *(f"  - `{name}`: {apt}" for name, apt in algorithms.items())])
+
+
 def _figures(evidence: Evidence) -> str:
     score = "none" if evidence.dev_score is None else f"{evidence.dev_score:.3f}"
-    return "\n".join(
-        (
-            f"- incumbent {evidence.incumbent}, dev score {score}",
-            f"- answers on dev that are missing or invalid: {evidence.invalid_rate:.1%}",
-            f"- share of the commonest answer: {evidence.skew:.1%}",
-            f"- generations tried: harness {evidence.harness_tries}, weights {evidence.weights_tries}",
-            f"- generations left, this one included: {evidence.generations_left}",
-        )
-    )
+    lines = [
+        f"- incumbent {evidence.incumbent}, dev score {score}",
+        f"- answers on dev that are missing or invalid: {evidence.invalid_rate:.1%}",
+        f"- share of the commonest answer: {evidence.skew:.1%}",
+    ]
+    if evidence.rewards:
+        lines.append(f"- dev items by tenth of the score, worst first: {' '.join(map(str, evidence.rewards))}")
+    if evidence.reward_skew is not None:
+        lines.append(f"- skewness of the scores of dev items: {evidence.reward_skew:+.2f}")
+    if evidence.calls_an_item is not None:
+        lines.append(f"- model calls an item: {evidence.calls_an_item:.1f}")
+    lines += [
+        f"- generations tried: harness {evidence.harness_tries}, weights {evidence.weights_tries}",
+        f"- generations left, this one included: {evidence.generations_left}",
+    ]
+    for lever, seconds in evidence.seconds_of.items():
+        usd = evidence.usd_of.get(lever)
+        paid = "an unknown amount" if usd is None else f"{usd:.2f} USD"
+        lines.append(f"- a generation of the {lever} took {seconds:.0f} s and {paid}")
+    return "\n".join(lines)

@@ -13,8 +13,18 @@ from pathlib import Path
 from uuid import uuid5
 
 from sia_events.infra.claude_said import Said, read_said
-from sia_events.shared.calls import ModelCall, decode_call
-from sia_events.shared.ports import Brief, BudgetSpent, Job, Limits, Outcome, Ports, Writing, WritingFailed
+from sia_events.shared.calls import AWAY, ModelCall, decode_call
+from sia_events.shared.ports import (
+    Brief,
+    BudgetSpent,
+    Job,
+    Limits,
+    Outcome,
+    Ports,
+    ProviderAway,
+    Writing,
+    WritingFailed,
+)
 from sia_events.shared.record import NAMESPACE
 from sia_events.shared.tree import TreeRefused, read_tree, write_tree
 
@@ -103,10 +113,11 @@ class ClaudeAgent:
     def _job(self, brief: Brief, ports: Ports, program: Path, folder: Path) -> Job:
         # The provider's own name: the program knows by it what the model can do. The gateway takes it as well.
         model = brief.model.partition("/")[2]
+        claims = brief.claims(secrets.token_hex(8), ports.clock.now() + timedelta(seconds=self.limits.wall_s))
         env = {
             **QUIET,
             "ANTHROPIC_BASE_URL": "http://127.0.0.1:8080",
-            "ANTHROPIC_API_KEY": _token(brief, ports, self.limits.wall_s),
+            "ANTHROPIC_API_KEY": ports.door.token(claims),
             # What the program would ask of a small model on the side.
             "ANTHROPIC_DEFAULT_HAIKU_MODEL": model,
             "HOME": HOME,
@@ -158,24 +169,6 @@ def _lay_down(brief: Brief, folder: Path) -> None:
     (folder / "work/home/.claude.json").write_text(json.dumps({"userID": device}))
 
 
-def _token(brief: Brief, ports: Ports, seconds: float) -> str:
-    """A token for one start; `brief.key` is "ROLE.VERSION", the attempt that the calls are recorded under."""
-    return ports.door.token(
-        {
-            "run": brief.run,
-            "attempt": brief.key,
-            "start": secrets.token_hex(8),
-            "version": brief.key.partition(".")[2],
-            "role": brief.role,
-            "model": brief.model,
-            "adapter": None,
-            "sample": False,
-            "seed": brief.seed,
-            "expires": (ports.clock.now() + timedelta(seconds=seconds)).timestamp(),
-        }
-    )
-
-
 async def _recorded(brief: Brief, ports: Ports) -> list[ModelCall]:
     """The brief's model calls so far, in their order."""
     envelopes = await ports.bus.traces(brief.run, "model_call", brief.key)
@@ -193,6 +186,8 @@ def _fault(brief: Brief, outcome: Outcome, said: Said, calls: list[ModelCall]) -
         return WritingFailed(f"it was ended at its {outcome.status} limit", said.trajectory)
     if calls and (last := calls[-1]).error is not None:
         told = f"{brief.model} did not answer {brief.key} ({last.fault}): {last.error}"
+        if last.fault in AWAY:
+            return ProviderAway(told)
         return BudgetSpent(told) if last.fault == "budget" else ClaudeAway(told)
     if outcome.lost_connections:
         return ClaudeAway(f"the gateway lost {outcome.lost_connections} requests of {brief.key}: {why}")

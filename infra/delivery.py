@@ -6,7 +6,7 @@ import re
 import structlog
 
 from sia_events.shared.events import ServiceFailed
-from sia_events.shared.ports import Blobs, Bus
+from sia_events.shared.ports import Blobs, Bus, ProviderAway
 from sia_events.shared.record import Draft, Record, derived_id
 
 TRIES = 5
@@ -25,6 +25,11 @@ def checked_name(run: str) -> str:
 def delay(tries: int, first: float) -> float:
     """Seconds until the next try after `tries` failed ones: doubling from `first`, up to a quarter of jitter."""
     return first * 2 ** (tries - 1) * random.uniform(1.0, 1.25)
+
+
+def is_last(error: Exception, tries: int) -> bool:
+    """Whether a record that failed so often is given up on. Who waited for a provider in vain has tried already."""
+    return tries >= TRIES or isinstance(error, ProviderAway)
 
 
 async def give_up(

@@ -5,11 +5,11 @@ from math import log
 from typing import Any
 
 from sia_events.shared.chunks import chunks
-from sia_events.shared.ports import Chat, Choice
+from sia_events.shared.ports import Chat, Choice, Text
 
 
 class InstantModels:
-    """The `Models` port without a model: chat says "ok", a choice is the first, all choices are as likely."""
+    """The `Models` port without a model: chat says "ok", a choice is the first, all are as likely, a text is sure."""
 
     async def chat(self, call: Chat) -> Mapping[str, Any]:
         said = {
@@ -41,3 +41,6 @@ class InstantModels:
             "choice_token_ids": [[i] for i in range(n)],
             "usage": {"prompt_tokens": 1, "completion_tokens": 1, "total_tokens": 2},
         }
+
+    async def logprobs(self, text: Text) -> tuple[float, ...]:
+        return (0.0,) * len(text.completion)

@@ -6,9 +6,10 @@ from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from itertools import count
 from typing import Any, Literal
 
-from sia_events.infra.delivery import TRIES, checked_name, delay, give_up, give_up_unread
+from sia_events.infra.delivery import checked_name, delay, give_up, give_up_unread, is_last
 from sia_events.infra.tail import Tail, check_part, following, stored
 from sia_events.shared.events import RunBranched
 from sia_events.shared.ports import BlobMissing, Blobs, Clock, Envelope, Feed, NoSuchPosition
@@ -166,15 +167,14 @@ class MemoryBus:
         self, service: str, message: Message, sequence: int, answer: Callable[[Record], Awaitable[None]]
     ) -> None:
         record = await self._record(service, message, sequence)
-        for tries in range(1, TRIES + 1) if record else ():
+        for tries in count(1) if record else ():
             assert record
             try:
                 return await answer(record)
             except Exception as error:
-                if tries == TRIES:
-                    await give_up(self, self._blobs, service, record, message.wire, sequence, error, tries)
-                else:
-                    await asyncio.sleep(delay(tries, self._retry_delay))
+                if is_last(error, tries):
+                    return await give_up(self, self._blobs, service, record, message.wire, sequence, error, tries)
+                await asyncio.sleep(delay(tries, self._retry_delay))
 
     async def _record(self, reader: str, message: Message, sequence: int) -> Record | None:
         """The message as a record of its run; what is none becomes a dead letter, by whoever reads it first."""

@@ -15,7 +15,7 @@ from nats.aio.msg import Msg
 from nats.js import JetStreamContext, api
 from nats.js.errors import APIError, NotFoundError
 
-from sia_events.infra.delivery import TRIES, delay
+from sia_events.infra.delivery import delay, is_last
 from sia_events.infra.nats_streams import ANSWER_S, EVENTS, UNANSWERED, Message, heeding
 
 CANCELLED_DELAY_S = 0.1
@@ -135,7 +135,7 @@ async def _handle(raw: Msg, serving: Serving) -> None:
     except Exception as error:
         serving.failures[message.sequence] += 1
         tries = serving.failures[message.sequence]
-        hopeless = isinstance(error, Unanswerable) or tries >= TRIES or place.num_delivered >= MAX_DELIVERIES
+        hopeless = isinstance(error, Unanswerable) or is_last(error, tries) or place.num_delivered >= MAX_DELIVERIES
         log.warning("failed on a record", subject=raw.subject, tries=tries, error=repr(error))
         if not hopeless:
             await _settle(lambda: raw.nak(delay(tries, serving.retry_delay)))

@@ -107,17 +107,26 @@ def _tools(tools: list[dict[str, Any]]) -> list[Mapping[str, Any]]:
 def _tool_choice(asked: dict[str, Any] | None) -> str | Mapping[str, Any] | None:
     if asked is None:
         return None
-    if asked.get("type") == "tool":
+    kind = asked.get("type")
+    if kind == "tool":
         return {"type": "function", "function": {"name": asked.get("name")}}
-    if asked.get("type") not in TOOL_CHOICES:
-        raise Refused(400, f"tool_choice {asked.get('type')!r} is unknown; there are auto, any, none and tool")
-    return TOOL_CHOICES[asked["type"]]
+    if not isinstance(kind, str) or kind not in TOOL_CHOICES:
+        raise Refused(400, f"tool_choice {kind!r} is unknown; there are auto, any, none and tool")
+    return TOOL_CHOICES[kind]
+
+
+def _require_names(betas: Any) -> None:
+    """Raises Refused for what cannot go into a header, where betas go: it would fail as a broken connection does."""
+    named = isinstance(betas, list) and all(isinstance(name, str) for name in betas)
+    if not named or not all(name.isascii() and name.isprintable() for name in betas):
+        raise Refused(400, "betas is no list of names of beta features")
 
 
 def _question(port: Models, ask: Ask) -> Question:
     if native := native_for(port, ask, "anthropic"):
         require_own_tools(ask, OWN_TOOLS, ELSEWHERE)
         require_no_links(ask.body.get("messages"))
+        _require_names(ask.body.get("betas") or [])
         whole, most = native_body(ask, "max_tokens")
         # Our own note of the item that a call is made for; Anthropic refuses fields it does not know.
         if isinstance(noted := whole.get("metadata"), dict):
@@ -153,11 +162,11 @@ def _encoder(ask: Ask, native: bool) -> Encoder:
 MESSAGES = Wire(
     name="messages",
     question=_question,
-    native=lambda reply: not completion.is_completion(reply),
-    reply=lambda ask, reply: message(ask, reply) if completion.is_completion(reply) else reply,
-    parts=lambda reply: chunks(reply) if completion.is_completion(reply) else events(reply),
+    native=completion.is_own,
+    reply=lambda ask, reply: reply if completion.is_own(reply) else message(ask, reply),
+    parts=completion.by_shape(chunks, events),
     encoder=_encoder,
-    usage=lambda reply: completion.usage(reply) if completion.is_completion(reply) else usage(reply),
+    usage=completion.by_shape(completion.usage, usage),
     error=error,
     error_frame=lambda status, message: named_frame(error(status, message)),
 )

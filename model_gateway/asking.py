@@ -4,42 +4,46 @@ import asyncio
 import hashlib
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Coroutine, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 from uuid import uuid5
 
 import msgspec
 import structlog
-from tenacity import AsyncRetrying, RetryCallState, retry_if_exception, stop_before_delay, wait_exponential, wait_random
 
 from sia_events.model_gateway import completion
 from sia_events.model_gateway.budget import OverBudget
 from sia_events.model_gateway.journal import Journal
 from sia_events.model_gateway.ledger import Ledger
+from sia_events.model_gateway.patience import Patience, is_the_callers
 from sia_events.model_gateway.reading import Reading
 from sia_events.model_gateway.token import Claims
 from sia_events.model_gateway.wire import Ask, Body, Question, Refused, Wire
-from sia_events.shared.calls import ModelCall, journal_key
+from sia_events.shared.calls import AWAY, ModelCall, journal_key
 from sia_events.shared.failpoints import reach
 from sia_events.shared.ports import Clock, ModelFailed, Models
 from sia_events.shared.record import NAMESPACE
 
 # How a reply is delivered; a call that is asked for again in the other way is the same call.
 DELIVERY = ("stream", "stream_options")
-# What no change of the request would mend: the run was set up with it.
-NOT_THE_CALLERS = ("no_key", "unknown_model", "rate_limited", "timeout")
-# The embedded model takes a few seconds to start.
-QUIET_S, COMPLAINTS_S = 5.0, 20.0
+# What is no chat, by its wire; every other wire is one.
+KINDS: Mapping[str, Literal["choice", "logprobs"]] = {"choice": "choice", "logprobs": "logprobs"}
 # How many faults are remembered to have been recorded.
 KEPT = 1024
+# What a provider may add to a prompt of its own, in tokens.
+ADDED = 16
+ENDING = "the gateway is ending: this call was not made"
 
 log = structlog.get_logger()
-_backoff = wait_exponential(multiplier=0.2, max=5) + wait_random(0, 0.5)
 
 
 class Calls:
-    """All calls of this gateway. A call that is being read is joined, not made a second time."""
+    """All calls of this gateway. A call that is being read is joined, not made a second time.
+
+    `models` finds what answers for a model name, "provider/model", and raises ModelFailed where nothing does. A
+    provider that is away is asked again for `patience` seconds.
+    """
 
     def __init__(
         self, journal: Journal, models: Callable[[str], Models], clock: Clock, ledger: Ledger, patience: float
@@ -48,51 +52,93 @@ class Calls:
         self._models = models
         self._clock = clock
         self._ledger = ledger
-        self._patience = patience
+        self._patience = Patience(patience)
         self._under_way: dict[tuple[str, ...], tuple[Reading, asyncio.Task[None]]] = {}
-        self._complained: dict[str, float] = {}
-        self._told: OrderedDict[tuple[str, str, str], None] = OrderedDict()
+        self._told: OrderedDict[tuple[str, str, str], ModelCall] = OrderedDict()
+        self._ending = False
 
-    async def read(self, wire: Wire, claims: Claims, body: Body, streamed: bool) -> Reading:
-        """The reply to a request, from the journal where it is recorded. Raises Refused for a model of others."""
+    async def read(self, wire: Wire, claims: Claims, body: Body, streamed: bool, again: bool = False) -> Reading:
+        """The reply to a request, from the journal where it is recorded; `again`: a client says that it sent it before.
+
+        Raises Refused for a model of others.
+        """
         model, adapter = allowed(claims, body.get("model"))
         asked = {name: value for name, value in body.items() if name not in DELIVERY}
         digest = hashlib.sha256(msgspec.json.encode([wire.name, asked], order="sorted")).hexdigest()
         recorded = await self._journal.open(claims.run, claims.attempt)
-        n = self._journal.number(claims.run, claims.start, digest)
+        n = self._journal.number(claims.run, claims.start, digest, again)
         seed = int.from_bytes(hashlib.sha256(f"{claims.seed}/{digest}/{n}".encode()).digest()[:4]) >> 1
         name = str(uuid5(NAMESPACE, f"{claims.run}/{claims.attempt}/{digest}/{n}"))
-        if known := recorded.get((digest, n)):
-            reading = Reading(Ask(claims, body, model, adapter, known.call, seed))
+        known = recorded.get((digest, n))
+        reading = Reading(Ask(claims, body, model, adapter, known.call if known else name, seed))
+        key = (claims.run, journal_key(claims.attempt), digest, str(n))
+        if known:
             assert known.reply is not None, "the journal gives out replies"
             reading.native = wire.native(known.reply)
             reading.end(known)
             return reading
-        key = (claims.run, journal_key(claims.attempt), digest, str(n))
-        if key not in self._under_way:
-            self._require_room(claims, len(recorded))
-            reading = Reading(Ask(claims, body, model, adapter, name, seed))
-            reading_on = asyncio.create_task(self._read(wire, reading, digest, n, streamed))
-            self._under_way[key] = reading, reading_on
-            reading_on.add_done_callback(lambda _: self._under_way.pop(key))
-        return self._under_way[key][0]
+        if key in self._under_way:
+            reading, _ = self._under_way[key]
+        elif refused := self._refused(claims, len(recorded)):
+            reading.end(None, refused)
+        elif away := self._away(claims):
+            reading.end(away)
+        else:
+            self._begin(key, reading, self._read(wire, reading, digest, n, streamed))
+        reading.if_unanswered(lambda: self._journal.give_back(claims.run, claims.start, digest, n))
+        return reading
 
-    def _require_room(self, claims: Claims, recorded: int) -> None:
-        """Raises Refused when the attempt has made all the calls that it may make."""
-        if claims.calls is None:
+    async def end(self, seconds: float) -> None:
+        """Take no new call, and wait so long for the replies that are under way: they are paid for, and recorded.
+
+        What still waits for room in the budget, or for a provider that is away, is given up at once.
+        """
+        self._ending = True
+        for reading, task in list(self._under_way.values()):
+            if not reading.asked:
+                task.cancel()
+        tasks = {task for reading, task in self._under_way.values() if reading.asked}
+        if not tasks:
             return
+        log.warning("waiting for replies under way; interrupt again to end at once", calls=len(tasks), seconds=seconds)
+        try:
+            _, tasks = await asyncio.wait(tasks, timeout=seconds)
+        finally:
+            for task in tasks:
+                task.cancel()
+        if tasks:
+            log.warning("replies did not come in time: they are asked, and paid for, again", calls=len(tasks))
+
+    def _begin(self, key: tuple[str, ...], reading: Reading, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.create_task(work)
+        self._under_way[key] = reading, task
+
+        def over(task: asyncio.Task[None]) -> None:
+            del self._under_way[key]
+            if task.cancelled():
+                reading.end(None, Refused(500, ENDING))
+
+        task.add_done_callback(over)
+
+    def _refused(self, claims: Claims, recorded: int) -> Refused | None:
+        """Why no new call is made: the gateway is ending, or the attempt has made all that it may make."""
+        if self._ending:
+            return Refused(500, ENDING)
         mine = (claims.run, journal_key(claims.attempt))
-        if recorded + sum(key[:2] == mine for key in self._under_way) >= claims.calls:
-            raise Refused(429, f"this attempt may make {claims.calls} model calls and has made them; none is left")
+        if claims.calls is not None and recorded + sum(key[:2] == mine for key in self._under_way) >= claims.calls:
+            return Refused(429, f"this attempt may make {claims.calls} model calls and has made them; none is left")
+        return None
+
+    def _away(self, claims: Claims) -> ModelCall | None:
+        """The call of this start that was waited for in vain: what it asks since fails as that did, without a wait."""
+        found = (self._told.get((claims.run, claims.start, fault)) for fault in AWAY)
+        return next((call for call in found if call), None)
 
     async def _read(self, wire: Wire, reading: Reading, digest: str, n: int, streamed: bool) -> None:
         try:
             reading.end(await self._call(wire, reading, digest, n, streamed))
         except Refused as refused:
             reading.end(None, refused)
-        except asyncio.CancelledError:
-            reading.end(None)
-            raise
         except Exception as error:
             # Whoever follows it raises this; there may be nobody left who does.
             log.error("a model call was lost", call=reading.ask.call, error=f"{type(error).__name__}: {error}")
@@ -107,9 +153,10 @@ class Calls:
         call = ModelCall(
             call=ask.call,
             attempt=claims.attempt,
+            start=claims.start,
             version=claims.version,
             role=claims.role,
-            kind="choice" if wire.name == "choice" else "chat",
+            kind=KINDS.get(wire.name, "chat"),
             model=ask.model,
             adapter=ask.adapter,
             item=item if isinstance(item, str) else None,
@@ -127,7 +174,7 @@ class Calls:
             time=at.isoformat().replace("+00:00", "Z"),
         )
         # An agent that asks on and on for what it does not get fills no disk: one record says it.
-        if came.reply is not None or came.usage or self._first(claims, came.fault):
+        if came.reply is not None or came.usage or (not self._ending and await self._is_news(claims, call)):
             reach("model_gateway before recording a call")
             await self._journal.record(claims.run, call)
             reach("model_gateway after recording a call")
@@ -159,46 +206,37 @@ class Calls:
             usd = await self._ledger.settle(held, usage)
         if failure is None:
             return _Outcome(reply, usage=usage or {}, usd=usd)
-        if not reading.parts and _is_the_callers(failure):
+        if not reading.parts and is_the_callers(failure):
             raise Refused(failure.status, str(failure)) from failure
-        return _Outcome(error=str(failure), fault=failure.kind, usage=usage or {}, usd=usd if usage else 0.0)
-
-    def _tell(self, ask: Ask, state: RetryCallState) -> None:
-        """Say that a provider keeps us waiting, seldom and for all its calls: who follows would take it for a hang."""
-        now = time.monotonic()
-        long, lately = (state.seconds_since_start or 0.0) > QUIET_S, self._complained.get(ask.model, float("-inf"))
-        if state.outcome and long and now > lately + COMPLAINTS_S:
-            self._complained[ask.model] = now
-            why = str(state.outcome.exception())
-            log.warning("a model does not answer, and is asked again", model=ask.model, why=why)
+        # Nobody was waited for when a reply broke off: it may well come whole the next time.
+        fault = "garbage" if reading.parts and failure.kind in AWAY else failure.kind
+        return _Outcome(error=str(failure), fault=fault, usage=usage or {}, usd=usd if usage else 0.0)
 
     async def _patiently(self, question: Question, reading: Reading, streamed: bool) -> Body:
-        """Ask again, ever more slowly, while the fault is the provider's and nothing of a reply has come.
+        """Ask again while the fault is the provider's and nothing of a reply has come, unless the gateway is ending."""
 
-        A provider that says when to come back is asked then, unless that is later than we have patience for.
-        """
-        retrying = AsyncRetrying(
-            retry=retry_if_exception(lambda error: not reading.parts and _passes(error)),
-            stop=stop_before_delay(self._patience),
-            wait=_pause,
-            before_sleep=lambda state: self._tell(reading.ask, state),
-            reraise=True,
-        )
-        async for go in retrying:
+        def rests() -> None:
+            reading.asked = False
+
+        def goes_on() -> bool:
+            return not (reading.parts or self._ending)
+
+        async for go in self._patience.tries(reading.ask.model, goes_on, rests):
             with go:
+                reading.asked = True
                 if not streamed:
                     return await question.whole()
                 async for part in question.parts():
                     reading.add(part)
                 return question.gather(reading.parts)
-        raise AssertionError("retrying ends with a reply or a raise")
+        raise AssertionError("tries end with a reply or a raise")
 
-    def _first(self, claims: Claims, fault: str) -> bool:
-        """Whether this start of the program has not been told of this fault before."""
-        told = (claims.run, claims.start, fault)
-        if told in self._told:
+    async def _is_news(self, claims: Claims, failed: ModelCall) -> bool:
+        """Whether this start of the program has no such fault on record, but of calls that were answered since."""
+        name, recorded = (claims.run, claims.start, failed.fault), await self._journal.open(claims.run, claims.attempt)
+        if (told := self._told.get(name)) and (told.digest, told.n) not in recorded:
             return False
-        self._told[told] = None
+        self._told[name] = failed
         while len(self._told) > KEPT:
             self._told.popitem(last=False)
         return True
@@ -229,29 +267,9 @@ def allowed(claims: Claims, asked: Any) -> tuple[str, str | None]:
 
 
 def worst_prompt(body: Body) -> int:
-    """At most how many tokens the prompt is, told before anybody counted: two bytes of the request a token, and 16."""
-    return len(msgspec.json.encode(body)) // 2 + 16
+    """At most how many tokens the prompt is, told before anybody counted: a byte of its UTF-8 is one at most."""
+    return len(msgspec.json.encode(body)) + ADDED
 
 
 def _names(model: str) -> tuple[str, str]:
     return model, model.partition("/")[2]
-
-
-def _passes(error: BaseException) -> bool:
-    """Whether the same request may well be answered later."""
-    return (
-        isinstance(error, ModelFailed)
-        and (error.status >= 500 or error.status in (408, 429))
-        and error.kind not in ("garbage", "unsupported")
-    )
-
-
-def _is_the_callers(failed: ModelFailed) -> bool:
-    """Whether the request was at fault, and not the provider or how the run was set up."""
-    return 400 <= failed.status < 500 and failed.status not in (408, 429) and failed.kind not in NOT_THE_CALLERS
-
-
-def _pause(state: RetryCallState) -> float:
-    failed = state.outcome.exception() if state.outcome else None
-    asked_for = failed.retry_after if isinstance(failed, ModelFailed) else None
-    return max(_backoff(state), asked_for or 0.0)

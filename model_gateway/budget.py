@@ -183,7 +183,7 @@ class Ledger:
         account.recent.append((now, usd))
         while account.recent[0][0] < now - RATE_S:
             account.recent.popleft()
-        spent = sum(each for _, each in account.recent)
+        spent = round(sum(each for _, each in account.recent), 9)  # sums of floats have a rest
         if account.rate is not None and spent > account.rate and account.history:
             reason = f"{spent:.2f} US dollars in {RATE_S:.0f} s of model calls: over {account.rate:g} a minute"
             account.recent.clear()

@@ -1,14 +1,26 @@
 """OpenAI's chat completion, the shape that replies have inside: put together from chunks, and its usage."""
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar
 
 from sia_events.model_gateway.wire import Body
 from sia_events.shared.ports import ModelFailed
 
+T = TypeVar("T")
+
 
 def is_completion(reply: Body) -> bool:
     return "choices" in reply
+
+
+def is_own(reply: Body) -> bool:
+    """Whether a reply has its wire's own shape, from a native provider."""
+    return not is_completion(reply)
+
+
+def by_shape(ours: Callable[[Body], T], own: Callable[[Body], T]) -> Callable[[Body], T]:
+    """What reads a reply of either shape: `ours` a completion, `own` the wire's."""
+    return lambda reply: ours(reply) if is_completion(reply) else own(reply)
 
 
 def gather(parts: Sequence[Body]) -> Body:

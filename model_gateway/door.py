@@ -13,40 +13,31 @@ from starlette.routing import Route
 
 from sia_events.model_gateway.anthropic_wire import MESSAGES
 from sia_events.model_gateway.asking import Calls
-from sia_events.model_gateway.journal import Journal
-from sia_events.model_gateway.ledger import Ledger, Unlimited
-from sia_events.model_gateway.openai_wire import CHAT, CHOICE
+from sia_events.model_gateway.openai_wire import CHAT, CHOICE, LOGPROBS
 from sia_events.model_gateway.reading import Reading
 from sia_events.model_gateway.responses_wire import RESPONSES
 from sia_events.model_gateway.token import Claims, TokenRefused, read_token
 from sia_events.model_gateway.wire import Refused, Wire
 from sia_events.shared.calls import ModelCall
-from sia_events.shared.ports import Clock, Models
+from sia_events.shared.ports import Clock
 
-PATIENCE_S = 120.0
 MAX_BODY = 2_000_000
 BYTES_A_TOKEN = 4
-STATUS: Mapping[str, int] = {"budget": 402, "rate_limited": 429, "timeout": 504}
+STATUS: Mapping[str, int] = {"budget": 402, "rate_limited": 429, "no_key": 503, "unavailable": 503, "timeout": 504}
 """What a caller gets for a call that has no reply, by its fault; 502 for every other."""
+
+# What the SDKs of OpenAI and Anthropic send along: how often they have sent this request already.
+RETRIES = "x-stainless-retry-count"
 
 log = structlog.get_logger()
 
 
-def gateway(
-    journal: Journal,
-    models: Callable[[str], Models],
-    secret: str,
-    clock: Clock,
-    ledger: Ledger | None = None,
-    patience: float = PATIENCE_S,
-) -> Starlette:
-    """The gateway as an ASGI application; whoever made the journal closes it behind the last request.
+def gateway(calls: Calls, secret: str, clock: Clock) -> Starlette:
+    """The gateway as an ASGI application; whoever made `calls` ends them, and then closes their journal.
 
-    `models` finds what answers for a model name, "provider/model", and raises ModelFailed where nothing does.
-    A token says which models its holder may ask for. A provider that is away is asked again for `patience` seconds.
-    Every call is in the journal before the end of its reply is given away, and one that is there is not made again.
+    A token, signed with `secret`, says which models its holder may ask for. Every call is in the journal before the end
+    of its reply is given away, and one that is there is not made again.
     """
-    calls = Calls(journal, models, clock, ledger or Unlimited(), patience)
 
     def served(wire: Wire) -> Callable[[Request], Any]:
         async def serve(request: Request) -> Response:
@@ -55,8 +46,9 @@ def gateway(
             if wire is MESSAGES and (betas := request.headers.get("anthropic-beta")):
                 # Anthropic's clients name beta features in a header; in the record they belong to the request.
                 body = {**body, "betas": betas.split(",")}
-            streamed = body.get("stream") is True and wire is not CHOICE
-            reading = await calls.read(wire, claims, body, streamed)
+            streamed = body.get("stream") is True and wire not in (CHOICE, LOGPROBS)
+            again = request.headers.get(RETRIES, "0") != "0"
+            reading = await calls.read(wire, claims, body, streamed, again)
             if not streamed:
                 return _whole(wire, reading, await reading.call())
             await reading.begun()
@@ -84,6 +76,7 @@ def gateway(
         routes=[
             Route("/v1/chat/completions", served(CHAT), methods=["POST"]),
             Route("/v1/choice", served(CHOICE), methods=["POST"]),
+            Route("/v1/logprobs", served(LOGPROBS), methods=["POST"]),
             Route("/v1/responses", served(RESPONSES), methods=["POST"]),
             Route("/v1/messages", served(MESSAGES), methods=["POST"]),
             Route("/v1/messages/count_tokens", count, methods=["POST"]),

@@ -2,6 +2,7 @@
 
 import asyncio
 from collections import OrderedDict, defaultdict
+from dataclasses import dataclass, field
 
 from sia_events.shared.calls import ModelCall, decode_call, encode_call, journal_key
 from sia_events.shared.ports import Bus, Envelope
@@ -10,13 +11,21 @@ LINES = 128
 KEPT = 32
 
 
+@dataclass
+class _Sent:
+    """How many numbers a request was given, and those given back since."""
+
+    count: int = 0
+    back: set[int] = field(default_factory=set)
+
+
 class Journal:
     """Recorded replies by run, attempt, request digest and count. One flush is in flight; calls gather behind it."""
 
     def __init__(self, bus: Bus) -> None:
         self._bus = bus
         self._known: OrderedDict[tuple[str, str], dict[tuple[str, int], ModelCall]] = OrderedDict()
-        self._sent: OrderedDict[tuple[str, str], dict[str, int]] = OrderedDict()
+        self._sent: OrderedDict[tuple[str, str], dict[str, _Sent]] = OrderedDict()
         self._waiting: list[tuple[str, ModelCall, asyncio.Future[None]]] = []
         self._flusher: asyncio.Task[None] | None = None
         self._opening = asyncio.Lock()
@@ -38,14 +47,27 @@ class Journal:
                 self._known.popitem(last=False)
             return found
 
-    def number(self, run: str, start: str, digest: str) -> int:
-        """The how-manieth sending of this request since the attempt's program was started this time, from 0."""
-        sent = self._sent.setdefault((run, start), defaultdict(int))
+    def number(self, run: str, start: str, digest: str, again: bool = False) -> int:
+        """The how-manieth reply to this request is wanted, since the attempt's program was started this time, from 0.
+
+        Only what is answered counts, so that a later start, which may be answered at once, finds each reply under the
+        number that it asks for. `again`: whoever sends it says that it is the last sending once more.
+        """
+        sent = self._sent.setdefault((run, start), defaultdict(_Sent))[digest]
         self._sent.move_to_end((run, start))
         while len(self._sent) > KEPT:
             self._sent.popitem(last=False)
-        sent[digest] += 1
-        return sent[digest] - 1
+        if sent.back:
+            sent.back.remove(first := min(sent.back))
+            return first
+        if not (again and sent.count):
+            sent.count += 1
+        return sent.count - 1
+
+    def give_back(self, run: str, start: str, digest: str, n: int) -> None:
+        """There was no reply under this number: the next sending of the request takes it."""
+        if sent := self._sent.get((run, start)):
+            sent[digest].back.add(n)
 
     async def record(self, run: str, call: ModelCall) -> None:
         """Returns when the call is on disk; only then may its reply be given away."""

@@ -1,4 +1,4 @@
-"""OpenAI's chat completions, and the choice call, which is ours in the same manner."""
+"""OpenAI's chat completions; choice calls and log-probabilities, which are ours in the same manner."""
 
 from collections.abc import AsyncIterator, Iterable, Mapping
 from typing import Annotated, Any
@@ -8,11 +8,12 @@ import msgspec
 from sia_events.model_gateway import completion
 from sia_events.model_gateway.wire import Ask, Body, Encoder, Question, Refused, Wire, data_frame, error_type
 from sia_events.shared.chunks import chunks
-from sia_events.shared.ports import Chat, Choice, Models
+from sia_events.shared.ports import Chat, Choice, Models, Text
 
 Temperature = Annotated[float, msgspec.Meta(ge=0)]
 TopP = Annotated[float, msgspec.Meta(gt=0, le=1)]
 Tokens = Annotated[int, msgspec.Meta(ge=1)]
+TokenId = Annotated[int, msgspec.Meta(ge=0)]
 CHOICE_TOKENS = 16
 
 
@@ -30,6 +31,13 @@ class ChatBody(msgspec.Struct):
     tool_choice: str | dict[str, Any] | None = None
     response_format: dict[str, Any] | None = None
     functions: list[Any] | None = None
+
+
+class LogprobsBody(msgspec.Struct):
+    """How likely is this completion of this prompt, both in the model's own tokens?"""
+
+    prompt_token_ids: Annotated[list[TokenId], msgspec.Meta(min_length=1)]
+    completion_token_ids: Annotated[list[TokenId], msgspec.Meta(min_length=1)]
 
 
 class ChoiceBody(msgspec.Struct):
@@ -124,8 +132,21 @@ def _choice(port: Models, ask: Ask) -> Question:
     return Question(CHOICE_TOKENS, lambda: port.choose(choice), _no_parts, lambda parts: {})
 
 
+def _logprobs(port: Models, ask: Ask) -> Question:
+    if ask.claims.role != "trainer":
+        raise Refused(403, "log-probabilities of given tokens are told to the trainer alone; ask for a choice")
+    body: LogprobsBody = read(ask.body, LogprobsBody)
+    text = Text(ask.model, ask.adapter, body.prompt_token_ids, body.completion_token_ids)
+
+    async def whole() -> Body:
+        told = await port.logprobs(text)
+        return {"logprobs": told, "usage": completion.usage_of(len(text.prompt) + len(text.completion), 0)}
+
+    return Question(1, whole, _no_parts, lambda parts: {})
+
+
 async def _no_parts() -> AsyncIterator[Mapping[str, Any]]:
-    raise AssertionError("a choice has no parts")
+    raise AssertionError("what is scored has no parts")
     yield {}
 
 
@@ -149,3 +170,4 @@ def _wire(name: str, question: Any) -> Wire:
 
 CHAT = _wire("chat", _chat)
 CHOICE = _wire("choice", _choice)
+LOGPROBS = _wire("logprobs", _logprobs)

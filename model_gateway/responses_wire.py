@@ -56,7 +56,7 @@ def as_messages(body: ResponsesBody) -> list[Mapping[str, Any]]:
     for place, item in enumerate(items):
         where = f"input.{place}"
         match item.get("type", "message"):
-            case "message" if item.get("role") in ROLES:
+            case "message" if str(item.get("role")) in ROLES:
                 content = text_of(item.get("content"), TEXTS, where)
                 found.append({"role": ROLES[item["role"]], "content": content})
             case "function_call":
@@ -148,11 +148,11 @@ def _error_frame(status: int, message: str) -> bytes:
 RESPONSES = Wire(
     name="responses",
     question=_question,
-    native=lambda reply: not completion.is_completion(reply),
-    reply=lambda ask, reply: response(ask, reply) if completion.is_completion(reply) else reply,
-    parts=lambda reply: chunks(reply) if completion.is_completion(reply) else events(reply),
+    native=completion.is_own,
+    reply=lambda ask, reply: reply if completion.is_own(reply) else response(ask, reply),
+    parts=completion.by_shape(chunks, events),
     encoder=_encoder,
-    usage=lambda reply: completion.usage(reply) if completion.is_completion(reply) else usage(reply),
+    usage=completion.by_shape(completion.usage, usage),
     error=error,
     error_frame=_error_frame,
 )

@@ -26,7 +26,9 @@ ERROR_TYPES: Mapping[int, str] = {
     404: "not_found_error",
     413: "request_too_large",
     429: "rate_limit_error",
+    500: "gateway_error",
     502: "provider_error",
+    503: "provider_away",
     504: "timeout_error",
 }
 """The type of an error, by its HTTP status, on every wire; any other status is an `invalid_request_error`."""

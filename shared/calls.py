@@ -5,21 +5,27 @@ from typing import Any, Literal
 
 import msgspec
 
+# The faults that neither the agent nor another try at once would mend: the gateway has waited for the provider
+# already, or the provider does not take the key.
+AWAY = ("unavailable", "rate_limited", "no_key")
+
 
 class ModelCall(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """A request, its reply, and on whose behalf. `error` stands where a reply would, when the provider had none.
 
     `request` is what the agent sent (without its credentials), `reply` the body it got, with token ids and
     log-probs. `fault` is the kind of an error (`FailedCall`, or "budget": refused by us). `usd` is None where nobody
-    knows the model's price. `digest` is the SHA-256 of the request; with `n`, its
-    how-manieth sending, it names the call in its attempt, which is how a repeated handler finds the recorded reply.
+    knows the model's price. `digest` is the SHA-256 of the request; with `n`, the how-manieth reply to it this is, it
+    names the call in its attempt, which is how a repeated handler finds the recorded reply. `start` is the start of the
+    attempt's program that asked.
     """
 
     call: str
     attempt: str
+    start: str = ""
     version: str
     role: str = "target"
-    kind: Literal["chat", "choice"]
+    kind: Literal["chat", "choice", "logprobs"]
     model: str
     adapter: str | None = None
     item: str | None = None

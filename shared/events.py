@@ -179,9 +179,9 @@ class Written(Value):
 class Evidence(Value):
     """What a lever and an algorithm were chosen on: figures of the log, each of them recomputable from it.
 
-    `rewards` counts the incumbent's dev items in ten equal bins of its score, lowest first; `reward_mean` and
-    `reward_skew` (third standardised moment) are of the same. `seconds_of` and `usd_of` are what a try of each lever
-    took so far, in the mean.
+    `rewards` counts the incumbent's dev items in ten equal bins of their reward (the score, turned so that more is
+    better), lowest first; `reward_mean` and `reward_skew` (third standardised moment) are of the same. `seconds_of`
+    and `usd_of` are what a try of each lever took so far, in the mean.
     """
 
     incumbent: str

@@ -68,7 +68,8 @@ class Bus(Protocol):
 
         With `run` only that run's records. A record counts as handled when `answer` returns; a raise brings it
         again after a delay, a bounded number of times, and then becomes a `ServiceFailed` of that run. Above one,
-        `at_once` records of a run may be out together: they are begun in order, and a later one may end first.
+        `at_once` records of a run may be out together: they are begun in order, and a later one may end first. Behind
+        ProviderAway it is not brought again: whoever raised it has waited and tried already.
         """
         ...
 
@@ -270,6 +271,16 @@ class Choice:
     seed: int = 0
 
 
+@dataclass(frozen=True)
+class Text:
+    """A text whose likelihood is asked for, in token ids: nothing is drawn, at temperature 1 and without a bias."""
+
+    model: str
+    adapter: str | None
+    prompt: Sequence[int]
+    completion: Sequence[int]
+
+
 class Models(Protocol):
     """Whatever answers model calls. `adapter` is the digest of a LoRA adapter's blob, or None for the base.
 
@@ -286,6 +297,10 @@ class Models(Protocol):
 
     async def choose(self, call: Choice) -> Mapping[str, Any]:
         """{choice, index, logprobs, raw, prompt_token_ids, choice_token_ids, usage}."""
+        ...
+
+    async def logprobs(self, text: Text) -> tuple[float, ...]:
+        """Of each token of the completion, in nats. An engine that cannot tell fails with kind unsupported."""
         ...
 
 
@@ -331,8 +346,8 @@ class ModelFailed(Exception):
 class Brief:
     """What an LLM agent is asked to write: a harness, starting from a scratch copy of `files`.
 
-    `key` names its model calls in the journal, so that a repeated handler pays for none of them again. `data` are
-    public files that it may look at. `turns` bounds an agent that takes many steps.
+    `key`, "ROLE.VERSION", names its model calls in the journal, so that a repeated handler pays for none of them again.
+    `data` are public files that it may look at. `turns` bounds an agent that takes many steps.
     """
 
     run: str
@@ -344,6 +359,21 @@ class Brief:
     data: Mapping[str, bytes] = field(default_factory=dict)
     turns: int = 20
     seed: int = 0
+
+    def claims(self, start: str, expires: datetime) -> dict[str, Any]:
+        """What a token for the brief's model calls says; `start` names one of the starts that the brief may take."""
+        return {
+            "run": self.run,
+            "attempt": self.key,
+            "start": start,
+            "version": self.key.partition(".")[2],
+            "role": self.role,
+            "model": self.model,
+            "adapter": None,
+            "sample": False,
+            "seed": self.seed,
+            "expires": expires.timestamp(),
+        }
 
 
 @dataclass(frozen=True)
@@ -357,6 +387,13 @@ class Writing:
 
 class BudgetSpent(Exception):
     """The run's budget does not cover the next model call; it was not made, and what was paid for before is kept."""
+
+
+class ProviderAway(Exception):
+    """A model's provider did not answer for as long as anybody waits for one, or does not take the key.
+
+    What was answered before is recorded, and whoever goes on pays for none of it again.
+    """
 
 
 class WritingFailed(Exception):

@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 
-Kind = Literal["anthropic", "openai", "google", "litellm", "local", "instant"]
+Kind = Literal["anthropic", "openai", "google", "litellm", "vllm", "local", "instant"]
 ProviderName = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9_-]*$")]
 
 
@@ -21,7 +21,8 @@ class Provider(Row):
     `kind` says which API it speaks: `openai` is any OpenAI-compatible endpoint. Without a `base_url` it is asked where
     the vendor of its kind is. `key_env` is the variable that has the
     key, None where none is needed. `responses` says whether it also takes OpenAI's responses API; left out, only
-    OpenAI's own endpoint does.
+    OpenAI's own endpoint does. `adapters` is for kind `vllm`: the folder, of this row alone, from which its server
+    reads the LoRA adapters that are laid down there, by the same path.
     """
 
     kind: Kind
@@ -30,6 +31,7 @@ class Provider(Row):
     concurrency: int = Field(default=8, ge=1, le=1000)
     timeout_s: float = Field(default=600.0, gt=0)
     responses: bool | None = None
+    adapters: str | None = Field(default=None, pattern=r"^/")
 
 
 class Roles(Row):
@@ -61,7 +63,7 @@ BUILT_IN: Mapping[str, Mapping[str, Any]] = {
     "together": {"kind": "openai", "base_url": "https://api.together.xyz/v1", "key_env": "TOGETHER_API_KEY"},
     "nebius": {"kind": "openai", "base_url": "https://api.studio.nebius.com/v1", "key_env": "NEBIUS_API_KEY"},
     "ollama": {"kind": "openai", "base_url": "http://127.0.0.1:11434/v1"},
-    "vllm": {"kind": "openai", "base_url": "http://127.0.0.1:8000/v1"},
+    "vllm": {"kind": "vllm", "base_url": "http://127.0.0.1:8000/v1"},
     "local": {"kind": "local"},
     "instant": {"kind": "instant"},
 }
@@ -69,6 +71,14 @@ BUILT_IN: Mapping[str, Mapping[str, Any]] = {
 
 FREE: tuple[Kind, ...] = ("local", "instant")
 """Kinds whose calls nobody bills."""
+
+TRAINED = ("local", "vllm")
+"""Providers, by name, that load the adapters of a run: the weights of their models are ours to change."""
+
+
+def trainable(model: str) -> bool:
+    """Whether the weights lever can be pulled on a model, by its name."""
+    return split_model(model)[0] in TRAINED
 
 
 def built_in() -> Mapping[str, Provider]:

@@ -24,7 +24,7 @@ from sia_events.shared.run import Run, evolve, fold
 KEPT_EVERY = 64
 KEPT_RUNS = 64
 HELD_S = 1.0
-# What opens new work; judging what an attempt wrote, and learning, which takes no calls, go on while a run is held.
+# What opens new work; judging what an attempt wrote, and learning, whose calls only look, go on while a run is held.
 BEGINNINGS = (RunStarted, AttemptRequested, FeedbackRequested, HarnessPatchRequested)
 
 

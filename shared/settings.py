@@ -40,6 +40,9 @@ class Settings(BaseModel):
     patience_s: float = Field(
         default=120.0, gt=0, description="seconds for which a model provider that is away is asked again"
     )
+    drain_s: float = Field(
+        default=20.0, ge=0, description="seconds for which an ending gateway waits for replies that are under way"
+    )
     debug: bool = Field(default=False, description="tracebacks instead of one-line errors")
     providers: Mapping[ProviderName, Provider] = Field(
         default_factory=built_in, description="who answers model calls, by the first part of a model's name"

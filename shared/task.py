@@ -39,9 +39,10 @@ class Task:
     split. Without (a folder of SIA's layout, which has no task.toml), the folder is plain: an attempt gets all of
     data/public, as the split "whole", and what is held out is which ids of its answer key count (`plain_splits`);
     `held_out` = false scores everything in one figure instead. `metric` names the score, a fraction for the evaluator
-    "labels", which compares answers with labels; `floor` is the score of one constant answer. `question`, `item` and
-    `opening` word a prompt about one item and the start of its answer ("What kind of thing …?", "Definition",
-    "Kind:"); `words` has plainer words for labels.
+    "labels", which compares answers with labels; `floor` is the score of one constant answer. `ranking`: scores tell
+    which of two attempts is better, and nothing by their size. `question`, `item` and `opening` word a prompt about one
+    item and the start of its answer ("What kind of thing …?", "Definition", "Kind:"); `words` has plainer words for
+    labels.
     """
 
     path: Path
@@ -52,6 +53,7 @@ class Task:
     direction: Literal["maximize", "minimize"] = "maximize"
     evaluator: Literal["labels", "evaluate.py"] = "evaluate.py"
     floor: float | None = None
+    ranking: bool = False
     labels: tuple[str, ...] = ()
     question: str = ""
     item: str = "Item"

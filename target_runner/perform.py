@@ -8,10 +8,10 @@ from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
-from sia_events.shared.calls import ModelCall, decode_call, encode_call, journal_key, spent
+from sia_events.shared.calls import AWAY, ModelCall, decode_call, encode_call, journal_key, spent
 from sia_events.shared.events import AttemptFailed, AttemptRequested, Event, ExecutionLogged, FailureKind
 from sia_events.shared.packages import PACKAGES, PackagesMissing, environment
-from sia_events.shared.ports import Job, Limits, Outcome
+from sia_events.shared.ports import Job, Limits, Outcome, ProviderAway
 from sia_events.shared.registration import ENTRY, REQUIREMENTS, decode_task, repeated
 from sia_events.shared.run import Run
 from sia_events.shared.service import Work
@@ -25,7 +25,8 @@ async def attempt(work: Work, asked: AttemptRequested) -> Sequence[Event]:
     """Start the version's agent on the split; its outputs and every model call it made go into the record.
 
     The agent gets its harness and the split's public data read-only, one writable folder, the gateway and a token
-    for this attempt. Nothing it says about itself is evidence: calls and exit are recorded by the platform.
+    for this attempt. Nothing it says about itself is evidence: calls and exit are recorded by the platform. Raises
+    ProviderAway where a model was waited for in vain: that tells nothing of any version.
     """
     run, ports = work.run, work.ports
     version, task = run.versions[asked.version], run.task
@@ -53,13 +54,17 @@ async def attempt(work: Work, asked: AttemptRequested) -> Sequence[Event]:
             (folder / name).mkdir()
             write_tree(files, folder / name)
         expires = ports.clock.now() + timedelta(seconds=limits.wall_s + TOKEN_MARGIN_S)
-        token = ports.door.token(_claims(run, asked, expires))
+        claims = _claims(run, asked, expires)
+        token = ports.door.token(claims)
         outcome = await ports.sandbox.run(
             _job(folder, packages, ports.door.socket, token, version.weights.model, limits)
         )
         overslept = ports.clock.now() >= expires
         calls = await recorded_calls(work, asked.attempt)
-        if trouble := _trouble(asked, outcome, calls, overslept):
+        unanswered = [call for call in calls if call.error and call.start == claims["start"]]
+        if away := [call for call in unanswered if call.fault in AWAY]:
+            raise ProviderAway(f"{asked.attempt} had no answer from {away[0].model}: {away[0].error}")
+        if trouble := _trouble(asked, outcome, unanswered, overslept):
             detail = await ports.blobs.put(outcome.stderr[-20_000:]) if outcome.stderr else None
             return [trouble.model_copy(update={"detail": detail, **spent(calls)})]
         try:
@@ -136,14 +141,13 @@ def _job(folder: Path, packages: Path | None, socket: Path, token: str, model: s
 
 
 def _trouble(
-    asked: AttemptRequested, outcome: Outcome, calls: Sequence[ModelCall], overslept: bool
+    asked: AttemptRequested, outcome: Outcome, unanswered: Sequence[ModelCall], overslept: bool
 ) -> AttemptFailed | None:
     """What went wrong, if anything; a model that could not answer is our failure, whatever the agent made of it."""
-    refused = [call for call in calls if call.error and call.attempt == asked.attempt]
-    if over := [call for call in refused if call.fault == "budget"]:
+    if over := [call for call in unanswered if call.fault == "budget"]:
         return _failed(asked, "budget", f"a model call was not made: {over[0].error}")
-    if refused:
-        return _failed(asked, "infrastructure", f"{len(refused)} model calls had no answer: {refused[0].error}")
+    if unanswered:
+        return _failed(asked, "infrastructure", f"{len(unanswered)} model calls had no answer: {unanswered[0].error}")
     if outcome.lost_connections:
         lost = f"the gateway lost {outcome.lost_connections} requests: it was not there, or went away or broke down"
         return _failed(asked, "infrastructure", f"{lost} before it replied")

@@ -16,8 +16,8 @@ from typing import Any
 
 import psutil
 
-from sia_events.app import open_log
 from sia_events.cli import main
+from sia_events.log_here import open_log
 from sia_events.shared.calls import ModelCall, decode_call
 from sia_events.shared.record import Record, parse_record
 from sia_events.shared.settings import Settings

@@ -12,7 +12,7 @@ from sia_events.agents.client import BudgetSpent, ModelAway
 from sia_events.agents.direct import Direct
 from sia_events.infra.sandbox import Bubblewrap, UnsafeProcess, check
 from sia_events.shared.calls import ModelCall, decode_call
-from sia_events.shared.ports import Job, ModelFailed, Outcome, Ports, Sandbox, Writing, WritingFailed
+from sia_events.shared.ports import Job, ModelFailed, Outcome, Ports, ProviderAway, Sandbox, Writing, WritingFailed
 
 BETTER = "print('a better agent')\n"
 
@@ -116,7 +116,7 @@ async def test_a_request_that_the_provider_refuses_is_the_end_of_the_brief(tmp_p
 )
 async def test_a_model_that_is_not_set_up_is_no_fault_of_the_agents(tmp_path: Path, fault: ModelFailed):
     async with writing_room(tmp_path, Scripted([fault])) as ports:
-        with pytest.raises(ModelAway, match=r"no such model|no key"):
+        with pytest.raises((ModelAway, ProviderAway), match=r"no such model|no key"):
             await Direct().write(brief(), ports)
 
 
@@ -234,10 +234,15 @@ async def test_a_spent_budget_is_an_error_of_its_own(tmp_path: Path, backend: Di
             await backend.write(brief(), ports)
 
 
-@pytest.mark.parametrize("status", [429, 500, 502, 504])
-async def test_a_provider_that_is_away_is_ours_to_try_again(tmp_path: Path, status: int):
+@pytest.mark.parametrize(
+    ("status", "error"),
+    [(429, ProviderAway), (500, ModelAway), (502, ModelAway), (503, ProviderAway), (504, ProviderAway)],
+)
+async def test_what_the_gateway_has_waited_for_is_told_from_what_is_ours_to_try_again(
+    tmp_path: Path, status: int, error: type[Exception]
+):
     async with gateway_that_says(tmp_path, status, "overloaded") as ports:
-        with pytest.raises(ModelAway, match="overloaded"):
+        with pytest.raises(error, match="overloaded"):
             await Direct().write(brief(), ports)
 
 

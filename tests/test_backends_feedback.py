@@ -13,6 +13,7 @@ from writing import Answer, Scripted, gateway_that_says, registered_words, said,
 from sia_events.agents.agentic import Agentic
 from sia_events.agents.client import BudgetSpent
 from sia_events.agents.direct import Direct
+from sia_events.feedback_svc.algorithm import TRIGGERS
 from sia_events.feedback_svc.service import feedback_svc
 from sia_events.shared.events import (
     Event,
@@ -97,6 +98,21 @@ async def test_the_feedback_model_answers_where_one_is_named(tmp_path: Path, wor
 async def test_a_choice_for_the_harness_has_no_algorithm(tmp_path: Path, words: Words):
     given, _, _ = await feedback(tmp_path, words, [decision(lever="harness")])
     assert (given.lever, given.algorithm) == ("harness", None)
+
+
+@pytest.mark.parametrize(("named", "algorithm"), [("ppo", "ppo"), (None, "grpo")])
+async def test_the_model_names_any_algorithm_where_none_is_set_and_the_rule_where_it_names_none(
+    tmp_path: Path, words: Words, named: str | None, algorithm: str
+):
+    given, models, _ = await feedback(tmp_path, words, [decision(algorithm=named)], algorithm="auto")
+    assert (given.lever, given.algorithm) == ("weights", algorithm)
+    asked = models.asked[0].messages[1]["content"]
+    assert all(f"`{name}`: {apt}" in asked for name, apt in TRIGGERS.items())
+
+
+async def test_a_control_of_the_weights_has_its_algorithm_picked_by_rule(tmp_path: Path, words: Words):
+    given, _, _ = await feedback(tmp_path, words, [], lever="weights", algorithm="auto")
+    assert given.algorithm == "grpo" and "samples of an item are compared" in given.reasons[-1]
 
 
 @pytest.mark.parametrize(

@@ -11,11 +11,11 @@ import pytest
 from bus_on import note, notes, on, opened
 from command import SMALL, assert_none_left, log, read, sia, start
 
-from sia_events.app import COPIED
 from sia_events.infra import nats_disk
 from sia_events.infra.clickhouse import LogUnavailable
 from sia_events.infra.memory import MemoryLog
 from sia_events.infra.nats_server import running
+from sia_events.log_here import COPIED
 from sia_events.reading import look
 from sia_events.shared.ports import Log
 from sia_events.shared.record import Record, broken_link

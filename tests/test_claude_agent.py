@@ -17,6 +17,7 @@ from sia_events.infra.claude_said import read_said
 from sia_events.infra.memory import MemoryBlobs, MemoryBus, SystemTime
 from sia_events.infra.providers.finder import Providers
 from sia_events.infra.sandbox import Bubblewrap, UnsafeProcess, check
+from sia_events.model_gateway import asking
 from sia_events.model_gateway.budget import OverBudget, Reservation
 from sia_events.model_gateway.door import gateway
 from sia_events.model_gateway.journal import Journal
@@ -83,7 +84,8 @@ async def room(
         journal = Journal(bus)
         stack.push_async_callback(journal.close)
         door = TokenDoor(home / f"gateway-{provider.port}.sock", SECRET)
-        app = gateway(journal, providers.find, SECRET, SystemTime(), ledger or Unlimited(), patience=0.0)
+        calls = asking.Calls(journal, providers.find, SystemTime(), ledger or Unlimited(), patience=0.0)
+        app = gateway(calls, SECRET, SystemTime())
         await stack.enter_async_context(serving(app, door.socket))
         yield Room(Ports(bus, blobs, box or Bubblewrap(), SystemTime(), door, home), provider)
 

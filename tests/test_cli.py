@@ -28,7 +28,7 @@ from command import (
     until,
 )
 
-from sia_events.app import socket_place
+from sia_events.home import socket_place
 from sia_events.shared.record import broken_link, parse_record, to_wire
 from sia_events.shared.settings import Settings
 

@@ -16,7 +16,6 @@ from loopback import Loopback
 from story import ACCEPTED, FIRST, accepted, asked, fed_back, feedback_asked, patched, started
 
 from sia_events.cost import CALLS, Calls, generations_of, told
-from sia_events.cost_views import cost_text, estimate_text
 from sia_events.estimate import Earlier, Estimate, Habit, estimate, hosted
 from sia_events.infra.clickhouse import connect
 from sia_events.infra.providers.prices import pricing
@@ -26,6 +25,7 @@ from sia_events.shared.ports import Envelope
 from sia_events.shared.providers import Price
 from sia_events.shared.record import Record
 from sia_events.shared.settings import Settings
+from sia_events.views.costs import cost_text, estimate_text
 
 HOSTED = "openai/gpt-5.4-mini"
 WANTED = HarnessPatchRequested(generation=1, parent="g0a", candidates=1, seed=0)

@@ -6,7 +6,7 @@ from given import recorded
 from story import ACCEPTED, feedback_asked, patched, registered, scored, trained
 
 from sia_events.reading import changes
-from sia_events.views import diff_text
+from sia_events.views.summaries import diff_text
 
 PAST = (*ACCEPTED, feedback_asked(1), patched("g1a", edits=("few_shot", "vote")), scored("g1a", "dev", "1110"))
 

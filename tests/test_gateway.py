@@ -16,10 +16,12 @@ from given import NOON
 from sia_events.infra.instant import InstantModels
 from sia_events.infra.memory import MemoryBus
 from sia_events.model_gateway import door
+from sia_events.model_gateway.asking import Calls
 from sia_events.model_gateway.journal import Journal
+from sia_events.model_gateway.ledger import Unlimited
 from sia_events.model_gateway.token import TokenDoor, keep_secret
 from sia_events.shared.calls import ModelCall, decode_call
-from sia_events.shared.ports import BusFull, Chat, Choice, Envelope, ModelFailed
+from sia_events.shared.ports import BusFull, Chat, Choice, Envelope, ModelFailed, Text
 
 SECRET = "a secret of the tests"
 CLAIMS: dict[str, Any] = {
@@ -51,7 +53,7 @@ class Counting:
     """The `Models` port on the instant model: keeps what it was asked, and fails first if it is told to."""
 
     def __init__(self, *failures: ModelFailed) -> None:
-        self.asked: list[Chat | Choice] = []
+        self.asked: list[Chat | Choice | Text] = []
         self.failures = list(failures)
         self.instant = InstantModels()
 
@@ -68,7 +70,11 @@ class Counting:
         self._count(call)
         return await self.instant.choose(call)
 
-    def _count(self, call: Chat | Choice) -> None:
+    async def logprobs(self, text: Text) -> tuple[float, ...]:
+        self._count(text)
+        return await self.instant.logprobs(text)
+
+    def _count(self, call: Chat | Choice | Text) -> None:
         self.asked.append(call)
         if self.failures:
             raise self.failures.pop(0)
@@ -80,7 +86,8 @@ class House:
     def __init__(self, bus: MemoryBus, models: Counting, patience: float = 120.0) -> None:
         self.bus, self.models, self.names = bus, models, list[str]()
         self.journal, self.clock = Journal(bus), Noon()
-        app = door.gateway(self.journal, self.find, SECRET, self.clock, patience=patience)
+        calls = Calls(self.journal, self.find, self.clock, Unlimited(), patience)
+        app = door.gateway(calls, SECRET, self.clock)
         self.http = httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://gateway")
 
     def find(self, name: str) -> Counting:
@@ -296,7 +303,7 @@ async def test_a_provider_that_fails_is_asked_again():
 async def test_a_provider_that_goes_on_failing_is_recorded_as_an_error_and_asked_again_by_the_next_start():
     house = House(MemoryBus(), Counting(ModelFailed(503, "out of order")), patience=0.0)
     reply = await house.chat()
-    assert reply.status_code == 502 and "out of order" in reply.json()["error"]["message"]
+    assert reply.status_code == 503 and "out of order" in reply.json()["error"]["message"]
     (call,) = await house.recorded()
     assert call.reply is None and call.error == "out of order"
     assert (await house.chat(start="next")).status_code == 200

@@ -16,10 +16,10 @@ from loopback_wires import Reply
 
 from sia_events.shared.events import (
     AgentProposed,
+    AttemptFailed,
     FeedbackGiven,
     HarnessPatched,
     ProposalFailed,
-    RunFinished,
     ServiceFailed,
     VersionAccepted,
 )
@@ -106,12 +106,14 @@ def test_where_no_reply_can_be_used_the_reference_agent_goes_in_and_the_generati
     assert_none_left(children)
 
 
+# What is said of it, and in how many tries: where the gateway has waited, a writer does not wait once more.
 AWAY = {
-    "down": "the connection failed",
-    "rate_limited": "limits our rate",
-    "garbage": "gave no usable reply",
-    "empty": "gave no usable reply",
-    "unknown_model": "answered 404",
+    "down": ("1 try: ProviderAway", "the connection failed"),
+    "rate_limited": ("1 try: ProviderAway", "limits our rate"),
+    "unauthorised": ("1 try: ProviderAway", "refused the key"),
+    "garbage": ("5 tries: ModelAway", "gave no usable reply"),
+    "empty": ("5 tries: ModelAway", "gave no usable reply"),
+    "unknown_model": ("5 tries: ModelAway", "answered 404"),
 }
 
 
@@ -126,7 +128,8 @@ def test_a_provider_that_is_away_for_good_ends_in_a_dead_letter_and_the_run_goes
         died = None if kind == "down" else sia(tmp_path, "run", task, *RUN, **variables)
     died = died or sia(tmp_path, "run", task, *RUN, **variables)
     assert died.returncode == 1, died.stderr
-    assert "meta_svc gave up after 5 tries" in died.stderr and AWAY[kind] in died.stderr
+    tries, said = AWAY[kind]
+    assert f"meta_svc gave up after {tries}" in died.stderr and said in died.stderr
     assert "sia run --resume r1" in died.stderr
     assert isinstance(log(tmp_path)[-1].event, ServiceFailed)
     author = Author()
@@ -154,17 +157,32 @@ def test_who_waits_for_a_provider_that_is_away_is_told_so(
     assert_none_left(children)
 
 
-def test_a_provider_that_leaves_in_the_midst_of_an_attempt_costs_no_verdict(tmp_path: Path, task: Path):
-    """Its attempts are the platform's failure and tried again; no version is judged by what did not answer."""
+@pytest.mark.parametrize("asked", [5, pytest.param(16, marks=pytest.mark.slow)])
+def test_a_provider_that_leaves_in_the_midst_of_an_attempt_stops_the_run_until_it_is_back(
+    asked: int, tmp_path: Path, task: Path, children: Callable[[], list[psutil.Process]]
+):
+    """On dev and on the gate of the first version: it is judged by nothing that was not answered."""
     author = Author()
 
     def leaves(wire: Wire, body: Mapping[str, Any]) -> Reply | Fault:
-        return Fault("overloaded") if len(author.asked) >= 5 else author(wire, body)
+        return Fault("overloaded") if len(author.asked) >= asked else author(wire, body)
 
     with Loopback(leaves) as provider:
-        done = sia(tmp_path, "run", task, *RUN, "--set", "attempt_tries=2", SIA_PATIENCE_S="0.1", **reached(provider))
-    assert done.returncode == 1, done.stderr
-    assert "dev failed: infrastructure" in done.stderr and "is not available" in done.stderr
+        variables = {**reached(provider), "SIA_PATIENCE_S": "0.1"}
+        stopped = sia(tmp_path, "run", task, *RUN, "--set", "attempt_tries=1", **variables)
+        assert provider.count == asked + 1, "one call was waited for, and the agent's later ones were not made"
+    assert stopped.returncode == 1, stopped.stderr
+    assert "target_runner gave up after 1 try" in stopped.stderr and "is not available" in stopped.stderr
+    assert "sia run --resume r1" in stopped.stderr
     last = log(tmp_path)[-1].event
-    assert isinstance(last, RunFinished) and last.outcome == "failed"
-    assert_paid_once(author, [call for call in calls(tmp_path) if call.reply])
+    assert isinstance(last, ServiceFailed)
+    with Loopback(author, provider.port):
+        resumed = sia(tmp_path, "run", "--resume", "r1", "--json", **variables)
+    assert resumed.returncode == 0, resumed.stderr
+    assert json.loads(resumed.stdout)["outcome"] == "improved"
+    assert not any(isinstance(record.event, AttemptFailed) for record in log(tmp_path))
+    made = [call for call in calls(tmp_path) if call.reply]
+    assert_paid_once(author, made)
+    assert len(author.asked) == len(made)
+    assert not read(tmp_path, "replay", "r1")["diverged"]
+    assert_none_left(children)

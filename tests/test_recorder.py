@@ -11,13 +11,12 @@ from pathlib import Path
 import pytest
 from bus_on import kill_server, note, notes, on, opened, until
 
-from sia_events.app import Node
-from sia_events.app import _record as run_recorder
 from sia_events.event_log.recorder import lag, rebuild, record
 from sia_events.infra import child, clickhouse
-from sia_events.infra.memory import MemoryBlobs, MemoryBus, MemoryLog
+from sia_events.infra.memory import MemoryBus, MemoryLog
 from sia_events.infra.nats_server import running
 from sia_events.infra.store_lock import owner
+from sia_events.log_here import keep_log
 from sia_events.shared.ports import Bus, Envelope, Log
 from sia_events.shared.record import Record
 from sia_events.shared.settings import Settings
@@ -131,8 +130,7 @@ async def test_the_recorder_leaves_the_store_to_its_owner_also_while_that_is_sta
     bus = MemoryBus()
     store = tmp_path / "log"
     first, *_ = await opened(bus, "r", note("before"))
-    node = Node(Settings(home=tmp_path), bus, MemoryBlobs(), MemoryBlobs())
-    task = asyncio.create_task(run_recorder(node))
+    task = asyncio.create_task(keep_log(Settings(home=tmp_path), bus))
     try:
         await caught_up(bus)
         killed = owner(store)

@@ -128,6 +128,15 @@ def test_a_reported_score_is_a_fraction_by_one_rule(results: dict[str, Any], fou
         (lambda folder: (folder / "gen_2/results.json").write_text("{"), r"gen_2/results\.json: does not read as JSON"),
         (lambda folder: (folder / "gen_2/results.json").write_text("[]"), r"gen_2/results\.json: not a JSON object"),
         (lambda folder: (folder / "profiles.json").write_text("3"), r"profiles\.json: not a JSON object"),
+        *(
+            (lambda folder, told=told: (folder / "gen_2/results.json").write_text(told), why)
+            for told, why in {
+                '{"accuracy": 0.5, "total_questions": 1e12}': r"results\.json: total_questions is above 1,000,000",
+                '{"accuracy": 0.5, "n_total": Infinity}': r"results\.json: n_total is above 1,000,000",
+                f'{{"accuracy": 1{"0" * 400}}}': r"results\.json: accuracy is above 1,000,000",
+                f'{{"accuracy": 1{"0" * 5000}}}': r"results\.json: does not read as JSON",
+            }.items()
+        ),
         (lambda folder: (folder / "gen_1/link").symlink_to("/etc/passwd"), r"gen_1: link is a link"),
     ],
 )

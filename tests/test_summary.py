@@ -29,7 +29,7 @@ from sia_events.shared.events import (
 )
 from sia_events.shared.record import Draft, Record, derived_id, place
 from sia_events.shared.summary import cost, whole
-from sia_events.views import ending_text, summary_text
+from sia_events.views.summaries import ending_text, summary_text
 
 
 def spent(*events: Any) -> tuple[int, int]:

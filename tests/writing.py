@@ -17,12 +17,14 @@ from starlette.routing import Route
 
 from sia_events.infra.memory import MemoryBlobs, MemoryBus, SystemTime
 from sia_events.infra.sandbox import UnsafeProcess
+from sia_events.model_gateway.asking import Calls
 from sia_events.model_gateway.door import gateway
 from sia_events.model_gateway.journal import Journal
+from sia_events.model_gateway.ledger import Unlimited
 from sia_events.model_gateway.token import TokenDoor
 from sia_events.shared.chunks import chunks
 from sia_events.shared.events import TaskRegistered
-from sia_events.shared.ports import Backend, Blobs, Brief, Chat, Choice, ModelFailed, Ports, Sandbox
+from sia_events.shared.ports import Backend, Blobs, Brief, Chat, Choice, ModelFailed, Ports, Sandbox, Text
 from sia_events.shared.registration import register
 from sia_events.shared.task import find_task
 
@@ -84,6 +86,9 @@ class Scripted:
     async def choose(self, call: Choice) -> Mapping[str, Any]:
         raise ModelFailed(400, "a scripted model has no choice call", "unsupported")
 
+    async def logprobs(self, text: Text) -> tuple[float, ...]:
+        raise ModelFailed(400, "a scripted model tells no log-probs", "unsupported")
+
 
 class Door(uvicorn.Server):
     """Uvicorn without its own signal handling."""
@@ -122,7 +127,8 @@ async def writing_room(
     bus = like.bus if like else MemoryBus(blobs, retry_delay=0.001)
     clock, door = SystemTime(), TokenDoor(home / f"gateway-{id(models)}.sock", SECRET)
     journal = Journal(bus)
-    async with serving(gateway(journal, lambda _: models, SECRET, clock), door.socket):
+    calls = Calls(journal, lambda _: models, clock, Unlimited(), patience=120.0)
+    async with serving(gateway(calls, SECRET, clock), door.socket):
         yield Ports(bus, blobs, sandbox or UnsafeProcess(), clock, door, home, backends=backends or {})
         await journal.close()
 

@@ -9,11 +9,11 @@ from anthropic import AsyncAnthropic, AsyncStream
 
 from sia_events.infra.providers.account import Account, asked_model, unsupported
 from sia_events.infra.providers.anthropic_wire import Chunks, reply, request
-from sia_events.infra.providers.chat_parts import Untranslatable
+from sia_events.infra.providers.chat_parts import translating
 from sia_events.infra.providers.failures import garbage
 from sia_events.infra.providers.sampling import Sampling
 from sia_events.infra.providers.sdk_failures import named
-from sia_events.shared.ports import Chat, Choice, Wire
+from sia_events.shared.ports import Chat, Choice, Text, Wire
 
 MESSAGES = "/v1/messages"
 WITHOUT_KEY = "none"
@@ -49,6 +49,9 @@ class AnthropicModels:
 
     async def choose(self, call: Choice) -> Mapping[str, Any]:
         raise unsupported(self._account, "takes no choice calls: it gives no log-probabilities of given words")
+
+    async def logprobs(self, text: Text) -> tuple[float, ...]:
+        raise unsupported(self._account, "gives no log-probabilities of given tokens")
 
     async def forward(self, wire: Wire, body: Mapping[str, Any]) -> Mapping[str, Any]:
         async with self._account.slots:
@@ -98,13 +101,8 @@ class AnthropicModels:
 
     def _body(self, call: Chat) -> Mapping[str, Any]:
         model = asked_model(self._account, call)
-        try:
+        with translating(self._account):
             return request(call, model)
-        except Untranslatable as error:
-            raise unsupported(self._account, f"cannot be asked with {error}") from error
-        except (LookupError, TypeError, AttributeError, ValueError) as error:
-            # What agents send is checked nowhere else, and a mistake of theirs must not pass for ours.
-            raise unsupported(self._account, f"cannot be asked with a malformed message or tool: {error!r}") from error
 
 
 def _with_betas(body: Mapping[str, Any]) -> tuple[Mapping[str, Any], dict[str, str]]:

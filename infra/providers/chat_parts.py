@@ -1,12 +1,27 @@
 """The parts of OpenAI's chat requests, read for providers that have other words for them."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
+
+from sia_events.infra.providers.account import Account, unsupported
 
 
 class Untranslatable(Exception):
     """A request that the provider's API has no words for; the message names the part."""
+
+
+@contextmanager
+def translating(account: Account) -> Iterator[None]:
+    """Raise what the provider cannot be asked as ModelFailed."""
+    try:
+        yield
+    except Untranslatable as error:
+        raise unsupported(account, f"cannot be asked with {error}") from error
+    except (LookupError, TypeError, AttributeError, ValueError) as error:
+        # What agents send is checked nowhere else, and a mistake of theirs must not pass for ours.
+        raise unsupported(account, f"cannot be asked with a malformed message or tool: {error!r}") from error
 
 
 def text_of(content: Any) -> str:

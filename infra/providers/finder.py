@@ -5,9 +5,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import import_module
 from importlib.util import find_spec
-from typing import Protocol
+from typing import Any, Protocol
 
-from sia_events.infra.providers.account import Account
+from sia_events.infra.providers.account import Account, Slots
 from sia_events.shared.ports import FailedCall, ModelFailed, Models
 from sia_events.shared.providers import BUILT_IN, Kind, Provider, split_model
 
@@ -15,6 +15,7 @@ ADAPTERS: Mapping[Kind, tuple[str, str, str, str]] = {
     "anthropic": ("sia_events.infra.providers.anthropic", "AnthropicModels", "anthropic", "sia-events"),
     "openai": ("sia_events.infra.providers.openai", "OpenAIModels", "openai", "sia-events"),
     "google": ("sia_events.infra.providers.google", "GoogleModels", "google.genai", "sia-events"),
+    "vllm": ("sia_events.infra.vllm", "VllmModels", "openai", "sia-events"),
     "litellm": ("sia_events.infra.providers.litellm", "LiteLLMModels", "litellm", "sia-events[litellm]"),
 }
 """By kind: our module, its class, the SDK's module, and what to install for it."""
@@ -25,18 +26,25 @@ class Hosted(Models, Protocol):
 
 
 class Providers:
-    """The models of a table of providers. `own` are the engines of kinds that are no outside provider's.
+    """The models of a table of providers. `own` are the engines of kinds that are no outside provider's; `given` is
+    what the adapters of a kind are made with beside their account.
 
     Keys are read from `environ` here, when a provider is first asked, and handed to its adapter and nobody else.
     """
 
     def __init__(
-        self, table: Mapping[str, Provider], environ: Mapping[str, str], own: Mapping[Kind, Models] | None = None
+        self,
+        table: Mapping[str, Provider],
+        environ: Mapping[str, str],
+        own: Mapping[Kind, Models] | None = None,
+        given: Mapping[Kind, Mapping[str, Any]] | None = None,
     ) -> None:
         self._table = table
         self._environ = environ
         self._own = own or {}
+        self._given = given or {}
         self._open: dict[str, Hosted] = {}
+        self._slots: list[Slots] = []
 
     def find(self, model: str) -> Models:
         """What answers for `provider/name`; the first call for a provider imports its SDK, which takes a second.
@@ -58,6 +66,11 @@ class Providers:
             self._open[name] = self._made(name, provider)
         return self._open[name]
 
+    def turn_away(self) -> None:
+        """Have no call begun any more; those that a provider has go on."""
+        for slots in self._slots:
+            slots.close()
+
     async def aclose(self) -> None:
         """Close the connections of every adapter that was made."""
         opened, self._open = list(self._open.values()), {}
@@ -70,8 +83,9 @@ class Providers:
         # Said to the SDK in any case: left to itself it would look for a place in the environment.
         place = provider.base_url or BUILT_IN.get(provider.kind, {}).get("base_url")
         provider = provider.model_copy(update={"base_url": place})
-        account = Account(name, provider, key, asyncio.Semaphore(provider.concurrency))
-        return getattr(import_module(module), adapter)(account)
+        self._slots.append(slots := Slots(provider.concurrency))
+        account, given = Account(name, provider, key, slots), self._given.get(provider.kind, {})
+        return getattr(import_module(module), adapter)(account, **given)
 
 
 @dataclass(frozen=True)
@@ -94,8 +108,14 @@ def lacks(provider: Provider, environ: Mapping[str, str]) -> Lack | None:
     _, _, sdk, package = ADAPTERS[provider.kind]
     if not _installed(sdk):
         return Lack(f"{sdk} is not installed", f"pip install '{package}'", 400, "unsupported")
-    if provider.key_env and not environ.get(provider.key_env, "").strip():
-        return Lack(f"the variable {provider.key_env} is not set", f"set {provider.key_env} to a key", 401, "no_key")
+    if provider.key_env:
+        key, mend = environ.get(provider.key_env, "").strip(), f"set {provider.key_env} to a key"
+        if not key:
+            return Lack(f"the variable {provider.key_env} is not set", mend, 401, "no_key")
+        if not (key.isascii() and key.isprintable()):
+            # An SDK would quote a header that it cannot send, in what it raises and in what it logs.
+            what = f"{provider.key_env} holds no key: there is a line's end or the like in its midst"
+            return Lack(what, mend, 401, "no_key")
     return None
 
 

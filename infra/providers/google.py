@@ -9,15 +9,15 @@ from typing import Any, cast
 import httpx2
 from google import genai
 from google.genai import errors
-from google.genai.types import GenerateContentResponse, HttpOptions
-from pydantic import ValidationError
+from google.genai.types import Content, GenerateContentConfig, GenerateContentResponse, HttpOptions
+from pydantic import TypeAdapter, ValidationError
 
 from sia_events.infra.providers.account import Account, asked_model, unsupported
-from sia_events.infra.providers.chat_parts import Untranslatable
+from sia_events.infra.providers.chat_parts import Untranslatable, translating
 from sia_events.infra.providers.failures import answered, garbage, timed_out, unreachable
 from sia_events.infra.providers.google_wire import Chunks, config, contents, reply
 from sia_events.infra.providers.sampling import Sampling
-from sia_events.shared.ports import Chat, Choice
+from sia_events.shared.ports import Chat, Choice, Text
 
 WITHOUT_KEY = "none"
 
@@ -62,6 +62,9 @@ class GoogleModels:
     async def choose(self, call: Choice) -> Mapping[str, Any]:
         raise unsupported(self._account, "takes no choice calls: it gives no log-probabilities of given words")
 
+    async def logprobs(self, text: Text) -> tuple[float, ...]:
+        raise unsupported(self._account, "gives no log-probabilities of given tokens")
+
     async def aclose(self) -> None:
         await self._http.aclose()
 
@@ -76,13 +79,14 @@ class GoogleModels:
 
     def _body(self, call: Chat) -> Mapping[str, Any]:
         model = asked_model(self._account, call)
-        try:
-            return {**config(call), "model": model, "contents": contents(call.messages)}
-        except Untranslatable as error:
-            raise unsupported(self._account, f"cannot be asked with {error}") from error
-        except (LookupError, TypeError, AttributeError, ValueError) as error:
-            # What agents send is checked nowhere else, and a mistake of theirs must not pass for ours.
-            raise unsupported(self._account, f"cannot be asked with a malformed message or tool: {error!r}") from error
+        with translating(self._account):
+            said, rest = contents(call.messages), config(call)
+            if not said:
+                raise Untranslatable("no message in which anything is said")
+            # The SDK does so too, but complains of a request in the same words as of a reply.
+            TypeAdapter(list[Content]).validate_python(said)
+            GenerateContentConfig.model_validate(rest)
+            return {**rest, "model": model, "contents": said}
 
     @contextmanager
     def _named(self) -> Iterator[None]:

@@ -13,7 +13,7 @@ from sia_events.infra.providers.failures import garbage
 from sia_events.infra.providers.openai_wire import Ending, request, streamed
 from sia_events.infra.providers.sampling import Sampling
 from sia_events.infra.providers.sdk_failures import named
-from sia_events.shared.ports import Chat, Choice
+from sia_events.shared.ports import Chat, Choice, Text
 
 
 class LiteLLMModels:
@@ -56,6 +56,9 @@ class LiteLLMModels:
 
     async def choose(self, call: Choice) -> Mapping[str, Any]:
         raise unsupported(self._account, "takes no choice calls: it gives no log-probabilities of given words")
+
+    async def logprobs(self, text: Text) -> tuple[float, ...]:
+        raise unsupported(self._account, "gives no log-probabilities of given tokens")
 
     async def aclose(self) -> None:
         """litellm keeps its connections to itself."""

@@ -1,7 +1,7 @@
 """OpenAI's API and every endpoint compatible with it, through the `openai` SDK."""
 
 import asyncio
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -13,7 +13,7 @@ from sia_events.infra.providers.failures import answered, garbage
 from sia_events.infra.providers.openai_wire import Ending, request, streamed
 from sia_events.infra.providers.sampling import Sampling
 from sia_events.infra.providers.sdk_failures import named
-from sia_events.shared.ports import Chat, Choice, Wire
+from sia_events.shared.ports import Chat, Choice, Text, Wire
 
 CHAT, RESPONSES = "/chat/completions", "/responses"
 ENDS = ("response.completed", "response.incomplete", "response.failed")
@@ -29,8 +29,9 @@ class OpenAIModels:
     connections and server-sent events, its typed models would drop what they do not know.
     """
 
-    def __init__(self, account: Account) -> None:
+    def __init__(self, account: Account, more: Callable[[Chat], Mapping[str, Any]] = lambda call: {}) -> None:
         self._account = account
+        self._more = more
         row = account.provider
         own = urlsplit(row.base_url or "").hostname == "api.openai.com"
         responses = own if row.responses is None else row.responses
@@ -63,6 +64,9 @@ class OpenAIModels:
 
     async def choose(self, call: Choice) -> Mapping[str, Any]:
         raise unsupported(self._account, "takes no choice calls: it gives no log-probabilities of given words")
+
+    async def logprobs(self, text: Text) -> tuple[float, ...]:
+        raise unsupported(self._account, "gives no log-probabilities of given tokens")
 
     async def forward(self, wire: Wire, body: Mapping[str, Any]) -> Mapping[str, Any]:
         async with self._account.slots:
@@ -113,4 +117,4 @@ class OpenAIModels:
                     yield event
 
     def _body(self, call: Chat) -> Mapping[str, Any]:
-        return request(call, asked_model(self._account, call), self._limit)
+        return {**request(call, asked_model(self._account, call), self._limit), **self._more(call)}

@@ -61,10 +61,15 @@ async def loop(settings: Settings, seeds: int, quick: bool, as_json: bool) -> st
     return _told(found, load, as_json)
 
 
-async def gateway(settings: Settings, as_json: bool) -> str:
-    """Every figure of the gateway, on a provider of its own that answers at once; the disk is that of SIA_HOME."""
-    from sia_events import gateway_figures
+async def gateway(settings: Settings, sia_agent: Path | None, as_json: bool) -> str:
+    """Every figure of the gateway, on a provider of its own that answers at once; the disk is that of SIA_HOME.
 
+    `sia_agent` is an interpreter that has the package of that name, if a generation of it shall be measured too.
+    """
+    from sia_events import beside_sia_agent, gateway_figures
+
+    if sia_agent:
+        beside_sia_agent.version_of(sia_agent)
     settings.home.mkdir(parents=True, exist_ok=True)
     load = os.getloadavg()[0]
     found: list[Figure] = []
@@ -75,7 +80,7 @@ async def gateway(settings: Settings, as_json: bool) -> str:
             _tell(found, await gateway_figures.race(servers))
         (Path(folder) / "builtin").mkdir()
         _tell(found, await overheads.generation(Path(folder) / "builtin"))
-        _tell(found, await gateway_figures.generation(Path(folder) / "direct"))
+        _tell(found, *await gateway_figures.generation(Path(folder), sia_agent))
     return _told(found, load, as_json)
 
 

@@ -1,14 +1,16 @@
-"""The log for those who read: first brought up to date, where the last recorder died before it had copied all."""
+"""The log brought up to date for those who read, where the last recorder had not copied all; and filled anew."""
 
 import asyncio
 import sys
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 
-from sia_events import app
+from sia_events import app, log_here
 from sia_events.errors import MENDABLE, NodeHeld
 from sia_events.event_log import recorder
+from sia_events.home import hold, running_node
 from sia_events.infra.nats_streams import StreamUnfit
+from sia_events.log_here import open_log
 from sia_events.shared.ports import Log
 from sia_events.shared.settings import Settings
 
@@ -20,22 +22,22 @@ CATCH_UP_S = 60.0
 async def current_log(settings: Settings) -> AsyncIterator[Log]:
     """The log, for reading, with everything in it that the embedded streams have; what is missing is told on stderr."""
     await _catch_up(settings)
-    async with app.open_log(settings) as log:
+    async with open_log(settings) as log:
         yield log
 
 
 async def settled(settings: Settings) -> Mapping[str, object] | None:
-    """`app.running_node`, once no reader is in the way by bringing the log up to date."""
-    while (running := app.running_node(settings)) and running.get("purpose") == PURPOSE:  # noqa: ASYNC110 - a lock tells nobody
+    """`home.running_node`, once no reader is in the way by bringing the log up to date."""
+    while (running := running_node(settings)) and running.get("purpose") == PURPOSE:  # noqa: ASYNC110 - a lock tells nobody
         await asyncio.sleep(app.POLL_S)
     return running
 
 
 async def _catch_up(settings: Settings) -> None:
     """Copy what the log lacks, unless somebody runs the services: their recorder does."""
-    while app.log_is_behind(settings) and not await settled(settings):
+    while log_here.is_behind(settings) and not await settled(settings):
         try:
-            async with app.hold(settings, PURPOSE):
+            async with hold(settings, PURPOSE):
                 await _copy(settings)
             return
         except NodeHeld:
@@ -47,8 +49,18 @@ async def _catch_up(settings: Settings) -> None:
 
 
 async def _copy(settings: Settings) -> None:
-    async with asyncio.timeout(CATCH_UP_S), app.stores(settings) as node, app.open_log(settings) as log:
+    async with asyncio.timeout(CATCH_UP_S), app.stores(settings) as node, open_log(settings) as log:
         if behind := await recorder.lag(node.bus):
             print(f"sia: bringing the log up to date: {behind} messages behind the streams", file=sys.stderr)
         await recorder.catch_up(node.bus, log)
-        await app.mark_copied(node)
+        await log_here.mark_copied(settings, node.bus)
+
+
+async def rebuild(settings: Settings) -> int:
+    """Empty the log's tables and copy both streams into them again; returns how many runs the log holds then."""
+    await settled(settings)
+    async with hold(settings, "rebuild"), app.stores(settings) as node, open_log(settings) as log:
+        log_here.forget_copied(settings)
+        await recorder.rebuild(node.bus, log)
+        await log_here.mark_copied(settings, node.bus)
+        return len(await log.runs())

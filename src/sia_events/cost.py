@@ -6,11 +6,11 @@ from datetime import datetime
 from string import ascii_lowercase
 from typing import Any
 
-from sia_events import app
+from sia_events.infra.clock import SystemClock
 from sia_events.model_gateway.budget import active_minutes
 from sia_events.reading import lineage, look, resolve
 from sia_events.shared.calls import journal_key
-from sia_events.shared.events import AttemptRequested, FeedbackRequested, RunStarted
+from sia_events.shared.events import AttemptRequested, FeedbackRequested, RunStarted, WeightUpdateRequested
 from sia_events.shared.ports import Log
 from sia_events.shared.record import Record
 from sia_events.shared.run import fold
@@ -127,6 +127,8 @@ def generations_of(history: Sequence[Record]) -> dict[tuple[str, str], int]:
                 found[record.run, "meta.g0"] = 0
             case FeedbackRequested(generation=generation):
                 found[record.run, f"feedback.g{generation}"] = generation
+            case WeightUpdateRequested(generation=learning):
+                found[record.run, f"trainer.g{learning}"] = learning
             case AttemptRequested(attempt=attempt):
                 found[record.run, journal_key(attempt)] = generation
     return found
@@ -169,4 +171,4 @@ def _against(allowed: float | None, spent: float) -> Mapping[str, float | None]:
 
 
 def _now() -> datetime:
-    return app.SystemClock().now()
+    return SystemClock().now()

@@ -14,6 +14,7 @@ from typing import Literal
 from urllib.parse import urlsplit
 
 from sia_events import app
+from sia_events.home import describe, running_node
 from sia_events.infra import clickhouse
 from sia_events.infra.nats_server import running as nats_running
 from sia_events.infra.nats_server import server_info
@@ -194,9 +195,9 @@ def provider_checks(settings: Settings, environ: Mapping[str, str]) -> list[Chec
 
 
 def _holder(settings: Settings) -> Check:
-    running = app.running_node(settings)
+    running = running_node(settings)
     return Check(
-        "services", "ok", app.describe(running, settings.home) if running else "none running; sia run starts its own"
+        "services", "ok", describe(running, settings.home) if running else "none running; sia run starts its own"
     )
 
 

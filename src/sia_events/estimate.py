@@ -4,11 +4,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from sia_events import app
 from sia_events.feedback_svc.decision import trainable
 from sia_events.infra.clickhouse import LogUnavailable, QueryRefused
 from sia_events.infra.providers.prices import pricing
 from sia_events.infra.store_lock import StoreHeld
+from sia_events.log_here import open_log
 from sia_events.reading import look
 from sia_events.roles import require_askable
 from sia_events.shared.events import RunSettings
@@ -202,7 +202,7 @@ async def _earlier(settings: Settings, task: str) -> tuple[tuple[str, ...], Earl
         return tuple(await log.runs()), Earlier(habits, attempted)
 
     try:
-        return await look(settings, ask, app.open_log)
+        return await look(settings, ask, open_log)
     except (LogUnavailable, QueryRefused, StoreHeld):
         # No reason not to start: the run needs no log, and assumptions are said to be assumptions.
         return (), Earlier()

@@ -20,10 +20,11 @@ import psutil
 
 from sia_events import app
 from sia_events.errors import NodeHeld
-from sia_events.infra.nats import BusUnreachable
+from sia_events.home import own_nats_url
 from sia_events.local_model.weights import MODEL, prepare
 from sia_events.shared.calls import ModelCall, decode_call
 from sia_events.shared.events import RunSettings
+from sia_events.shared.ports import BusUnreachable
 from sia_events.shared.settings import Settings
 
 REAL, INSTANT = RunSettings().target_model, "instant/first"
@@ -136,7 +137,7 @@ async def _watch(home: Path, name: str, process: psutil.Popen) -> list[ModelCall
     while process.poll() is None:
         with suppress(NodeHeld, BusUnreachable):
             settings = Settings(home=home)
-            async with app.stores(settings.model_copy(update={"nats_url": app.own_nats_url(settings)})) as node:
+            async with app.stores(settings.model_copy(update={"nats_url": own_nats_url(settings)})) as node:
                 while process.poll() is None:
                     if found := await node.bus.traces(name, "model_call", "g0a.dev"):
                         return [decode_call(line) for envelope in found for line in envelope.lines]

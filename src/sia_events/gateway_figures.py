@@ -8,7 +8,7 @@ import time
 from collections import Counter
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -16,10 +16,11 @@ from typing import Any
 import httpx
 import psutil
 
-from sia_events import app, overheads
+from sia_events import app, beside_sia_agent, overheads
 from sia_events.bench_servers import LIMIT, NAME, OPEN, RACE, settings_for
 from sia_events.feedback_svc.service import feedback_svc
 from sia_events.figures import INSTANT, Figure
+from sia_events.home import door_socket, own_nats_url
 from sia_events.infra.child import Child
 from sia_events.model_gateway.token import TokenDoor, keep_secret
 from sia_events.shared.calls import decode_call
@@ -69,7 +70,7 @@ async def bench(home: Path, core: int | None = 0) -> AsyncIterator[Bench]:
     try:
         process = psutil.Process((await gateway.start())["pid"])
         settings = settings_for(home, url)
-        transport = httpx.AsyncHTTPTransport(uds=str(app.socket_folder(settings) / "gateway.sock"), limits=LIMITS)
+        transport = httpx.AsyncHTTPTransport(uds=str(door_socket(settings)), limits=LIMITS)
         async with (
             httpx.AsyncClient(base_url=url, limits=LIMITS, timeout=60) as direct,
             httpx.AsyncClient(base_url="http://gateway", transport=transport, timeout=60) as inside,
@@ -128,23 +129,39 @@ async def race(found: Bench) -> Figure:
     return Figure(f"{RACERS} calls at a budget of {LIMIT}", made, "made", f"<= {LIMIT + 1}", good, beside)
 
 
-async def generation(home: Path, generations: int = GENERATIONS) -> Figure:
-    """Seconds a generation whose harness an instant LLM writes through the backend `direct`: all of them our own."""
+async def generation(folder: Path, sia_agent: Path | None, generations: int = GENERATIONS) -> list[Figure]:
+    """Seconds a generation whose harness an instant LLM writes through the backend `direct`: all of them our own.
+
+    Beside it a generation of `sia-agent`, by each of its backends, where an interpreter is named that has it.
+    """
     provider = Child("the provider", (sys.executable, "-m", "sia_events.bench_servers"))
     try:
-        settings = settings_for(home, (await provider.start())["url"])
-        wanted = RunSettings(
-            generations=generations,
-            candidates=1,
-            lever="harness",
-            target_model=INSTANT,
-            backend="direct",
-            meta_model=MODEL,
-            feedback_model=MODEL,
-        )
-        history = await overheads.driven(settings, "direct", wanted, feedback_svc)
+        url = (await provider.start())["url"]
+        own = await _own_generation(folder / "direct", url, generations)
+        if sia_agent is None:
+            untold = "not measured: --sia-agent names an interpreter that has it"
+            return [replace(own, beside={**own.beside, "sia-agent": untold})]
+        return [own] + [
+            await asyncio.to_thread(
+                beside_sia_agent.generation, folder / backend, sia_agent, url, backend, generations - 1
+            )
+            for backend in beside_sia_agent.BACKENDS
+        ]
     finally:
         await provider.close()
+
+
+async def _own_generation(home: Path, provider: str, generations: int) -> Figure:
+    wanted = RunSettings(
+        generations=generations,
+        candidates=1,
+        lever="harness",
+        target_model=INSTANT,
+        backend="direct",
+        meta_model=MODEL,
+        feedback_model=MODEL,
+    )
+    history = await overheads.driven(settings_for(home, provider), "direct", wanted, feedback_svc)
     return await overheads.a_generation(home, history, "a generation of 1, written by an instant LLM", 0.5)
 
 
@@ -212,7 +229,7 @@ async def _flood(client: httpx.AsyncClient, headers: Mapping[str, str], calls: i
 
 async def _recorded(found: Bench) -> int:
     """How many calls of the flood are on the stream."""
-    settings = found.settings.model_copy(update={"nats_url": app.own_nats_url(found.settings)})
+    settings = found.settings.model_copy(update={"nats_url": own_nats_url(found.settings)})
     async with app.stores(settings) as node:
         envelopes = await node.bus.traces(OPEN, "model_call", None)
     made = [decode_call(line) for envelope in envelopes for line in envelope.lines]

@@ -40,17 +40,29 @@ REASON = "imported: scores are as reported, on the one set that was tuned on; SI
 UNKNOWN = "unknown/unknown"
 # Of a generation's folder, what SIA wrote about the attempt: no part of the agent, and no output of it.
 ABOUT = (RESULTS, "evaluation_results.json", "evaluation.log", IMPROVEMENT, HARNESS_LIST, *PROMPTS)
+# More than these no results.json is believed: an interval is taken over every item.
+MOST_ITEMS = 1_000_000
+MOST_GENERATIONS = 1000
+TOTALS, RIGHT, ACCURACY = (
+    ("total_questions", "total", "n_total"),
+    ("correct", "n_correct"),
+    ("accuracy_percent", "accuracy"),
+)
 _TASK = TypeAdapter(Task)
 
 
 @dataclass(frozen=True)
 class Generation:
-    """One gen_N folder: the agent's files, what it wrote, what was reported of it. `number` counts from 1."""
+    """One gen_N folder: the agent's files, what it wrote, what was reported of it. `number` counts from 1.
+
+    `score` is what `reported` finds in `results`.
+    """
 
     number: int
     harness: Mapping[str, bytes]
     outputs: Mapping[str, bytes]
     results: Mapping[str, Any] | None
+    score: tuple[float, int] | None
     improvement: bytes | None
     prompt: bytes | None
 
@@ -72,6 +84,10 @@ def read_run(folder: Path) -> SiaRun:
     if not numbers or numbers != list(range(1, len(numbers) + 1)):
         have = ", ".join(f"gen_{n}" for n in numbers) or "none"
         raise Unusable(f"{folder}: no run of SIA's: it needs folders gen_1, gen_2 … without a gap, and has {have}")
+    if len(numbers) > MOST_GENERATIONS:
+        raise Unusable(
+            f"{folder}: {len(numbers)} generations, and up to {MOST_GENERATIONS} are read; nothing was written"
+        )
     context = folder / CONTEXT
     text = context.read_text(encoding="utf-8", errors="replace") if context.is_file() else ""
     head = text.partition("\n## ")[0]
@@ -87,13 +103,17 @@ def reported(results: Mapping[str, Any]) -> tuple[float, int] | None:
     """(score as a fraction, items) as a results.json reports them, or None where it has no accuracy.
 
     "accuracy_percent" is percent. "accuracy" is percent above 1; at most 1 it is a fraction, unless as percent it is
-    what right answers by items come to. Items are what "total_questions", "total" or "n_total" counts, else 1.
+    what right answers by items come to. Items are what "total_questions", "total" or "n_total" counts, else 1. Raises
+    Unusable for a figure above MOST_ITEMS.
     """
     summary = results.get("summary")
     figures = {**results, **summary} if isinstance(summary, dict) else dict(results)
-    number = {k: float(v) for k, v in figures.items() if isinstance(v, int | float) and not isinstance(v, bool)}
-    asked = next((number[k] for k in ("total_questions", "total", "n_total") if number.get(k, 0) >= 1), 1.0)
-    right = next((number[k] for k in ("correct", "n_correct") if k in number), None)
+    told = {name: figures[name] for name in (*TOTALS, *RIGHT, *ACCURACY) if name in figures}
+    number = {k: v for k, v in told.items() if isinstance(v, int | float) and not isinstance(v, bool)}
+    if beyond := [name for name, figure in number.items() if abs(figure) > MOST_ITEMS]:
+        raise Unusable(f"{beyond[0]} is above {MOST_ITEMS:,}, which no task has; nothing was written")
+    asked = next((number[k] for k in TOTALS if number.get(k, 0) >= 1), 1)
+    right = next((number[k] for k in RIGHT if k in number), None)
     if "accuracy_percent" in number:
         value = number["accuracy_percent"] / 100
     elif "accuracy" in number:
@@ -110,7 +130,7 @@ async def facts(run: SiaRun, blobs: Blobs, private: Blobs) -> list[Event]:
     task = Path(run.context.get("Task", "")).name or "unknown"
     model = _model(run)
     first = await store_tree(blobs, run.generations[0].harness)
-    asked = max((found[1] for g in run.generations if g.results and (found := reported(g.results))), default=1)
+    asked = max((generation.score[1] for generation in run.generations if generation.score), default=1)
     spec = Task(path=Path(task), name=task, description="", title=f"{task}, imported from SIA")
     settings = RunSettings(
         generations=max(1, len(run.generations) - 1), candidates=1, lever="harness", target_model=model
@@ -168,12 +188,11 @@ async def _generation(run: SiaRun, generation: Generation, model: str, blobs: Bl
         )
     attempt = f"{version}.dev"
     events.append(AttemptRequested(attempt=attempt, version=version, split="dev", seed=0))
-    found = reported(generation.results) if generation.results is not None else None
-    if found is None:
+    if generation.score is None:
         why = f"imported without a score: {'no accuracy in' if generation.results is not None else 'no'} {RESULTS}"
         failed = AttemptFailed(attempt=attempt, version=version, split="dev", kind="invalid_output", message=why)
         return [*events, failed]
-    value, n = found
+    value, n = generation.score
     events.append(
         ExecutionLogged(
             attempt=attempt,
@@ -225,11 +244,17 @@ def _read_generation(folder: Path, number: int) -> Generation:
     # SIA does not say which files are the agent's: its program, what it may import, and what it needs.
     agent = set(listed) if listed else {n for n in files if n.endswith(".py") or n == "requirements.txt"}
     prompt = next((files[name] for name in PROMPTS if name in files), None)
+    results = _object(folder / "evaluation_results.json") or _object(folder / RESULTS)
+    try:
+        score = None if results is None else reported(results)
+    except Unusable as unusable:
+        raise Unusable(f"{folder / RESULTS}: {unusable}") from unusable
     return Generation(
         number=number,
         harness={name: body for name, body in files.items() if name in agent},
         outputs={name: body for name, body in files.items() if name not in agent and name not in ABOUT},
-        results=_object(folder / "evaluation_results.json") or _object(folder / RESULTS),
+        results=results,
+        score=score,
         improvement=files.get(IMPROVEMENT),
         prompt=prompt,
     )
@@ -249,7 +274,7 @@ def _object(file: Path, kind: type = dict) -> Any:
         return None
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         raise Unusable(f"{file}: does not read as JSON: {error}; nothing was written") from error
     if not isinstance(found, kind):
         raise Unusable(f"{file}: not a JSON {'object' if kind is dict else 'list'}; nothing was written")

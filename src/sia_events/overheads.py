@@ -14,7 +14,9 @@ from sia_events import app
 from sia_events.event_log.recorder import lag
 from sia_events.feedback_svc.service import feedback_svc
 from sia_events.figures import INSTANT, Figure
+from sia_events.home import hold
 from sia_events.infra.sandbox import Bubblewrap
+from sia_events.log_here import open_log
 from sia_events.shared.events import (
     AttemptRequested,
     Event,
@@ -146,7 +148,7 @@ async def trivial_run(home: Path, candidates: int, generations: int) -> Sequence
 
 async def driven(settings: Settings, run: str, wanted: RunSettings, feedback: Service) -> Sequence[Record]:
     """A whole run on the trivial task under this feedback agent, every service in this process; returns its records."""
-    async with app.hold(settings, "bench"), app.stores(settings) as bare:
+    async with hold(settings, "bench"), app.stores(settings) as bare:
         others = [name for name in (*app.SERVICES, *app.LOOPS) if name != feedback.name]
         node = app.as_asked(app.with_services(bare, others), "bubblewrap", local_model=False)
         registered = await register(trivial_task(settings.home / "task"), node.blobs, node.private, 8)
@@ -169,13 +171,13 @@ async def _finished(node: app.Node, run: str) -> None:
 async def publish_to_queryable(home: Path, seconds: float = SECONDS) -> Figure:
     """From handing events to the bus, in batches of several runs, until a query of the log returns them."""
     settings = Settings(home=home)
-    async with app.hold(settings, "bench"), app.stores(settings) as bare:
+    async with hold(settings, "bench"), app.stores(settings) as bare:
         node = app.with_services(bare, ["recorder"])
         published: dict[str, list[tuple[int, float]]] = {f"publish{n}": [] for n in range(RUNS)}
         async with node.answering(None):
             await asyncio.gather(*(node.bus.append(run, opening(run, [_news()])) for run in published))
             await node.guard(_recorded(node))
-            async with app.open_log(settings) as log:
+            async with open_log(settings) as log:
                 latencies, rate = await node.guard(_flow(node, log, published, seconds))
                 raw = await _raw_inserts(log, (await node.bus.history("publish0"))[: RUNS * BATCH])
     ordered = sorted(latencies)

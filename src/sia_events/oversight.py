@@ -130,12 +130,7 @@ def _resolved(runs: Sequence[str], name: str) -> str:
 
 @asynccontextmanager
 async def _bus(settings: Settings, purpose: str) -> AsyncIterator[Bus]:
-    """The bus of whoever runs this home's services, or the stores alone for the moment that one append takes."""
+    """The bus of whoever runs this home's services, or our own for the moment that one append takes."""
     running = await settled(settings)
-    url = settings.nats_url or (app.own_nats_url(settings) if running else None)
-    if url:
-        async with app.stores(settings.model_copy(update={"nats_url": url})) as node:
-            yield node.bus
-    else:
-        async with app.hold(settings, purpose), app.stores(settings) as node:
-            yield node.bus
+    async with app.stores_of_home(settings, purpose, running is not None) as node:
+        yield node.bus

@@ -14,6 +14,7 @@ from sia_events.errors import Unusable
 from sia_events.feedback_svc.gate import compare_on
 from sia_events.infra.clickhouse import LogUnavailable, QueryRefused
 from sia_events.infra.store_lock import StoreHeld
+from sia_events.log_here import open_log
 from sia_events.shared.events import RunBranched, Split
 from sia_events.shared.ports import Log
 from sia_events.shared.record import Record
@@ -82,7 +83,7 @@ async def each_record(settings: Settings, run: str, follow: bool) -> AsyncIterat
         await asyncio.sleep(FOLLOW_S)
         # Opened for each look, and not brought up to date again: whoever resumes the run wants the store and the home.
         with suppress(LogUnavailable, QueryRefused, StoreHeld):  # its owner may take longer to start again
-            history = await records(settings, name, app.open_log)
+            history = await records(settings, name, open_log)
 
 
 async def diff(settings: Settings, run: str, before: str, after: str) -> dict[str, Any]:

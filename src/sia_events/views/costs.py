@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from sia_events.estimate import Estimate, Line
-from sia_events.views import clean
+from sia_events.views.records import clean
 
 HEADS = ("calls", "prompt tokens", "completion tokens", "USD")
 

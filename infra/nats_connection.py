@@ -1,0 +1,107 @@
+"""One connection to a NATS server: looked at, made, and asked until it answers."""
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass
+from typing import TypeVar, cast
+from urllib.parse import urlsplit
+
+import structlog
+from faststream.nats import NatsBroker
+from nats.aio.client import Client
+
+from sia_events.infra.nats_server import MINIMUM, server_info, too_old
+from sia_events.infra.nats_streams import UNANSWERED, Message, ensure_streams, heeding, read
+from sia_events.shared.ports import BusUnreachable
+
+CONNECT_S = 10.0
+AGAIN_S = 0.1
+
+T = TypeVar("T")
+
+log = structlog.get_logger()
+
+
+@dataclass(frozen=True)
+class Connection:
+    """The client, and the broker whose connection it is. The server may be away for `patience` seconds."""
+
+    broker: NatsBroker
+    client: Client
+    patience: float
+
+    async def ask(self, question: Callable[[Client], Awaitable[T]]) -> T:
+        """Ask until the server answers. Raises BusUnreachable when it has not for so long that nobody is mending it."""
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + self.patience
+        while True:
+            try:
+                return await heeding(question(self.client))
+            except UNANSWERED as error:
+                if loop.time() > deadline:
+                    raise BusUnreachable(
+                        f"the NATS server has not answered for {self.patience:.0f} s ({error!r}). "
+                        "What it acknowledged is kept. See that it runs and has disk left, then run the same command."
+                    ) from error
+            await asyncio.sleep(AGAIN_S)
+
+    async def read(self, stream: str, start: int, subject: str | None = None, limit: int = 2**62) -> list[Message]:
+        """As `nats_streams.read`, asked until it is answered."""
+        return await self.ask(lambda client: read(client, stream, start, subject, limit))
+
+
+@asynccontextmanager
+async def connected(url: str, replicas: int, patience: float) -> AsyncIterator[Connection]:
+    """A connection to the server (or servers, comma between) at `url`, our streams made and checked there.
+
+    Raises BusUnreachable when nothing fit listens there, StreamUnfit and BusFull when the streams cannot be had.
+    """
+    servers = url.split(",")
+    for server in servers:
+        await _check(server)
+    broker = NatsBroker(
+        servers,
+        name="sia",
+        reconnect_time_wait=cast(int, 0.2),
+        max_reconnect_attempts=-1,
+        error_cb=_lost,
+        logger=None,
+        apply_types=False,
+        graceful_timeout=5.0,
+    )
+    try:
+        async with asyncio.timeout(CONNECT_S):
+            client = await broker.connect()
+            await ensure_streams(client, replicas)
+    except (TimeoutError, *UNANSWERED) as error:
+        raise BusUnreachable(f"the NATS server at {_shown(url)} lets us in but does not answer: {error!r}") from error
+    try:
+        yield Connection(broker, client, patience)
+    finally:
+        with suppress(TimeoutError, *UNANSWERED):
+            await asyncio.wait_for(broker.stop(), CONNECT_S)
+
+
+async def _check(server: str) -> None:
+    """Look before connecting: the client would wait for ever, and an old server would fail at the first append."""
+    place = urlsplit(server if "://" in server else f"nats://{server}")
+    mend = "Start one, or name another in SIA_NATS_URL, or unset it for a server of our own."
+    try:
+        info = await server_info(place.hostname or "localhost", place.port or 4222)
+    except (OSError, ValueError, TimeoutError) as error:
+        raise BusUnreachable(f"no NATS server answers at {_shown(server)}: {error}. {mend}") from error
+    if too_old(info["version"]):
+        least = ".".join(map(str, MINIMUM))
+        raise BusUnreachable(f"{_shown(server)} is nats-server {info['version']}; {least} or later is needed. {mend}")
+    if not info.get("jetstream"):
+        raise BusUnreachable(f"the NATS server at {_shown(server)} has JetStream off. Start it with -js. {mend}")
+
+
+def _shown(url: str) -> str:
+    """The URL without the token or password in it."""
+    return ",".join(server.rpartition("@")[2] for server in url.split(","))
+
+
+async def _lost(error: Exception) -> None:
+    log.debug("bus connection", error=repr(error))

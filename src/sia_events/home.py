@@ -1,0 +1,112 @@
+"""A home, the folder of SIA_HOME: the one process that runs its services, and where its sockets are."""
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import AsyncIterator, Iterator, Mapping
+from contextlib import asynccontextmanager, contextmanager, suppress
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from sia_events.errors import NodeHeld, Unusable
+from sia_events.infra.store_lock import owner
+from sia_events.shared.settings import Settings
+
+
+def make_home(settings: Settings) -> None:
+    """Raises Unusable where the home cannot be."""
+    try:
+        settings.home.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        said = f"{settings.home} cannot be made: {error.strerror}"
+        raise Unusable(f"{said}; set SIA_HOME to a folder of yours") from error
+
+
+@asynccontextmanager
+async def hold(settings: Settings, purpose: str) -> AsyncIterator[None]:
+    """Be the one process that runs this home's services. Raises NodeHeld."""
+    make_home(settings)
+    lock, note = FileLock(settings.home / "node.lock"), settings.home / "node.json"
+    try:
+        # Others that only look whether we run take it for an instant.
+        lock.acquire(timeout=0.3, poll_interval=0.02)
+    except Timeout as error:
+        running = running_node(settings) or {"pid": "?", "purpose": "?"}
+        raise NodeHeld(
+            f"{describe(running, settings.home)}; nothing was written. Wait for it, set SIA_HOME to another folder, "
+            "or have runs share services: sia up"
+        ) from error
+    try:
+        note.write_text(json.dumps({"pid": os.getpid(), "purpose": purpose}))
+        for left in (settings.home / "tmp").glob("*-*"):
+            shutil.rmtree(left, ignore_errors=True)
+        yield
+    finally:
+        note.unlink(missing_ok=True)
+        with suppress(OSError):  # not there, or not empty: whoever has a socket in it still runs
+            socket_place(settings).rmdir()
+        lock.release()
+
+
+def running_node(settings: Settings) -> Mapping[str, object] | None:
+    """{pid, purpose} of the process that runs this home's services, or None."""
+    file = settings.home / "node.lock"
+    if not file.exists():
+        return None
+    try:
+        FileLock(file).acquire(timeout=0).lock.release()
+    except Timeout:
+        with suppress(OSError, ValueError):
+            return json.loads((settings.home / "node.json").read_text())
+    except OSError:
+        return None
+    return None
+
+
+def describe(running: Mapping[str, object], home: Path) -> str:
+    return f"process {running['pid']} (sia {running['purpose']}) runs the services of {home}"
+
+
+def own_nats_url(settings: Settings) -> str:
+    """The URL of the bus server that another process of this home runs. Raises NodeHeld while there is none yet."""
+    found = owner(settings.home / "nats")
+    if found is None or found.dsn is None:
+        raise NodeHeld(f"the process that runs the services of {settings.home} has no bus yet; try again in a moment")
+    return found.dsn
+
+
+@contextmanager
+def only_one(name: str, settings: Settings) -> Iterator[None]:
+    """Be this home's one gateway or recorder: they own a socket and a store. Raises NodeHeld."""
+    lock = FileLock(settings.home / f"{name}.lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout as error:
+        raise NodeHeld(f"another process is the {name} of {settings.home} already; nothing was changed") from error
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def socket_folder(settings: Settings) -> Path:
+    """A folder of ours for unix sockets, whose names must stay under 108 bytes however deep the home lies."""
+    folder = socket_place(settings)
+    folder.mkdir(mode=0o700, exist_ok=True)
+    if folder.stat().st_uid != os.getuid():
+        raise PermissionError(f"{folder} belongs to somebody else; remove it or set TMPDIR")
+    return folder
+
+
+def socket_place(settings: Settings) -> Path:
+    """That folder's name; whoever holds the home removes it at its end."""
+    mark = hashlib.sha256(str(settings.home).encode()).hexdigest()[:12]
+    return Path(tempfile.gettempdir()) / f"sia-{os.getuid()}-{mark}"
+
+
+def door_socket(settings: Settings) -> Path:
+    """Where this home's gateway listens."""
+    return socket_folder(settings) / "gateway.sock"

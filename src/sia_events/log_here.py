@@ -1,0 +1,89 @@
+"""The log as a home keeps it: who may open it, its recorder, and how far the copy of the streams has come."""
+
+import asyncio
+import sys
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, suppress
+
+from sia_events.event_log.recorder import lag, record
+from sia_events.home import make_home, only_one
+from sia_events.infra import clickhouse, nats_disk
+from sia_events.infra.child import Child
+from sia_events.infra.store_lock import owner
+from sia_events.shared.ports import Bus, BusUnreachable, Log
+from sia_events.shared.settings import Settings
+
+NAME = "recorder"
+# In the home: how long the embedded streams' files were when the log had everything in them.
+COPIED = "copied.json"
+MARK_S = 5.0
+OWNER_S = 0.5
+
+
+@asynccontextmanager
+async def open_log(settings: Settings) -> AsyncIterator[Log]:
+    """The log, for reading: the embedded store's owner is asked when there is one, else the store is opened here."""
+    make_home(settings)
+    dsn = settings.log_dsn or f"chdb://{settings.home / 'log'}"
+    log = await asyncio.to_thread(clickhouse.connect, dsn)
+    try:
+        yield log
+    finally:
+        await log.close()
+
+
+async def keep_log(settings: Settings, bus: Bus) -> None:
+    """Record until cancelled. Raises NodeHeld.
+
+    The embedded store gets an owner process, so that other processes can ask it meanwhile.
+    """
+    with only_one(NAME, settings):
+        await _record(settings, bus)
+
+
+async def _record(settings: Settings, bus: Bus) -> None:
+    keeper: Child | None = None
+    dsn, store = settings.log_dsn or "", settings.home / "log"
+    if not dsn:
+        command = ("-m", "sia_events.infra.chdb_server", "--path", str(store), "--die-with-parent")
+        keeper = Child("the log's owner", (sys.executable, *command))
+        dsn = (await keeper.start())["dsn"]
+    try:
+        while True:
+            # Never opened here: while the owner is being started again we would be in its way.
+            if keeper and (held := owner(store)) and held.dsn:
+                dsn = held.dsn
+            try:
+                log = await asyncio.to_thread(clickhouse.connect, dsn)
+                try:
+                    await record(bus, log)
+                finally:
+                    await log.close()
+            except clickhouse.LogUnavailable:
+                # The stream keeps everything; the owner is being started again.
+                await asyncio.sleep(OWNER_S)
+    finally:
+        with suppress(TimeoutError, BusUnreachable, OSError):
+            async with asyncio.timeout(MARK_S):
+                await mark_copied(settings, bus)
+        if keeper:
+            await keeper.close()
+
+
+def is_behind(settings: Settings) -> bool:
+    """Whether the embedded streams may have what the log has not; no server is started to tell."""
+    return settings.nats_url is None and nats_disk.has_news(settings.home / "nats", settings.home / COPIED)
+
+
+async def mark_copied(settings: Settings, bus: Bus) -> None:
+    """Note how far the embedded streams had come, if the log has all of it; what comes later shows as news."""
+    if settings.nats_url is None:
+        # Looked at first: what comes between the two looks must not pass for copied.
+        copied = nats_disk.sizes(settings.home / "nats")
+        if copied and await lag(bus) <= 0:
+            nats_disk.keep(copied, settings.home / COPIED)
+
+
+def forget_copied(settings: Settings) -> None:
+    """What the log has is about to be less."""
+    (settings.home / COPIED).unlink(missing_ok=True)

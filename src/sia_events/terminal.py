@@ -1,0 +1,105 @@
+"""What every verb shares: options, settings, exit statuses, data on stdout and talk on stderr."""
+
+import json
+import re
+import sys
+from collections.abc import Callable, Coroutine, Mapping, Sequence
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+
+import typer
+
+if TYPE_CHECKING:
+    # At run time only once a verb needs it: it takes longer to import than everything else of `sia --help`.
+    from sia_events.shared.settings import Settings
+
+DONE, FAILED, USAGE = 0, 1, 2
+T = TypeVar("T")
+
+Json = Annotated[bool, typer.Option("--json", help="JSON on stdout instead of text.")]
+RunName = Annotated[str, typer.Argument(metavar="RUN", help="The run's name, or an unambiguous beginning of it.")]
+
+# Rows of the provider table that profiles in SIA's spelling brought to this process.
+_PROVIDERS: dict[str, Mapping[str, str]] = {}
+
+
+class Wrong(Exception):
+    """What was asked for cannot be done as asked; the message says why and what to do."""
+
+
+def settings() -> "Settings":
+    """The settings of this process. Raises SettingsError."""
+    from sia_events.shared.settings import load_settings
+
+    loaded = load_settings()
+    if not _PROVIDERS:
+        return loaded
+    from sia_events.shared.providers import Provider
+
+    more = {name: Provider.model_validate(row) for name, row in _PROVIDERS.items()}
+    return loaded.model_copy(update={"providers": {**loaded.providers, **more}})
+
+
+def know(provider: str, row: Mapping[str, str]) -> None:
+    """Have this process know one more provider, by its row of the table."""
+    _PROVIDERS[provider] = row
+
+
+def debugging() -> bool:
+    from sia_events.shared.settings import SettingsError
+
+    try:
+        return settings().debug
+    except SettingsError:
+        return False
+
+
+def wait_for(work: Coroutine[Any, Any, T]) -> T:
+    """What the work comes to; its log lines go to stderr."""
+    import asyncio
+
+    _talk_on_stderr()
+    return asyncio.run(work)
+
+
+def say(text: str) -> None:
+    """Print data."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        # The reader went away (`sia log RUN | head`): that is no failure of ours.
+        sys.stdout = None  # type: ignore[assignment]
+        raise typer.Exit(DONE) from None
+
+
+def tell(found: T, as_json: bool, text: Callable[[T], str]) -> None:
+    """Print what was found, as JSON or as text for people."""
+    say(json.dumps(found) if as_json else text(found))
+
+
+def pairs(assignments: Sequence[str] | None) -> dict[str, Any]:
+    """KEY=VALUE options as a mapping; values are JSON where they parse as JSON, else text. Raises Wrong.
+
+    A key with a dot, "learning.lr", names a field of a setting.
+    """
+    found: dict[str, Any] = {}
+    for assignment in assignments or ():
+        key, equals, value = assignment.partition("=")
+        if not equals or not re.fullmatch(r"[a-z_]+(\.[a-z_]+)*", key):
+            raise Wrong(f"--set takes KEY=VALUE, not {assignment!r}")
+        try:
+            found[key] = json.loads(value)
+        except json.JSONDecodeError:
+            found[key] = value
+    return found
+
+
+def _talk_on_stderr() -> None:
+    import logging
+
+    import structlog
+
+    level = logging.DEBUG if debugging() else logging.INFO
+    structlog.configure(
+        logger_factory=lambda *_: structlog.PrintLogger(sys.stderr),
+        wrapper_class=structlog.make_filtering_bound_logger(level),
+    )

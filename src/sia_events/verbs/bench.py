@@ -1,0 +1,53 @@
+"""The verbs of `sia bench`: figures of this machine."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from sia_events.terminal import Json, say, settings, wait_for
+
+
+def kernels(
+    source: Annotated[
+        Path | None,
+        typer.Argument(exists=True, dir_okay=False, help="A candidate of yours; the shipped ones when left out."),
+    ] = None,
+    repeats: Annotated[int, typer.Option(min=3, max=101)] = 9,
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+    as_json: Json = False,
+) -> None:
+    """TriMul on the CPU: reference and candidates side by side, checked on fresh inputs, timed from outside."""
+    from sia_events import benches
+
+    say(benches.kernels(source, repeats, seed, as_json))
+
+
+def loop(
+    seeds: Annotated[int, typer.Option(min=1, max=20, help="Whole runs on the real model, one a seed.")] = 3,
+    quick: Annotated[bool, typer.Option(help="Leave the real-model runs out.")] = False,
+    as_json: Json = False,
+) -> None:
+    """The loop's figures: gain by seed, start, overhead a generation, publish to queryable, disk, --help."""
+    from sia_events import benches
+
+    say(wait_for(benches.loop(settings(), seeds, quick, as_json)))
+
+
+def gateway(
+    sia_agent: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="PYTHON",
+            envvar="SIA_AGENT_PYTHON",
+            exists=True,
+            dir_okay=False,
+            help="An interpreter that has sia-agent[pydantic-ai]: a generation of it is measured too.",
+        ),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """The gateway's figures: a call beside a direct one, calls a second, first tokens, a budget race, a generation."""
+    from sia_events import benches
+
+    say(wait_for(benches.gateway(settings(), sia_agent and sia_agent.absolute(), as_json)))

@@ -1,0 +1,1 @@
+"""What people see, as text: fixed width, times UTC."""
