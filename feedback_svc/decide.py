@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+from sia_events.feedback_svc.algorithm import learning
 from sia_events.feedback_svc.gate import compare_on, hopeless, proven
 from sia_events.shared.events import (
     ApprovalGiven,
@@ -15,6 +16,7 @@ from sia_events.shared.events import (
     FeedbackRequested,
     HarnessPatchRequested,
     ProposalFailed,
+    RolloutSource,
     RunFinished,
     RunPaused,
     Scored,
@@ -62,8 +64,15 @@ def _settle(run: Run, failure: AttemptFailed) -> Sequence[Event]:
         case "train":
             return [_barren(run, "weights", f"no rollouts: {failure.message}")]
         case "test":
+            if _ended_by(run) != failure.attempt:
+                return []
             reason = f"the sealed test of {version.name} failed: {failure.message}"
             return [RunFinished(outcome="failed", best=run.incumbent, sealed=None, reason=reason)]
+
+
+def _ended_by(run: Run) -> str:
+    """The attempt whose failure is the end: the first of the sealed test, however many fail side by side."""
+    return next(name for name, failure in run.failures.items() if failure.split == "test" and final(run, failure))
 
 
 def on_verdict(run: Run, verdict: VersionAccepted | VersionRejected) -> Sequence[Event]:
@@ -193,17 +202,50 @@ def _meet_gate(run: Run, candidate: Version) -> Sequence[Event]:
 
 def _learn(run: Run, scored: Scored) -> Sequence[Event]:
     assert scored.rewards is not None, "a train score keeps its rewards"
+    algorithm = run.feedback[-1].algorithm
+    assert algorithm is not None, "the weights are chosen with an algorithm"
     return [
         WeightUpdateRequested(
             generation=run.generation,
             parent=scored.version,
-            algorithm=run.settings.algorithm,
+            algorithm=algorithm,
             trajectory=run.executions[scored.attempt].trajectory,
             rewards=scored.rewards,
             epochs=run.settings.epochs,
             seed=run.settings.seed,
+            learning=learning(run.settings, algorithm),
+            older=_older(run, scored),
         )
     ]
+
+
+def _older(run: Run, scored: Scored) -> tuple[RolloutSource, ...]:
+    """Earlier rollouts under the same harness, at most `learning.max_lag` adapters behind, the newest first.
+
+    The lag is counted along the version's ancestors. 0 as the most asks for the rollouts of this generation alone.
+    """
+    most = run.settings.learning.max_lag
+    found: list[RolloutSource] = []
+    version, lag = run.versions[scored.version], 0
+    harness = version.harness
+    while most and lag <= most:
+        if version.harness == harness:
+            found += [
+                RolloutSource(
+                    attempt=earlier.attempt,
+                    version=version.name,
+                    trajectory=run.executions[earlier.attempt].trajectory,
+                    rewards=earlier.rewards,
+                    lag=lag,
+                )
+                for earlier in reversed(run.scored(version.name, "train"))
+                if earlier.rewards is not None and earlier.attempt != scored.attempt
+            ]
+        if version.parent is None:
+            break
+        parent = run.versions[version.parent]
+        version, lag = parent, lag + (parent.weights != version.weights)
+    return tuple(found)
 
 
 def _go_on(run: Run, generation: int) -> Sequence[Event]:

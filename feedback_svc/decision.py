@@ -1,6 +1,6 @@
 """An LLM's choice of a lever: what it has to say, and what of that is allowed. Pure."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from math import isfinite
 from typing import Annotated
@@ -8,6 +8,7 @@ from typing import Annotated
 import msgspec
 
 from sia_events.agents.structured import Unusable, json_object
+from sia_events.shared import providers
 from sia_events.shared.events import Lever, RunSettings
 
 RULES = "You choose what an agent's next generation changes. Reply with the JSON object asked for and nothing else."
@@ -34,13 +35,13 @@ class Decision:
 
 def trainable(settings: RunSettings) -> bool:
     """Whether the target model's weights are ours to change."""
-    return settings.target_model.startswith("local/")
+    return providers.trainable(settings.target_model)
 
 
-def read_decision(text: str, algorithms: Sequence[str], shown: Mapping[int, str]) -> Decision:
+def read_decision(text: str, algorithms: Collection[str], by_rule: str, shown: Mapping[int, str]) -> Decision:
     """The decision in a reply; `shown` are the ids of the records its author has seen, by position.
 
-    Raises Unusable.
+    Weights without an algorithm are learned with the one `by_rule`. Raises Unusable.
     """
     found = json_object(text)
     if found is None:
@@ -66,7 +67,7 @@ def read_decision(text: str, algorithms: Sequence[str], shown: Mapping[int, str]
     lever: Lever = "weights" if said.lever == "weights" else "harness"
     return Decision(
         lever=lever,
-        algorithm=(said.algorithm or algorithms[0]) if lever == "weights" else None,
+        algorithm=(said.algorithm or by_rule) if lever == "weights" else None,
         reasons=tuple(reason.strip().encode(errors="replace").decode() for reason in said.reasons),
         references=tuple(dict.fromkeys(by_name[str(name)] for name in said.references)),
         expected_gain=said.expected_gain,

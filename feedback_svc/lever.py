@@ -1,32 +1,47 @@
 """Which lever the next generation pulls, by rule, on figures of the log. Pure; the controls it is compared with too."""
 
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-from sia_events.shared.events import Evidence, Lever
+from sia_events.agents.lineage import executions, lever_of
+from sia_events.feedback_svc.algorithm import Signal, pick
+from sia_events.shared.events import Evidence, HarnessPatched, Lever, Scored, WeightsUpdated
+from sia_events.shared.record import Record
 from sia_events.shared.run import Run
 
+LEVERS: tuple[Lever, ...] = ("harness", "weights")
 INVALID_IS_HIGH = 0.2
+TENTHS = 10
+DIGITS = 6
 
 
 @dataclass(frozen=True)
 class LeverChoice:
+    """`algorithm` is None for the harness."""
+
     lever: Lever
+    algorithm: str | None
     reasons: tuple[str, ...]
     evidence: Evidence
 
 
-def gather(run: Run) -> Evidence:
-    """The figures a choice is taken on; all of them stand in the run's records."""
+def gather(run: Run, records: Sequence[Record]) -> Evidence:
+    """The figures a choice is taken on; all of them stand in the run's `records`, of which `run` is the fold."""
     incumbent = run.incumbent
     assert incumbent is not None, "feedback is asked for behind the first verdict"
     dev = run.scored(incumbent, "dev")
     last = dev[-1] if dev else None
-    gains = {lever: _gains(run, lever) for lever in ("harness", "weights")}
+    ran = run.executions.get(last.attempt) if last else None
+    sign = 1.0 if run.task is None or run.task.maximize else -1.0
+    rewards = [sign * item for item in last.items] if last else []
+    gains = {lever: _gains(run, lever) for lever in LEVERS}
     return Evidence(
         incumbent=incumbent,
         dev_score=last.score.value if last else None,
-        invalid_rate=round((last.failures.get("invalid", 0) + last.failures.get("unanswered", 0)) / last.score.n, 6)
+        invalid_rate=round(
+            (last.failures.get("invalid", 0) + last.failures.get("unanswered", 0)) / last.score.n, DIGITS
+        )
         if last
         else 0.0,
         skew=last.skew if last else 0.0,
@@ -35,27 +50,79 @@ def gather(run: Run) -> Evidence:
         harness_tries=len(gains["harness"]),
         weights_tries=len(gains["weights"]),
         generations_left=run.settings.generations - run.generation + 1,
+        failures=dict(sorted(last.failures.items())) if last else {},
+        rewards=histogram(rewards),
+        reward_mean=round(sum(rewards) / len(rewards), DIGITS) if rewards else None,
+        reward_skew=skewness(rewards),
+        calls_an_item=round(ran.calls / len(rewards), DIGITS) if ran and rewards else None,
+        seconds_of={lever: _seconds(run, records, lever) for lever in LEVERS if gains[lever]},
+        usd_of={lever: _usd(run, records, lever) for lever in LEVERS if gains[lever]},
     )
 
 
-def choose_lever(run: Run) -> LeverChoice:
-    """The lever of generation `run.generation` under the run's policy.
+def invalid_rate(scored: Scored) -> float:
+    """The share of answers that are missing, or none that could be right."""
+    return round((scored.failures.get("invalid", 0) + scored.failures.get("unanswered", 0)) / scored.score.n, DIGITS)
+
+
+def histogram(rewards: Sequence[float]) -> tuple[int, ...]:
+    """How many rewards lie in each tenth of their range, lowest first.
+
+    The range is 0 to 1, or -1 to 0, where all lie in it, else from the least to the most; empty where that is a point.
+    """
+    if not rewards:
+        return ()
+    low, high = min(rewards), max(rewards)
+    for usual in ((0.0, 1.0), (-1.0, 0.0)):
+        if usual[0] <= low <= high <= usual[1]:
+            low, high = usual
+            break
+    if low == high:
+        return ()
+    places = [min(TENTHS - 1, int(TENTHS * (reward - low) / (high - low))) for reward in rewards]
+    return tuple(places.count(place) for place in range(TENTHS))
+
+
+def skewness(rewards: Sequence[float]) -> float | None:
+    """Third standardised moment, m₃ / m₂^1.5 of the central moments; None where all are alike."""
+    if not rewards:
+        return None
+    mean = sum(rewards) / len(rewards)
+    widest = max(abs(reward - mean) for reward in rewards)
+    if not widest:
+        return None
+    # Skewness has no scale, and powers of these neither overflow nor vanish.
+    away = [(reward - mean) / widest for reward in rewards]
+    second, third = (sum(each**power for each in away) / len(away) for power in (2, 3))
+    return round(third / second**1.5, DIGITS)
+
+
+def choose_lever(run: Run, records: Sequence[Record], signal: Signal) -> LeverChoice:
+    """Lever and algorithm of generation `run.generation` under the run's policy."""
+    evidence = gather(run, records)
+    lever, reasons = _lever(run, evidence)
+    if lever == "harness":
+        return LeverChoice(lever, None, reasons, evidence)
+    picked = pick(run.settings, evidence, signal)
+    return LeverChoice(lever, picked.algorithm, (*reasons, *picked.reasons), evidence)
+
+
+def _lever(run: Run, evidence: Evidence) -> tuple[Lever, tuple[str, ...]]:
+    """The lever and why.
 
     `auto` turns the harness until it stops paying, then the weights, and looks again after each: first make the right
     action reachable, then make it likely. While many answers are invalid the harness is preferred, two tries for each
     of the weights.
     """
-    evidence = gather(run)
     policy = run.settings.lever
     if policy in ("harness", "weights"):
-        return LeverChoice(policy, (f"the run pulls {policy} only",), evidence)
+        return policy, (f"the run pulls {policy} only",)
     if policy == "alternate":
-        lever: Lever = "harness" if run.generation % 2 else "weights"
-        return LeverChoice(lever, (f"alternating: generation {run.generation}",), evidence)
+        return "harness" if run.generation % 2 else "weights", (f"alternating: generation {run.generation}",)
     if policy == "random":
-        lever = random.Random(f"{run.settings.seed}/{run.generation}").choice(("harness", "weights"))
-        return LeverChoice(lever, (f"drawn with seed {run.settings.seed}",), evidence)
-    return LeverChoice(*_by_rule(evidence, run.settings.plateau_gain, _last_lever(run)), evidence)
+        drawn = random.Random(f"{run.settings.seed}/{run.generation}").choice(LEVERS)
+        return drawn, (f"drawn with seed {run.settings.seed}",)
+    return _by_rule(evidence, run.settings.plateau_gain, _last_lever(run))
 
 
 def _by_rule(seen: Evidence, plateau: float, last: Lever | None) -> tuple[Lever, tuple[str, ...]]:
@@ -92,3 +159,21 @@ def _gains(run: Run, lever: Lever) -> list[float]:
             accepted = [v for v in verdicts if v.type == "VersionAccepted" and v.comparison]
             gains.append(accepted[0].comparison.gain if accepted and accepted[0].comparison else 0.0)
     return gains
+
+
+def _seconds(run: Run, records: Sequence[Record], lever: Lever) -> float:
+    """Seconds that agents and training took under a lever, a generation that pulled it, in the mean."""
+    ran = sum(logged.seconds for logged in executions(records) if lever_of(run, logged) == lever)
+    learned = (
+        sum(r.event.seconds for r in records if isinstance(r.event, WeightsUpdated)) if lever == "weights" else 0.0
+    )
+    return round((ran + learned) / len(_gains(run, lever)), DIGITS)
+
+
+def _usd(run: Run, records: Sequence[Record], lever: Lever) -> float | None:
+    """Dollars under a lever, a generation that pulled it, in the mean; None where a price is unknown."""
+    paid = [logged.usd for logged in executions(records) if lever_of(run, logged) == lever]
+    if lever == "harness":
+        paid += [r.event.written.usd for r in records if isinstance(r.event, HarnessPatched) and r.event.written]
+    known = [usd for usd in paid if usd is not None]
+    return round(sum(known) / len(_gains(run, lever)), DIGITS) if len(known) == len(paid) else None

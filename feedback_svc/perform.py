@@ -3,12 +3,13 @@
 from collections.abc import Sequence
 from string import ascii_lowercase
 
+from sia_events.agents.observe import calls_in
 from sia_events.feedback_svc import proposer, template, writer
+from sia_events.feedback_svc.algorithm import Signal, carry_logprobs
 from sia_events.feedback_svc.gate import compare_on
-from sia_events.feedback_svc.lever import choose_lever, gather
+from sia_events.feedback_svc.lever import choose_lever, invalid_rate
 from sia_events.shared.events import (
     Event,
-    FeedbackGiven,
     FeedbackRequested,
     HarnessPatched,
     HarnessPatchRequested,
@@ -23,19 +24,24 @@ from sia_events.shared.tree import load_tree, store_tree
 
 async def give_feedback(work: Work, asked: FeedbackRequested) -> Sequence[Event]:
     """Pick the lever of the next generation; the choice, its reasons and its evidence go into the record."""
-    settings, choice = work.run.settings, choose_lever(work.run)
+    settings, signal = work.run.settings, await _signal(work)
+    records = (await work.ports.bus.history(work.run.name))[: work.cause.position]
+    choice = choose_lever(work.run, records, signal)
     if settings.backend != "builtin" and settings.lever == "auto":
-        return [await writer.choose(work, asked, choice)]
-    return [
-        FeedbackGiven(
-            generation=asked.generation,
-            incumbent=asked.incumbent,
-            lever=choice.lever,
-            algorithm=settings.algorithm if choice.lever == "weights" else None,
-            reasons=choice.reasons,
-            evidence=choice.evidence,
-        )
-    ]
+        return [await writer.choose(work, asked, choice, signal)]
+    return [writer.given(asked, choice)]
+
+
+async def _signal(work: Work) -> Signal:
+    """What an algorithm is picked on beside figures; looked for only where one is picked."""
+    run, blobs = work.run, work.ports.blobs
+    if run.settings.algorithm != "auto":
+        return Signal()
+    assert run.task is not None and run.incumbent is not None, "feedback is asked for behind the first verdict"
+    task = decode_task(await blobs.get(run.task.spec))
+    attempt = run.scored(run.incumbent, "dev")[-1].attempt
+    calls = calls_in(await blobs.get(run.executions[attempt].trajectory))
+    return Signal(ranked=task.ranking, logprobs=carry_logprobs(calls))
 
 
 async def patch(work: Work, asked: HarnessPatchRequested) -> Sequence[Event]:
@@ -84,12 +90,11 @@ async def _spec(work: Work, harness: str, task: Task) -> template.Spec:
 
 
 def _evidence(run: Run) -> proposer.Evidence:
-    seen = gather(run)
     assert run.incumbent is not None
     last = run.scored(run.incumbent, "dev")[-1]
     return proposer.Evidence(
-        invalid=seen.invalid_rate,
-        skew=seen.skew,
+        invalid=invalid_rate(last),
+        skew=last.skew,
         score=last.score.value,
         n=last.score.n,
         maximize=run.task is None or run.task.maximize,

@@ -1,12 +1,15 @@
 """The feedback agent as an LLM: it picks the lever, and has candidates with another harness written."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 from sia_events.agents.candidates import told, write_candidates
 from sia_events.agents.client import asking, spending
+from sia_events.agents.evidence import Attempt
 from sia_events.agents.observe import observe
 from sia_events.agents.prompt import decision_prompt, feedback_prompt
 from sia_events.agents.structured import structured
+from sia_events.feedback_svc.algorithm import Signal, offered, pick
 from sia_events.feedback_svc.decision import RULES, Decision, read_decision, trainable
 from sia_events.feedback_svc.lever import LeverChoice
 from sia_events.shared.events import (
@@ -20,28 +23,27 @@ from sia_events.shared.events import (
     Written,
 )
 from sia_events.shared.ports import Brief, WritingFailed
+from sia_events.shared.record import Record
 from sia_events.shared.registration import decode_task
 from sia_events.shared.service import Work
 from sia_events.shared.summary import cost
+from sia_events.shared.task import Task
 from sia_events.shared.tree import load_tree
 
 
-async def choose(work: Work, asked: FeedbackRequested, by_rule: LeverChoice) -> FeedbackGiven:
+async def choose(work: Work, asked: FeedbackRequested, by_rule: LeverChoice, signal: Signal) -> FeedbackGiven:
     """The lever that the model picks, with its reasons; the rule's, and why, where it says nothing that can be used."""
     settings, blobs = work.run.settings, work.ports.blobs
     if not trainable(settings):
         why = f"the weights of {settings.target_model} are not ours to change, so the harness is"
-        return _by_rule(asked, LeverChoice("harness", (why,), by_rule.evidence), None)
-    assert work.run.task is not None
-    task = decode_task(await blobs.get(work.run.task.spec))
-    records = list(await work.ports.bus.history(work.run.name))[: work.cause.position]
-    attempt = await observe(work.run, records, blobs)
-    allowed: Mapping[Lever, Sequence[str]] = {"harness": (), "weights": (settings.algorithm,)}
-    usd = cost(records)["usd"]
+        return given(asked, LeverChoice("harness", None, (why,), by_rule.evidence))
+    task, records, attempt, usd = await _known(work)
+    algorithms = offered(settings, signal)
+    allowed: Mapping[Lever, Mapping[str, str]] = {"harness": {}, "weights": algorithms}
     words = decision_prompt(work.run, records, task, attempt, by_rule.evidence, allowed, settings.prompt_tokens, usd)
 
     def read(text: str) -> Decision:
-        return read_decision(text, allowed["weights"], words.references)
+        return read_decision(text, algorithms, pick(settings, by_rule.evidence, signal).algorithm, words.references)
 
     brief = _brief(work, f"feedback.g{asked.generation}", words.text, settings.seed)
     try:
@@ -49,8 +51,7 @@ async def choose(work: Work, asked: FeedbackRequested, by_rule: LeverChoice) -> 
             decision, trajectory = await structured(ask, RULES, brief.prompt, read)
     except WritingFailed as failed:
         why = f"by rule, since {brief.model} made no choice that can be used: {await told(failed, work.ports)}"
-        choice = LeverChoice(by_rule.lever, (*by_rule.reasons, why), by_rule.evidence)
-        return _by_rule(asked, choice, settings.algorithm if choice.lever == "weights" else None)
+        return given(asked, replace(by_rule, reasons=(*by_rule.reasons, why)))
     written = Written(
         backend=settings.backend,
         model=brief.model,
@@ -76,12 +77,10 @@ async def write(work: Work, asked: HarnessPatchRequested) -> Sequence[Event]:
     """Candidates with another harness and their parent's weights, as many of those wanted as can be used."""
     run, blobs = work.run, work.ports.blobs
     assert run.task is not None
-    task = decode_task(await blobs.get(run.task.spec))
+    task, records, attempt, usd = await _known(work)
     parent = run.versions[asked.parent]
     harness = await load_tree(blobs, parent.harness)
-    records = list(await work.ports.bus.history(run.name))[: work.cause.position]
-    attempt = await observe(run, records, blobs)
-    words = feedback_prompt(run, records, task, harness, attempt, run.settings.prompt_tokens, cost(records)["usd"])
+    words = feedback_prompt(run, records, task, harness, attempt, run.settings.prompt_tokens, usd)
     data = await load_tree(blobs, run.task.datasets.get("train") or next(iter(run.task.datasets.values())))
     brief = _brief(work, "feedback", words.text, asked.seed + asked.generation, harness, data)
     # What was tried under other weights may be tried again: a harness fits the weights it was tried with.
@@ -105,6 +104,17 @@ async def write(work: Work, asked: HarnessPatchRequested) -> Sequence[Event]:
         )
         for place, candidate in enumerate(written.usable)
     ]
+
+
+async def _known(work: Work) -> tuple[Task, list[Record], Attempt, float | None]:
+    """The task, the log up to the cause, what the incumbent did on dev, and what the run has cost, if anybody knows.
+
+    All of it is the same whenever the handler runs again.
+    """
+    assert work.run.task is not None
+    task = decode_task(await work.ports.blobs.get(work.run.task.spec))
+    records = list(await work.ports.bus.history(work.run.name))[: work.cause.position]
+    return task, records, await observe(work.run, records, work.ports.blobs), cost(records)["usd"]
 
 
 def _brief(
@@ -131,12 +141,13 @@ def _brief(
     )
 
 
-def _by_rule(asked: FeedbackRequested, choice: LeverChoice, algorithm: str | None) -> FeedbackGiven:
+def given(asked: FeedbackRequested, choice: LeverChoice) -> FeedbackGiven:
+    """A choice by rule as it is recorded."""
     return FeedbackGiven(
         generation=asked.generation,
         incumbent=asked.incumbent,
         lever=choice.lever,
-        algorithm=algorithm,
+        algorithm=choice.algorithm,
         reasons=choice.reasons,
         evidence=choice.evidence,
     )

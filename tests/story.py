@@ -114,17 +114,20 @@ def patched(version: str, parent: str = "g0a", **more: Any) -> HarnessPatched:
     )
 
 
-def trained(version: str, parent: str) -> WeightsUpdated:
+def trained(version: str, parent: str, **more: Any) -> WeightsUpdated:
     return WeightsUpdated(
-        version=version,
-        generation=int(version[1:-1]),
-        parent=parent,
-        harness=D,
-        weights=Weights(model="local/m", adapter="b" * 64),
-        algorithm="reinforce",
-        rollouts=8,
-        metrics={},
-        seconds=1.0,
+        **{
+            "version": version,
+            "generation": int(version[1:-1]),
+            "parent": parent,
+            "harness": D,
+            "weights": Weights(model="local/m", adapter="b" * 64),
+            "algorithm": "reinforce",
+            "rollouts": 8,
+            "metrics": {},
+            "seconds": 1.0,
+            **more,
+        }
     )
 
 
@@ -132,7 +135,7 @@ def feedback_asked(generation: int, incumbent: str = "g0a") -> FeedbackRequested
     return FeedbackRequested(generation=generation, incumbent=incumbent)
 
 
-def fed_back(generation: int, lever: str = "harness", incumbent: str = "g0a") -> FeedbackGiven:
+def fed_back(generation: int, lever: str = "harness", incumbent: str = "g0a", **more: Any) -> FeedbackGiven:
     evidence = Evidence(
         incumbent=incumbent,
         dev_score=0.5,
@@ -145,12 +148,15 @@ def fed_back(generation: int, lever: str = "harness", incumbent: str = "g0a") ->
         generations_left=1,
     )
     return FeedbackGiven(
-        generation=generation,
-        incumbent=incumbent,
-        lever=lever,
-        algorithm=None,
-        reasons=("r",),
-        evidence=evidence,  # type: ignore[arg-type]
+        **{
+            "generation": generation,
+            "incumbent": incumbent,
+            "lever": lever,
+            "algorithm": "reinforce" if lever == "weights" else None,
+            "reasons": ("r",),
+            "evidence": evidence,
+            **more,
+        }
     )
 
 

@@ -1,5 +1,6 @@
 """The loop's policy, event by event."""
 
+import hashlib
 from dataclasses import replace
 from typing import Any
 
@@ -24,6 +25,7 @@ from story import (
     trained,
 )
 
+from sia_events.feedback_svc.algorithm import KL_TO_BASE, Signal
 from sia_events.feedback_svc.lever import choose_lever
 from sia_events.feedback_svc.service import feedback_svc
 from sia_events.shared.events import (
@@ -32,10 +34,13 @@ from sia_events.shared.events import (
     Event,
     FeedbackRequested,
     HarnessPatchRequested,
+    Learning,
     ProposalFailed,
     RunFinished,
     VersionAccepted,
     VersionRejected,
+    Weights,
+    WeightsUpdated,
     WeightUpdateRequested,
 )
 from sia_events.shared.run import fold
@@ -196,7 +201,8 @@ def test_where_less_is_better_a_lever_that_brought_a_drop_has_gained():
     past = (patched("g1a"), scored("g1a", "dev", WRONG), asked("g1a", "gate"), scored("g1a", "gate", WRONG))
     (verdict,) = less_is_better(*past[:-1]).when(past[-1]).then_types(VersionAccepted)
     story = less_is_better(*past).past
-    choice = choose_lever(fold(recorded(*story, verdict, feedback_asked(2, "g1a"))))
+    records = recorded(*story, verdict, feedback_asked(2, "g1a"))
+    choice = choose_lever(fold(records), records, Signal())
     assert choice.evidence.last_harness_gain == 1.0
 
 
@@ -244,6 +250,87 @@ def test_the_weights_lever_asks_for_rollouts_and_then_for_learning():
         .then_types(WeightUpdateRequested)[0]
     )
     assert isinstance(event, WeightUpdateRequested) and event.trajectory == D and event.parent == "g0a"
+    assert event.algorithm == "reinforce" and event.learning == settings.learning and event.older == ()
+
+
+def learning(*past: Event, version: str = "g0a", picked: str = "grpo", **settings: Any) -> WeightUpdateRequested:
+    """What is asked of the trainer behind `past`, once `version` has rollouts of generation 9."""
+    attempt = f"{version}.train.g9"
+    event = (
+        given(
+            feedback_svc,
+            registered(),
+            started(**settings),
+            proposed(),
+            *past,
+            feedback_asked(9, version),
+            fed_back(9, "weights", version, algorithm=picked),
+            logged(version, "train").model_copy(update={"attempt": attempt}),
+        )
+        .when(scored(version, "train", "10", attempt=attempt, rewards=D))
+        .then_types(WeightUpdateRequested)[0]
+    )
+    assert isinstance(event, WeightUpdateRequested)
+    return event
+
+
+def test_the_algorithm_that_feedback_picked_learns_under_the_runs_settings():
+    settings = Learning(lr=1e-4, kl=0.3)
+    for algorithm in ("grpo", "reinforce"):
+        event = learning(picked=algorithm, learning=settings)
+        assert (event.algorithm, event.learning) == (algorithm, settings)
+
+
+def test_reinforce_is_held_near_the_base_model_where_it_was_picked_and_not_set():
+    kl = [learning(picked=picked, algorithm="auto").learning.kl for picked in ("reinforce", "grpo")]
+    assert kl == [KL_TO_BASE, 0.0]
+    assert learning(picked="reinforce", algorithm="auto", learning=Learning(kl=0.5)).learning.kl == 0.5
+    assert learning(picked="reinforce", algorithm="reinforce").learning.kl == 0
+
+
+def rollouts(version: str, generation: int) -> list[Event]:
+    """A train attempt of a version, scored."""
+    attempt = f"{version}.train.g{generation}"
+    return [
+        logged(version, "train").model_copy(update={"attempt": attempt, "trajectory": digest(attempt)}),
+        scored(version, "train", "10", attempt=attempt, rewards=D),
+    ]
+
+
+def digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def adapted(version: str, parent: str, harness: str = D) -> WeightsUpdated:
+    return trained(version, parent, harness=harness, weights=Weights(model="local/m", adapter=digest(version)))
+
+
+def lags(event: WeightUpdateRequested) -> list[tuple[str, int]]:
+    assert all(source.trajectory == digest(source.attempt) and source.rewards == D for source in event.older)
+    return [(source.attempt, source.lag) for source in event.older]
+
+
+def test_rollouts_of_up_to_so_many_adapters_back_are_learned_from_too():
+    past = [*rollouts("g0a", 1), adapted("g1a", "g0a"), *rollouts("g1a", 2), adapted("g2a", "g1a")]
+    past += rollouts("g2a", 3)
+    asked_for = [lags(learning(*past, version="g2a", learning=Learning(max_lag=most))) for most in (0, 1, 2, 9)]
+    two = [("g2a.train.g3", 0), ("g1a.train.g2", 1)]
+    assert asked_for == [[], two, [*two, ("g0a.train.g1", 2)], [*two, ("g0a.train.g1", 2)]]
+
+
+def test_rollouts_of_another_harness_are_no_older_ones_and_another_harness_is_no_lag():
+    other = "c" * 64
+    past = [*rollouts("g0a", 1), adapted("g1a", "g0a"), *rollouts("g1a", 2)]
+    past.append(patched("g2a", "g1a", harness=other, weights=Weights(model="local/m", adapter=digest("g1a"))))
+    past += [*rollouts("g2a", 3), adapted("g3a", "g2a", other)]
+    assert lags(learning(*past, version="g3a", learning=Learning(max_lag=5))) == [("g2a.train.g3", 1)]
+    back = patched("g4a", "g3a", weights=Weights(model="local/m", adapter=digest("g3a")))
+    assert lags(learning(*past, back, version="g4a", learning=Learning(max_lag=1))) == [("g1a.train.g2", 1)]
+
+
+def test_rollouts_of_versions_that_are_no_ancestors_are_left_out():
+    past = [*rollouts("g0a", 1), adapted("g1a", "g0a"), adapted("g2a", "g0a"), *rollouts("g2a", 3)]
+    assert lags(learning(*past, version="g1a", learning=Learning(max_lag=3))) == [("g0a.train.g1", 1)]
 
 
 def test_rollouts_that_fail_leave_the_generation_barren():
@@ -305,7 +392,8 @@ def lever_after(
             past.append(VersionAccepted(version=name, over=incumbent, comparison=comparison, reason="yes"))
             incumbent = name
     past.append(feedback_asked(len(levers_and_gains) + 1, incumbent))
-    return choose_lever(fold(recorded(*past)))
+    records = recorded(*past)
+    return choose_lever(fold(records), records, Signal())
 
 
 def test_the_harness_is_turned_first_because_edits_are_cheap():

@@ -12,11 +12,12 @@ from typing import Any
 import pytest
 from given import altered
 
-from sia_events.driver import fork_point, merged
+from sia_events.driver import fork_point
 from sia_events.evaluator.service import evaluator
 from sia_events.feedback_svc.service import feedback_svc
 from sia_events.infra.memory import MemoryBlobs, MemoryBus, SystemTime
 from sia_events.meta_svc.service import meta_svc
+from sia_events.run_settings import merged
 from sia_events.shared.events import (
     HarnessPatchRequested,
     ProposalFailed,

@@ -20,6 +20,7 @@ from sia_events.agents.observe import answers_in, calls_in, items_in, observe, s
 from sia_events.agents.prompt import Prompt, decision_prompt, feedback_prompt, meta_prompt
 from sia_events.agents.public_data import summarise
 from sia_events.evaluator.grade import OutputRefused, grade_labels, read_results
+from sia_events.feedback_svc.algorithm import TRIGGERS
 from sia_events.feedback_svc.lever import gather
 from sia_events.infra.memory import MemoryBlobs
 from sia_events.shared.calls import ModelCall, encode_call
@@ -90,8 +91,8 @@ def built(kind: str, budget: int = BUDGET, extra: Sequence[Event] = ()) -> Promp
         case "feedback":
             return feedback_prompt(run, records, task, AGENT, attempt, budget)
         case _:
-            allowed: dict[typing.Any, Sequence[str]] = {"harness": (), "weights": ("reinforce",)}
-            return decision_prompt(run, records, task, attempt, gather(run), allowed, budget)
+            allowed: dict[typing.Any, Mapping[str, str]] = {"harness": {}, "weights": TRIGGERS}
+            return decision_prompt(run, records, task, attempt, gather(run, records), allowed, budget)
 
 
 KINDS = pytest.mark.parametrize("kind", ("meta", "feedback", "decision"))
@@ -232,10 +233,10 @@ def test_no_prompt_tells_what_only_the_answers_know(
     known = "\n".join([*written, *(text.replace("|", "/").replace("`", "'") for text in written), *built_without()])
     known += "\n".join(" ".join(text.split()) for text in written)
     secret = set[str]().union(*(windows(label) for label in right)) - windows(known)
-    allowed: dict[typing.Any, Sequence[str]] = {"harness": (), "weights": ("reinforce",)}
+    allowed: dict[typing.Any, Mapping[str, str]] = {"harness": {}, "weights": TRIGGERS}
     for prompt in (
         feedback_prompt(run, records, task, AGENT, attempt, BUDGET),
-        decision_prompt(run, records, task, attempt, gather(run), allowed, BUDGET),
+        decision_prompt(run, records, task, attempt, gather(run, records), allowed, BUDGET),
     ):
         assert not secret & windows(prompt.text)
 

@@ -15,7 +15,7 @@ from typer.main import get_command
 
 from sia_events.cli import cli
 from sia_events.errors import MENDABLE
-from sia_events.shared.events import EVENTS, RunSettings
+from sia_events.shared.events import EVENTS, Learning, RunSettings
 from sia_events.shared.ports import Limits
 from sia_events.shared.settings import TABLES, Settings
 from sia_events.shared.task import Task
@@ -118,7 +118,7 @@ def test_links_between_the_documents_lead_somewhere():
 
 def test_every_verb_is_documented():
     verbs = get_command(cli).commands  # type: ignore[attr-defined]
-    named = {f"sia {verb} {inner}" for verb in ("tasks", "bench") for inner in verbs[verb].commands}
+    named = {f"sia {verb} {inner}" for verb in ("tasks", "bench", "experiment") for inner in verbs[verb].commands}
     named |= {f"sia {verb}" for verb in verbs}
     assert {name for name in named if f"`{name}" not in README} == set()
 
@@ -129,7 +129,9 @@ def test_the_tables_of_settings_are_the_codes():
     process = {f"SIA_{name.upper()}": _shown(field.default) for name, field in named.items()}
     assert table(text, "variable | default") == process
     run = {name: _quoted(field.default) for name, field in RunSettings.model_fields.items()}
-    assert table(text, "name | default") == run
+    assert table(text, "name | default") == {**run, "learning": "below"}
+    learning = {f"learning.{name}": _quoted(field.default) for name, field in Learning.model_fields.items()}
+    assert table(text, "field | default") == learning
 
 
 def test_the_tables_of_a_task_are_the_codes():

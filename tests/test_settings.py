@@ -4,10 +4,11 @@ from pathlib import Path
 
 import pytest
 
-from sia_events.driver import merged
 from sia_events.errors import Unusable
-from sia_events.shared.events import RunSettings
+from sia_events.run_settings import merged
+from sia_events.shared.events import Budget, Learning, RunSettings
 from sia_events.shared.settings import Settings, SettingsError, load_settings
+from sia_events.terminal import Wrong, pairs
 
 
 def test_with_nothing_set_all_is_kept_under_the_users_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
@@ -73,6 +74,13 @@ def test_settings_of_a_run_are_changed_one_by_one():
     ("changes", "message"),
     [
         ({"lver": "weights"}, "did you mean lever"),
+        ({"learning.lrr": 1e-3}, "did you mean learning.lr"),
+        ({"learning.zzz": 1}, "there are: learning.lr, learning.rank"),
+        ({"seed.lr": 1}, "did you mean seed"),
+        ({"learnin.lr": 1}, "did you mean learning.lr"),
+        ({"learning.lr": 5}, "setting learning.lr: Input should be less than or equal to 1, not 5"),
+        ({"learning.reduction": "median"}, "setting learning.reduction"),
+        ({"learning": 3}, "setting learning"),
         ({"zzz": 1}, "there are: generations"),
         ({"alpha": 0.5}, "setting alpha: .* not 0.5"),
         ({"lever": "brute force"}, "setting lever"),
@@ -83,3 +91,18 @@ def test_settings_of_a_run_are_changed_one_by_one():
 def test_a_bad_setting_of_a_run_is_named_with_what_was_given(changes: dict[str, object], message: str):
     with pytest.raises(Unusable, match=message):
         merged(RunSettings(), changes)
+
+
+def test_a_field_of_a_setting_is_named_with_a_dot_and_the_others_stay():
+    before = RunSettings(learning=Learning(kl=0.2), budget=Budget(calls=9))
+    changed = merged(before, {"learning.lr": 1e-3, "learning.max_lag": 2, "budget.usd": 4.0})
+    assert changed.learning == Learning(kl=0.2, lr=1e-3, max_lag=2) and changed.budget == Budget(calls=9, usd=4.0)
+    assert merged(before, {"budget": {"usd": 1.0}, "budget.calls": 3}).budget == Budget(usd=1.0, calls=3)
+    assert before.learning == Learning(kl=0.2)
+
+
+def test_set_takes_dotted_names_of_letters_alone():
+    assert pairs(["learning.lr=0.001", "lever=weights"]) == {"learning.lr": 0.001, "lever": "weights"}
+    for wrong in ("learning.=1", ".lr=1", "learning..lr=1", "Learning.lr=1", "learning.lr"):
+        with pytest.raises(Wrong, match="KEY=VALUE"):
+            pairs([wrong])

@@ -1,0 +1,187 @@
+"""`sia experiment levers`: policies of the lever side by side, each seed of each an ordinary run; then the report."""
+
+import asyncio
+import csv
+import json
+import os
+import platform
+import re
+import sys
+from collections.abc import Mapping, Sequence
+from contextlib import redirect_stdout
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError
+from importlib.metadata import version as installed
+from importlib.util import find_spec
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from sia_events import driver, reading
+from sia_events.errors import Unusable
+from sia_events.experiment_figures import Outcome, outcome
+from sia_events.experiment_report import curves, report, scores_csv, shown
+from sia_events.run_settings import differences
+from sia_events.shared.events import LeverPolicy, RunSettings
+from sia_events.shared.run import fold
+from sia_events.shared.settings import Settings
+from sia_events.shared.task import Task, find_task
+from sia_events.starting import suited
+
+VERSIONS = ("sia-events", "torch", "numpy", "scipy")
+
+
+@dataclass(frozen=True)
+class Planned:
+    """One run of the experiment, by the name it has among all runs."""
+
+    name: str
+    settings: RunSettings
+
+
+async def levers(
+    settings: Settings,
+    task: str,
+    policies: Sequence[LeverPolicy],
+    seeds: int,
+    wanted: RunSettings,
+    prefix: str | None,
+    out: Path | None,
+    as_json: bool,
+) -> dict[str, Any]:
+    """Have every run there is to be, one after another, and write the report; returns where and what it shows.
+
+    A run that is over is not had again, one that was cut short goes on: the same command goes on with an experiment.
+    Raises Unusable where a run of a planned name was asked for otherwise.
+    """
+    chosen = find_task(task)
+    named = prefix or re.sub(r"[^A-Za-z0-9_-]", "-", f"levers-{chosen.name}")[:40]
+    plan = planned(named, policies, seeds, wanted)
+    for each in plan:
+        if suited(chosen, each.settings)[0] != each.settings:
+            raise Unusable(f"{chosen.path}: without items of its own a task has one lever: nothing to compare")
+    over = await _over(settings, plan)
+    for number, each in enumerate(plan, start=1):
+        already = " is over already" if each.name in over else ""
+        print(f"{each.name}: run {number} of {len(plan)}{already}", file=sys.stderr, flush=True)
+        if not already:
+            await _have(settings, task, each, as_json)
+    outcomes = [outcome(await reading.records(settings, each.name)) for each in plan]
+    folder = out or Path(named)
+    heading = described(chosen, plan)
+    picture = write(folder, outcomes, policies, heading)
+    return {
+        "folder": str(folder.absolute()),
+        "shows": shown(outcomes, policies),
+        "picture": picture,
+        "left_out": [each.run for each in outcomes if not each.tested],
+    }
+
+
+def planned(prefix: str, policies: Sequence[LeverPolicy], seeds: int, wanted: RunSettings) -> list[Planned]:
+    """Every policy with a seed before the next seed: what is there after an hour is a whole comparison."""
+    return [
+        Planned(
+            f"{prefix}-{policy}-{seed:02d}", wanted.model_copy(update={"lever": policy, "seed": wanted.seed + seed})
+        )
+        for seed in range(seeds)
+        for policy in policies
+    ]
+
+
+async def _over(settings: Settings, plan: Sequence[Planned]) -> set[str]:
+    """Names of the planned runs that are over. Raises Unusable where one was asked for otherwise than planned."""
+    over: set[str] = set()
+    there = {row["run"] for row in await reading.all_runs(settings)}
+    for each in plan:
+        if each.name in there:
+            run = fold(await reading.records(settings, each.name))
+            if other := differences(run.settings, each.settings):
+                raise Unusable(
+                    f"run {each.name} exists with another {', '.join(other)}; give the experiment another --run NAME"
+                )
+            if run.finished:
+                over.add(each.name)
+    return over
+
+
+async def _have(settings: Settings, task: str, wanted: Planned, as_json: bool) -> None:
+    """Follow the run to its end. What it says on stdout goes to stderr: there is one report on stdout."""
+    try:
+        with redirect_stdout(StringIO() if as_json else sys.stderr):
+            await driver.run(settings, task, wanted.name, wanted.settings, resume=False, as_json=as_json)
+    except asyncio.CancelledError:
+        print("the same command goes on with the experiment", file=sys.stderr)
+        raise
+
+
+def described(task: Task, plan: Sequence[Planned]) -> dict[str, str]:
+    """What the experiment was had on: task, settings that are not as usual, seeds, versions and hardware."""
+    asked, usual = plan[0].settings.model_dump(), RunSettings().model_dump()
+    own = {name: value for name, value in asked.items() if name not in ("lever", "seed") and value != usual[name]}
+    return {
+        "task": task.name,
+        "generations": str(plan[0].settings.generations),
+        "model": plan[0].settings.target_model,
+        "seeds": ", ".join(map(str, dict.fromkeys(each.settings.seed for each in plan))),
+        "settings": json.dumps(own) if own else "as usual",
+        "versions": ", ".join([f"Python {platform.python_version()}", *filter(None, map(_version, VERSIONS))]),
+        "hardware": f"{_processor()}, {os.cpu_count()} cores, {psutil.virtual_memory().total / 2**30:.0f} GiB",
+        "system": platform.platform(),
+    }
+
+
+def write(folder: Path, outcomes: Sequence[Outcome], policies: Sequence[str], heading: Mapping[str, str]) -> bool:
+    """Write report.md, scores.csv, curves.json and, where matplotlib is there, curves.png; whether it was."""
+    folder.mkdir(parents=True, exist_ok=True)
+    data = curves(outcomes, policies, heading)
+    picture = find_spec("matplotlib") is not None
+    if picture:
+        draw(data["mean_gate_score"], outcomes, folder / "curves.png")
+    (folder / "curves.json").write_text(json.dumps(data, indent=1) + "\n")
+    rows = scores_csv(outcomes)
+    with (folder / "scores.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0].keys())
+        writer.writeheader()
+        writer.writerows(rows)
+    (folder / "report.md").write_text(report(outcomes, policies, heading, picture))
+    return picture
+
+
+def draw(mean: Mapping[str, Sequence[float]], outcomes: Sequence[Outcome], file: Path) -> None:
+    """The gate score by generation: a policy's mean as a line, its runs as faint ones."""
+    from matplotlib.figure import Figure  # an extra, and slow to import
+    from matplotlib.ticker import MaxNLocator
+
+    figure = Figure(figsize=(8, 5), dpi=120, layout="constrained")
+    axes = figure.add_subplot()
+    for place, (policy, values) in enumerate(mean.items()):
+        for each in outcomes:
+            if each.policy == policy:
+                axes.plot(range(len(each.curve)), each.curve, color=f"C{place}", alpha=0.2, linewidth=1)
+        axes.plot(range(len(values)), values, color=f"C{place}", marker="o", label=policy)
+    axes.set_xlabel("generation")
+    axes.set_ylabel("gate score of the incumbent")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(file)
+
+
+def _version(package: str) -> str:
+    try:
+        return f"{package} {installed(package)}"
+    except PackageNotFoundError:
+        return ""
+
+
+def _processor() -> str:
+    """The processor's name where Linux tells it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.machine())
