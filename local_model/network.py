@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from sia_events.local_model.adapter import Adapter
 
@@ -63,13 +64,17 @@ class Network:
     """Frozen base weights and the passes over them. Thread-safe: it holds nothing that changes.
 
     `modules` gives name and shape [out, in] of the layers that an adapter may change: all linear ones of the decoder.
+    With `recompute` a backward pass computes each layer anew instead of keeping what it computed: less memory, a third
+    more time (Chen et al. 2016, arXiv 1604.06174).
     """
 
-    def __init__(self, shape: Shape, weights: Mapping[str, Tensor]) -> None:
+    def __init__(self, shape: Shape, weights: Mapping[str, Tensor], recompute: bool = False) -> None:
         self.shape = shape
+        self._recompute = recompute
         self._weights = weights
         self._embedding = weights["model.embed_tokens.weight"]
         self._head = weights.get("lm_head.weight", self._embedding)
+        self.vocabulary = self._embedding.shape[0]
         self.modules = {
             name.removesuffix(".weight"): matrix.shape
             for name, matrix in weights.items()
@@ -107,7 +112,11 @@ class Network:
         x = F.embedding(tokens, self._embedding)
         kv = []
         for layer in range(self.shape.layers):
-            x, pair = self._layer(f"model.layers.{layer}", x, state.kv[layer], seen, turn, adapter)
+            given = (f"model.layers.{layer}", x, state.kv[layer], seen, turn, adapter)
+            if self._recompute and torch.is_grad_enabled():
+                x, pair = checkpoint(self._layer, *given, use_reentrant=False)
+            else:
+                x, pair = self._layer(*given)
             kv.append(pair)
         return self._norm("model.norm", x), State(tuple(kv), valid, state.lengths + added)
 
@@ -158,7 +167,7 @@ class Network:
         return F.rms_norm(x, x.shape[-1:], self.weight(module), self.shape.eps)
 
 
-def load(folder: Path) -> Network:
+def load(folder: Path, recompute: bool = False) -> Network:
     """The network of a Hugging Face Llama folder, its weights mapped from disk: processes share the pages."""
     config = json.loads((folder / "config.json").read_text())
     if config["model_type"] != "llama" or config["attention_bias"] or config["mlp_bias"]:
@@ -171,7 +180,7 @@ def load(folder: Path) -> Network:
         eps=config["rms_norm_eps"],
         rope_theta=config["rope_parameters"]["rope_theta"],
     )
-    return Network(shape, load_file(folder / "model.safetensors"))
+    return Network(shape, load_file(folder / "model.safetensors"), recompute)
 
 
 def continuation_logprobs(
@@ -189,23 +198,41 @@ def continuation_logprobs(
     token need no further pass, longer ones as many passes as keep each within SLOTS. Differentiable in the adapter,
     and through the prefix when it was made with gradients.
     """
-    hidden, state = network.extend(prefix.spread(len(prompts)), prompts, adapter)
-    last = hidden[torch.arange(len(prompts)), torch.tensor([len(prompt) - 1 for prompt in prompts])]
+    last, behind = continuation_states(network, adapter, prefix, prompts, continuations)
     first = torch.log_softmax(network.logits(last) / temperature, dim=-1)
     scores = [[first[i, continuation[:1]] for continuation in group] for i, group in enumerate(continuations)]
+    for (i, j), hidden in behind.items():
+        rest = list(continuations[i][j][1:])
+        after = torch.log_softmax(network.logits(hidden) / temperature, dim=-1)
+        scores[i][j] = torch.cat([scores[i][j], after[torch.arange(len(rest)), rest]])
+    return scores
+
+
+def continuation_states(
+    network: Network,
+    adapter: Adapter | None,
+    prefix: State,
+    prompts: Sequence[Tokens],
+    continuations: Sequence[Sequence[Tokens]],
+) -> tuple[Tensor, dict[tuple[int, int], Tensor]]:
+    """Hidden vectors before every token of every continuation: what each is predicted from.
+
+    Returns those behind the prompts [prompts, width], before each first token, and by (i, j) those before the others of
+    continuation j of prompt i [its length - 1, width], where it is longer than one token.
+    """
+    hidden, state = network.extend(prefix.spread(len(prompts)), prompts, adapter)
+    last = hidden[torch.arange(len(prompts)), torch.tensor([len(prompt) - 1 for prompt in prompts])]
     longer = [(i, j) for i, group in enumerate(continuations) for j, tokens in enumerate(group) if len(tokens) > 1]
     longest = max((len(continuations[i][j]) for i, j in longer), default=0)
     # Each row takes a copy of its prompt's keys and values.
     rows = max(1, SLOTS // (state.valid.shape[1] + longest))
+    behind = {}
     for start in range(0, len(longer), rows):
         part = longer[start : start + rows]
         read = [list(continuations[i][j][:-1]) for i, j in part]
         hidden, _ = network.extend(state.rows([i for i, _ in part]), read, adapter)
-        for row, (i, j) in enumerate(part):
-            rest = list(continuations[i][j][1:])
-            after = torch.log_softmax(network.logits(hidden[row, : len(rest)]) / temperature, dim=-1)
-            scores[i][j] = torch.cat([scores[i][j], after[torch.arange(len(rest)), rest]])
-    return scores
+        behind |= {at: hidden[row, : len(tokens)] for row, (at, tokens) in enumerate(zip(part, read, strict=True))}
+    return last, behind
 
 
 def _rotation(shape: Shape, positions: Tensor) -> tuple[Tensor, Tensor]:

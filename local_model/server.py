@@ -2,6 +2,7 @@
 
 Run as `python -m sia_events.local_model.server --home DIR --socket PATH` (or `--host`, `--port`). Prints one JSON line
 on stdout once it listens. POST /v1/choice is ours: it draws one of several continuations and tells the distribution.
+POST /v1/completions tells the log-probs of next tokens and writes none.
 """
 
 import argparse
@@ -16,8 +17,9 @@ import sys
 import time
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Any, TypeVar
 from uuid import uuid4
 
 import msgspec
@@ -33,61 +35,22 @@ from sia_events.local_model import adapter, network, parent, weights
 from sia_events.local_model.chat import Chat
 from sia_events.local_model.engine import Engine, EngineBusy
 from sia_events.local_model.policy import ChoiceRequest, Policy, TextRequest
+from sia_events.local_model.requests import (
+    ChatBody,
+    ChoiceBody,
+    LoadBody,
+    Message,
+    Part,
+    TextBody,
+    TokenizeBody,
+    UnloadBody,
+)
 
 CONTEXT = 4096
 """Tokens of prompt and reply together. The model could take 8192; this bounds the memory of a batch."""
 CHOICE_TOKENS = 524_288
 """Choices times tokens of prompt and choice: every choice of several tokens reads the whole prompt once more."""
 KEPT_ADAPTERS = 32
-
-Temperature = Annotated[float, msgspec.Meta(ge=0, le=10)]
-Seed = Annotated[int, msgspec.Meta(ge=0)]
-
-
-class Part(msgspec.Struct, tag="text", tag_field="type"):
-    text: str
-
-
-class Message(msgspec.Struct):
-    role: str
-    content: str | list[Part]
-
-
-class ChatBody(msgspec.Struct, kw_only=True):
-    """OpenAI's request. `logprobs` defaults to true, unlike there; `stop` never appears in the text."""
-
-    model: str
-    messages: Annotated[list[Message], msgspec.Meta(min_length=1)]
-    temperature: Temperature = 1.0
-    top_p: Annotated[float, msgspec.Meta(gt=0, le=1)] = 1.0
-    max_tokens: Annotated[int, msgspec.Meta(ge=1)] | None = None
-    max_completion_tokens: Annotated[int, msgspec.Meta(ge=1)] | None = None
-    stop: str | list[str] | None = None
-    seed: Seed | None = None
-    n: Annotated[int, msgspec.Meta(ge=1, le=1)] = 1
-    logprobs: bool | None = True
-    stream: bool | None = False
-    tools: list[Any] | None = None
-
-
-class ChoiceBody(msgspec.Struct, kw_only=True):
-    """`choices` continue the prompt as they stand: a word after "Kind:" carries its leading space."""
-
-    model: str
-    messages: Annotated[list[Message], msgspec.Meta(min_length=1)]
-    choices: Annotated[list[Annotated[str, msgspec.Meta(min_length=1)]], msgspec.Meta(min_length=1, max_length=512)]
-    bias: list[float] | None = None
-    temperature: Temperature = 1.0
-    seed: Seed | None = None
-
-
-class LoadBody(msgspec.Struct):
-    lora_name: Annotated[str, msgspec.Meta(min_length=1)]
-    lora_path: str
-
-
-class UnloadBody(msgspec.Struct):
-    lora_name: str
 
 
 class Refused(Exception):
@@ -101,21 +64,31 @@ class Refused(Exception):
 Body = TypeVar("Body", bound=msgspec.Struct)
 
 
+@dataclass(frozen=True)
+class Served:
+    """An adapter that is served: the digest of its files, and the folder that they were read from."""
+
+    digest: str
+    root: str
+
+
 class Api:
-    """The HTTP face of one engine. `adapters` maps each served name to the digest of its files, last used last."""
+    """The HTTP face of one engine. `adapters` maps each served name to what it was loaded from, last used last."""
 
     def __init__(self, folder: weights.ModelFolder) -> None:
         self._folder = folder
         self._chat = Chat(folder.path)
         self._network = network.load(folder.path)
         self._engine = Engine(Policy(self._network, self._chat.end_token))
-        self._adapters: OrderedDict[str, str] = OrderedDict()
+        self._adapters: OrderedDict[str, Served] = OrderedDict()
 
     def app(self) -> Starlette:
         return Starlette(
             routes=[
                 _post("/v1/chat/completions", ChatBody, self.complete),
                 _post("/v1/choice", ChoiceBody, self.choose),
+                _post("/v1/completions", TextBody, self.score),
+                _post("/tokenize", TokenizeBody, self.tokenize),
                 _post("/v1/load_lora_adapter", LoadBody, self.load),
                 _post("/v1/unload_lora_adapter", UnloadBody, self.unload),
                 Route("/v1/models", self.models),
@@ -196,6 +169,42 @@ class Api:
             "usage": _usage(len(prompt), len(choices[chosen.index])),
         }
 
+    async def score(self, body: TextBody) -> dict[str, Any]:
+        """How likely each of the tokens asked about is as the next one; nothing is written."""
+        prompts = [tuple(prompt) for prompt in body.prompt]
+        for prompt in prompts:
+            self._check_length(len(prompt), 1)
+        if (most := max(map(max, (*prompts, body.logprob_token_ids)))) >= self._network.vocabulary:
+            raise Refused(f"The model knows tokens up to {self._network.vocabulary - 1}; {most} was sent.")
+        name, wanted = self._adapter(body.model), tuple((token,) for token in body.logprob_token_ids)
+        asked = [ChoiceRequest(name, prompt, wanted, None, 0.0, 0) for prompt in prompts]
+        told = await asyncio.gather(*(asyncio.wrap_future(self._engine.choose(request)) for request in asked))
+        return {
+            "id": f"cmpl-{uuid4().hex}",
+            "object": "text_completion",
+            "created": int(time.time()),
+            "model": body.model,
+            "choices": [
+                {
+                    "index": at,
+                    "text": "",
+                    "finish_reason": "length",
+                    "logprobs": {
+                        "top_logprobs": [
+                            {f"token_id:{t}": _told(p) for t, p in zip(body.logprob_token_ids, each.raw, strict=True)}
+                        ]
+                    },
+                }
+                for at, each in enumerate(told)
+            ],
+            "usage": _usage(sum(map(len, prompts)), 0),
+        }
+
+    async def tokenize(self, body: TokenizeBody) -> dict[str, Any]:
+        """Token ids of a text, or of a conversation as the model reads it."""
+        tokens = self._chat.tokens(body.prompt) if body.prompt is not None else self._prompt(body.messages or [])
+        return {"tokens": tokens, "count": len(tokens), "max_model_len": CONTEXT}
+
     async def load(self, body: LoadBody) -> dict[str, Any]:
         """Serve an adapter folder under a new name. The same files under the same name again change nothing.
 
@@ -210,12 +219,12 @@ class Api:
         except adapter.AdapterRefused as error:
             raise Refused(f"{error} Nothing was loaded.") from error
         held = self._adapters.get(body.lora_name)
-        if body.lora_name == self._folder.model or held not in (None, digest):
+        if body.lora_name == self._folder.model or (held and held.digest != digest):
             raise Refused(f"The name {body.lora_name} is taken by other weights. Give each version a name of its own.")
         if held is None:
             added = {body.lora_name: loaded}
             await asyncio.wrap_future(self._engine.call(lambda policy: policy.adapters.update(added)))
-            self._adapters[body.lora_name] = digest
+            self._adapters[body.lora_name] = Served(digest, body.lora_path)
             while len(self._adapters) > KEPT_ADAPTERS:
                 await self._drop(next(iter(self._adapters)))
         return {"lora_name": body.lora_name, "sha256": digest}
@@ -229,7 +238,10 @@ class Api:
     async def models(self, _: Request) -> JSONResponse:
         common = {"object": "model", "owned_by": "local", "max_model_len": CONTEXT}
         base = {"id": self._folder.model, "sha256": self._folder.digest, "parent": None}
-        adapters = [{"id": n, "sha256": d, "parent": self._folder.model} for n, d in self._adapters.items()]
+        adapters = [
+            {"id": name, "sha256": held.digest, "root": held.root, "parent": self._folder.model}
+            for name, held in self._adapters.items()
+        ]
         return JSONResponse({"object": "list", "data": [common | card for card in (base, *adapters)]})
 
     async def health(self, _: Request) -> JSONResponse:

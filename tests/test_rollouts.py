@@ -1,22 +1,23 @@
-"""Rollouts out of recorded calls: each with its own reward, by item group, with the token ids that were sampled."""
+"""Rollouts out of recorded calls: whole attempts by item, token ids as sampled, and what is left out."""
 
 from typing import Any
 
 import msgspec
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from sia_events.shared.calls import ModelCall, decode_call, encode_call, journal_key
-from sia_events.trainer.rollouts import rollouts, to_lines
+from sia_events.trainer.rollouts import Sample, Source, Step, gather, to_lines
 
 REWARDS = {"i1#0": 1.0, "i1#1": 0.0, "i2#0": 0.5}
+PROMPT = {"prompt_token_ids": [5, 6]}
+CHOICE = {**PROMPT, "choice": "hot", "index": 1, "logprobs": [-1.5, -0.25], "choice_token_ids": [[7], [8, 9]]}
+TOKENS = [{"token": "h", "logprob": -0.5}, {"token": "ot", "logprob": -0.125}]
+CHAT = {**PROMPT, "choices": [{"token_ids": [11, 12], "logprobs": {"content": TOKENS}}]}
 
 
-def call(item: str | None, kind: str = "choice", reply: dict[str, Any] | None = None, **more: Any) -> ModelCall:
-    prompt = {"prompt_token_ids": [5, 6]}
-    choice = {**prompt, "choice": "hot", "index": 1, "logprobs": [-1.5, -0.25], "choice_token_ids": [[7], [8, 9]]}
-    tokens = [{"token": "h", "logprob": -0.5}, {"token": "ot", "logprob": -0.125}]
-    chat = {**prompt, "choices": [{"token_ids": [11, 12], "logprobs": {"content": tokens}}]}
+def call(item: str | None, kind: str = "choice", **more: Any) -> ModelCall:
     values = {
         "call": "c",
         "attempt": "g0a.train.g1",
@@ -28,66 +29,107 @@ def call(item: str | None, kind: str = "choice", reply: dict[str, Any] | None = 
         "n": 0,
         "seed": 3,
         "request": {"bias": [0.5, 0.0]} if kind == "choice" else {},
-        "reply": reply if reply is not None else choice if kind == "choice" else chat,
+        "reply": CHOICE if kind == "choice" else CHAT,
+        "completion_tokens": 2,
     }
     return ModelCall(**{**values, **more})
 
 
-def test_a_choice_is_a_rollout_with_what_was_drawn_from_and_how_likely_it_was():
-    assert rollouts([call("i1#0")], REWARDS) == [
-        {
-            "kind": "choice",
-            "group": "i1",
-            "item": "i1#0",
-            "reward": 1.0,
-            "prompt_ids": [5, 6],
-            "temperature": 1.0,
-            "index": 1,
-            "logprobs": [-1.5, -0.25],
-            "choice_ids": [[7], [8, 9]],
-            "bias": [0.5, 0.0],
-        }
-    ]
+def source(*calls: ModelCall, **more: Any) -> Source:
+    return Source(**{"attempt": "a", "calls": calls, "rewards": REWARDS, "harness": "h", **more})
 
 
-def test_a_reply_is_a_rollout_with_its_tokens_as_they_were_sampled():
-    assert rollouts([call("i2#0", "chat")], REWARDS) == [
-        {
-            "kind": "completion",
-            "group": "i2",
-            "item": "i2#0",
-            "reward": 0.5,
-            "prompt_ids": [5, 6],
-            "temperature": 1.0,
-            "completion_ids": [11, 12],
-            "logprobs": [-0.5, -0.125],
-        }
-    ]
+def left_out(*calls: ModelCall, **options: Any) -> dict[str, int]:
+    found, counts = gather([source(*calls)], **options)
+    assert found == []
+    return {name: count for name, count in counts.items() if name != "no_calls"}
+
+
+def test_a_choice_is_a_step_with_what_was_drawn_from_and_how_likely_it_was():
+    (found,), _ = gather([source(call("i1#0"))])
+    step = Step("choice", (5, 6), (-1.5, -0.25), ((7,), (8, 9)), 1, (0.5, 0.0))
+    assert found == Sample("a/i1", "i1#0", 1.0, (step,), adapter=None, harness="h", lag=0)
+
+
+def test_a_reply_is_a_step_with_its_tokens_as_they_were_sampled():
+    (found,), _ = gather([source(call("i2#0", "chat"))])
+    assert found.steps == (Step("completion", (5, 6), (-0.5, -0.125), completion_ids=(11, 12)),)
 
 
 def test_samples_of_an_item_are_a_group_with_a_reward_each():
-    found = rollouts([call("i1#0"), call("i1#1"), call("i2#0")], REWARDS)
-    assert [(one["group"], one["reward"]) for one in found] == [("i1", 1.0), ("i1", 0.0), ("i2", 0.5)]
+    found, _ = gather([source(call("i1#0"), call("i1#1"), call("i2#0"))])
+    assert [(one.group, one.reward) for one in found] == [("a/i1", 1.0), ("a/i1", 0.0), ("a/i2", 0.5)]
 
 
-def test_every_call_made_for_an_item_is_a_rollout_with_the_items_reward():
-    found = rollouts([call("i1#0", n=0), call("i1#0", "chat", n=1)], REWARDS)
-    assert [one["kind"] for one in found] == ["choice", "completion"] and {one["reward"] for one in found} == {1.0}
+def test_all_calls_for_an_item_are_one_attempt_in_the_order_in_which_they_were_made():
+    calls = [call("i1#0", "chat", time="t2"), call("i1#0", time="t1"), call("i1#0", "chat", time="t2", n=1)]
+    (found,), _ = gather([source(*calls)])
+    assert [step.kind for step in found.steps] == ["choice", "completion", "completion"]
 
 
-def test_calls_without_an_item_a_reward_or_a_reply_are_left_out():
-    unanswered = call("i1#0", error="no provider")
-    assert rollouts([call(None), call("unheard of"), msgspec.structs.replace(unanswered, reply=None)], REWARDS) == []
+def test_rollouts_of_other_weights_make_groups_of_their_own_up_to_a_lag():
+    old = source(call("i1#0", adapter="b1"), attempt="b", adapter="b1", lag=1)
+    older = source(call("i1#0"), call("i1#0", n=1), call("i1#1"), attempt="c", lag=2)
+    found, counts = gather([source(call("i1#0")), old, older], max_lag=1)
+    assert [(one.group, one.adapter, one.lag) for one in found] == [("a/i1", None, 0), ("b/i1", "b1", 1)]
+    assert counts == {"stale": 2}
 
 
-def test_a_choice_without_bias_says_so():
-    assert rollouts([call("i1#0", request={})], REWARDS)[0]["bias"] is None
+def test_an_attempt_with_a_call_that_had_no_answer_is_not_learned_from():
+    calls = [call("i1#0"), call("i1#0", n=1, reply=None, error="no provider")]
+    assert left_out(*calls) == {"unanswered": 1}
 
 
-def test_lines_are_one_json_object_a_rollout():
-    found = rollouts([call("i1#0"), call("i2#0", "chat")], REWARDS)
+def test_a_call_that_is_unfit_leaves_the_rest_of_its_attempt():
+    (found,), counts = gather([source(call("i1#0"), call("i1#0", "chat", n=1, adapter="other"))])
+    assert (len(found.steps), counts) == (1, {"other_weights": 1})
+
+
+@pytest.mark.parametrize(
+    ("made", "word"),
+    [
+        (call(None), "no_item"),
+        (call("unheard of"), "unrewarded"),
+        (call("i1#0", adapter="another"), "other_weights"),
+        (call("i1#0", "chat", reply={**PROMPT, "choices": [{"token_ids": []}]}, completion_tokens=0), "empty"),
+        (call("i1#0", "chat", reply={"choices": [{"message": {"content": "hot"}}]}), "no_token_ids"),
+        (call("i1#0", "chat", reply={"content": [{"type": "text"}]}), "no_token_ids"),
+        (call("i1#0", "chat", reply={**PROMPT, "choices": [{"token_ids": [11]}]}), "no_logprobs"),
+        (call("i1#0", reply={**CHOICE, "logprobs": [None, 0.0]}), "no_logprobs"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_what_cannot_be_learned_from_is_left_out_and_counted(made: ModelCall, word: str):
+    assert left_out(made) == {word: 1}
+
+
+def test_an_algorithm_that_needs_no_log_probs_takes_replies_without():
+    made = call("i1#0", "chat", reply={**PROMPT, "choices": [{"token_ids": [11]}]})
+    (found,), counts = gather([source(made)], needs_logprobs=False)
+    assert (found.steps[0].logprobs, counts) == (None, {})
+
+
+def test_a_call_longer_than_the_context_is_left_out():
+    assert left_out(call("i1#0"), context=3) == {"too_long": 1}
+    assert gather([source(call("i1#0"))], context=4)[1] == {}
+
+
+def test_single_tries_were_drawn_as_the_agent_asked():
+    rewards = {"i1": 1.0}
+
+    def asked(kind: str, **request: Any) -> tuple[list[Sample], dict[str, int]]:
+        found, counts = gather([source(call("i1", kind, request=request), rewards=rewards)])
+        return found, {name: count for name, count in counts.items() if name != "no_calls"}
+
+    assert asked("choice")[1] == asked("chat", temperature=0)[1] == {"temperature_0": 1}
+    assert asked("chat", temperature=0.7)[0][0].steps[0].temperature == 0.7
+    assert asked("chat", top_p=0.9)[1] == {"top_p": 1}
+
+
+def test_lines_are_one_json_object_a_sample():
+    found, _ = gather([source(call("i1#0"), call("i2#0", "chat"))])
     lines = to_lines(found).splitlines()
-    assert [msgspec.json.decode(line) for line in lines] == found and to_lines([]) == b""
+    assert [msgspec.json.decode(line, type=Sample) for line in lines] == found and to_lines([]) == b""
 
 
 @given(st.text(max_size=20), st.integers(0, 2**31), st.floats(0, 1e6), st.dictionaries(st.text(max_size=5), st.text()))

@@ -1,10 +1,14 @@
-"""Rollouts as the learner sees them: read from JSON lines, grouped by prompt, weighed by advantage."""
+"""Rollouts as the learner sees them: read from JSON lines and grouped, with equal states of a group seen as one."""
 
-import json
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
+from math import isfinite
 from pathlib import Path
-from typing import Any
+
+import msgspec
+
+from sia_events.trainer.rollouts import Sample, Step
 
 
 class RolloutsRefused(ValueError):
@@ -12,93 +16,124 @@ class RolloutsRefused(ValueError):
 
 
 @dataclass(frozen=True)
-class Sample:
-    """One logged action: `answer` is its place among the group's continuations.
+class Scene:
+    """A state in which the model was asked: prompt, and the distribution that an answer was drawn from.
 
-    `logprobs` are the behaviour policy's: of every choice for a choice call, of every token for a completion.
+    `choice` tells whether `continuations` were offered, with `bias`, or are what was written, each once.
     """
 
-    answer: int
-    advantage: float
-    reward: float
-    logprobs: tuple[float, ...]
-
-
-@dataclass(frozen=True)
-class Group:
-    """All samples of one prompt. `choice` tells whether `continuations` were offered, with `bias`, or written."""
-
-    name: str
     choice: bool
     prompt: tuple[int, ...]
     continuations: tuple[tuple[int, ...], ...]
     bias: tuple[float, ...] | None
     temperature: float
-    samples: tuple[Sample, ...]
 
 
-def read(path: Path, advantages: Callable[[Sequence[float]], list[float] | None]) -> tuple[list[Group], int]:
-    """The groups that teach something, in order of first appearance, and how many were dropped for equal rewards.
+@dataclass(frozen=True)
+class Act:
+    """One call of a sample: which continuation of which scene of its group came of it.
 
-    A line is {"group", "item", "reward", "kind": "choice", "prompt_ids", "choice_ids", "bias" or null, "temperature",
-    "index", "logprobs"} or {..., "kind": "completion", "prompt_ids", "completion_ids", "temperature", "logprobs"};
-    other keys are ignored. Raises RolloutsRefused at the first line that is not.
+    `logprobs` are the behaviour policy's: of every choice for a choice, of every token for a completion.
     """
-    siblings: dict[str, list[dict[str, Any]]] = {}
-    for number, text in enumerate(path.read_text().splitlines(), start=1):
+
+    scene: int
+    answer: int
+    logprobs: tuple[float, ...] | None
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """A whole attempt: its calls in the order they were made, and the reward that they share."""
+
+    reward: float
+    acts: tuple[Act, ...]
+
+
+@dataclass(frozen=True)
+class RolloutGroup:
+    """All samples of one item by one policy; `scenes` in the order in which they were first met."""
+
+    name: str
+    scenes: tuple[Scene, ...]
+    samples: tuple[Rollout, ...]
+
+    def said(self, act: Act) -> tuple[int, ...]:
+        """The tokens of the act's answer."""
+        return self.scenes[act.scene].continuations[act.answer]
+
+    def actions(self, act: Act) -> int:
+        """How many decisions it was: a choice is one, a completion one a token."""
+        return 1 if self.scenes[act.scene].choice else len(self.said(act))
+
+    def behaviour(self, act: Act) -> tuple[float, ...] | None:
+        """The behaviour policy's log-probs of the act's actions; None where they are not known."""
+        if act.logprobs is None:
+            return None
+        return act.logprobs[act.answer : act.answer + 1] if self.scenes[act.scene].choice else act.logprobs
+
+
+def read(path: Path, needs_logprobs: bool = True) -> tuple[list[RolloutGroup], Counter[str]]:
+    """The groups of two samples or more, in order of first appearance, and how many had only a `single_sample`.
+
+    A line is a `rollouts.Sample` as JSON. Raises RolloutsRefused at the first line that is none or cannot be learned
+    from.
+    """
+    siblings: dict[str, list[Sample]] = {}
+    for number, line in enumerate(path.read_bytes().splitlines(), start=1):
         try:
-            line = json.loads(text)
-            _check(line)
-            siblings.setdefault(_prompt_key(line), []).append(line)
-        except (KeyError, TypeError, ValueError) as error:
-            raise RolloutsRefused(f"{path}, line {number}: {error!r}. Nothing was trained.") from error
-    groups = []
-    for lines in siblings.values():
-        weights = advantages([line["reward"] for line in lines])
-        if weights is not None:
-            groups.append(_group(lines, weights))
-    return groups, len(siblings) - len(groups)
+            sample = msgspec.json.decode(line, type=Sample)
+            _check(sample, needs_logprobs)
+        except ValueError as error:
+            raise RolloutsRefused(f"{path}, line {number}: {error}. Nothing was trained.") from error
+        siblings.setdefault(sample.group, []).append(sample)
+    groups = [_group(name, samples) for name, samples in siblings.items() if len(samples) > 1]
+    return groups, Counter(single_sample=len(siblings) - len(groups))
 
 
-def _prompt_key(line: dict[str, Any]) -> str:
-    """Only samples of one distribution are compared: an item that was asked in two ways makes two groups."""
-    keys = ("group", "kind", "prompt_ids", "choice_ids", "bias", "temperature")
-    return json.dumps([line.get(key) for key in keys])
-
-
-def _group(lines: Sequence[dict[str, Any]], advantages: Sequence[float]) -> Group:
-    first = lines[0]
-    choice = first["kind"] == "choice"
-    if choice:
-        continuations = [tuple(ids) for ids in first["choice_ids"]]
-        answers = [line["index"] for line in lines]
-    else:
-        written = [tuple(line["completion_ids"]) for line in lines]
-        continuations = list(dict.fromkeys(written))
-        answers = [continuations.index(tokens) for tokens in written]
-    samples = tuple(
-        Sample(answer, advantage, line["reward"], tuple(line["logprobs"]))
-        for answer, advantage, line in zip(answers, advantages, lines, strict=True)
+def _group(name: str, samples: Sequence[Sample]) -> RolloutGroup:
+    """Two calls are of one scene when nothing that the answer was drawn from differs."""
+    numbers: dict[tuple[object, ...], int] = {}
+    written: list[dict[tuple[int, ...], int]] = []
+    first: list[Step] = []
+    rollouts = []
+    for sample in samples:
+        acts = []
+        for step in sample.steps:
+            state = (step.kind, step.prompt_ids, step.choice_ids, step.bias, step.temperature)
+            at = numbers.setdefault(state, len(numbers))
+            if at == len(first):
+                first.append(step)
+                written.append({})
+            answer = step.index
+            if step.kind == "completion":
+                answer = written[at].setdefault(step.completion_ids, len(written[at]))
+            acts.append(Act(at, answer, step.logprobs))
+        rollouts.append(Rollout(sample.reward, tuple(acts)))
+    scenes = tuple(
+        Scene(step.kind == "choice", step.prompt_ids, step.choice_ids or tuple(texts), step.bias, step.temperature)
+        for step, texts in zip(first, written, strict=True)
     )
-    bias = tuple(first["bias"]) if first.get("bias") else None
-    return Group(
-        first["group"], choice, tuple(first["prompt_ids"]), tuple(continuations), bias, first["temperature"], samples
-    )
+    return RolloutGroup(name, scenes, tuple(rollouts))
 
 
-def _check(line: dict[str, Any]) -> None:
-    if line["kind"] not in ("choice", "completion"):
-        raise ValueError(f"kind {line['kind']!r} is neither 'choice' nor 'completion'")
-    if not line["temperature"] > 0:
-        raise ValueError("temperature must be above 0: an arg-max is no sample")
-    if not line["prompt_ids"]:
-        raise ValueError("prompt_ids is empty")
-    if line["kind"] == "choice":
-        offered = len(line["choice_ids"])
-        fits = 0 <= line["index"] < offered and len(line["logprobs"]) == offered and all(line["choice_ids"])
-        if not fits:
-            raise ValueError("index, logprobs and choice_ids do not fit together")
-        if line.get("bias") and len(line["bias"]) != offered:
+def _check(sample: Sample, needs_logprobs: bool) -> None:
+    if not isfinite(sample.reward):
+        raise ValueError(f"the reward {sample.reward} is not a finite number")
+    if not sample.steps:
+        raise ValueError("it has no steps")
+    for step in sample.steps:
+        choice, offered = step.kind == "choice", len(step.choice_ids)
+        if not step.temperature > 0:
+            raise ValueError("temperature must be above 0: an arg-max is no sample")
+        if not step.prompt_ids:
+            raise ValueError("prompt_ids is empty")
+        if choice and not (0 <= step.index < offered and all(step.choice_ids)):
+            raise ValueError("index and choice_ids do not fit together")
+        if choice and step.bias is not None and len(step.bias) != offered:
             raise ValueError("bias needs one number a choice")
-    elif not 0 < len(line["completion_ids"]) == len(line["logprobs"]):
-        raise ValueError("completion_ids and logprobs must be equally long and not empty")
+        if not choice and not step.completion_ids:
+            raise ValueError("completion_ids is empty")
+        if step.logprobs is None and needs_logprobs:
+            raise ValueError("log-probs are missing, and the algorithm needs them")
+        if step.logprobs is not None and len(step.logprobs) != (offered if choice else len(step.completion_ids)):
+            raise ValueError("logprobs needs one number a choice, or one a token")

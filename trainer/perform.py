@@ -1,109 +1,196 @@
-"""Updates a LoRA adapter on the incumbent's logged rollouts, in a process of its own."""
+"""Updates a LoRA adapter on logged rollouts: from the log to the learner, and from there to whoever serves it."""
 
 import asyncio
+import json
 import shutil
-import sys
-import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from hashlib import sha256
+from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 import msgspec
 
 from sia_events.local_model.weights import prepare
 from sia_events.shared.calls import decode_call
-from sia_events.shared.environment import plain
 from sia_events.shared.events import Event, ProposalFailed, Weights, WeightsUpdated, WeightUpdateRequested
-from sia_events.shared.ports import Envelope, Ports
+from sia_events.shared.ports import Ports
+from sia_events.shared.run import Version
 from sia_events.shared.service import Work
 from sia_events.shared.tree import load_tree, read_tree, store_tree, write_tree
-from sia_events.trainer.rollouts import rollouts, to_lines
+from sia_events.trainer.algorithms import ALGORITHMS
+from sia_events.trainer.child import run_learner
+from sia_events.trainer.manifest import manifest
+from sia_events.trainer.probe import probe
+from sia_events.trainer.rollouts import Source, gather, to_lines
+
+STORED = "updated.json"
+LARGEST_ADAPTER = 4_000_000_000
 
 
-class LearningFailed(Exception):
-    """The learning process ended without an adapter; the message is its last words."""
+class Barren(Exception):
+    """There is nothing to learn, or nothing that may; no retry would change it."""
 
 
 async def update(work: Work, asked: WeightUpdateRequested) -> Sequence[Event]:
-    """Learn from the attempt's calls and rewards under the parent's own harness; the adapter goes in by content."""
-    ports, parent = work.ports, work.run.versions[asked.parent]
-    calls = [decode_call(line) for line in (await ports.blobs.get(asked.trajectory)).splitlines()]
-    rewards = msgspec.json.decode(await ports.blobs.get(asked.rewards), type=dict[str, float])
-    if not parent.weights.model.startswith("local/"):
-        return [_barren(asked, f"{parent.weights.model} is not the embedded model: its weights are not ours to train")]
-    found = rollouts(calls, rewards)
-    if not found:
-        return [_barren(asked, "nothing to learn from: none of the parent's model calls names its item")]
-    scratch = ports.home / "tmp"
-    scratch.mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(prefix="learn-", dir=scratch))
-    started = time.monotonic()
+    """Learn from the attempts' calls and rewards; the adapter goes in by content, and is served before it is told of.
+
+    Whoever answers this request again after a crash goes on where the learner was, in the same folder, and once the
+    adapter is stored repeats the answer.
+    """
+    folder = work.ports.home / "learning" / _key(work.run.name, asked)
+    if (folder / STORED).is_file():
+        return [WeightsUpdated.model_validate_json((folder / STORED).read_bytes())]
     try:
-        (folder / "rollouts.jsonl").write_bytes(to_lines(found))
-        if parent.weights.adapter:
-            write_tree(await load_tree(ports.blobs, parent.weights.adapter), folder / "parent")
-        model = await asyncio.to_thread(prepare, ports.home)
-        spec = {
-            "model": str(model.path),
-            "adapter_in": str(folder / "parent") if parent.weights.adapter else None,
-            "adapter_out": str(folder / "adapter"),
-            "rollouts": str(folder / "rollouts.jsonl"),
-            "algorithm": asked.algorithm,
-            "seed": asked.seed,
-            "epochs": asked.epochs,
-            "threads": ports.threads,
-        }
-        (folder / "spec.json").write_bytes(msgspec.json.encode(spec))
-        metrics = await _learn(folder / "spec.json", ports, work.run.name, f"g{asked.generation}")
-        if not (folder / "adapter").is_dir():
-            return [_barren(asked, f"nothing to learn from {len(found)} rollouts: every group was rewarded alike")]
-        adapter = await store_tree(ports.blobs, read_tree(folder / "adapter", max_bytes=1_000_000_000))
-    finally:
+        updated = await _update(work, asked, folder)
+    except Barren as barren:
         shutil.rmtree(folder, ignore_errors=True)
-    return [
-        WeightsUpdated(
-            version=f"g{asked.generation}a",
-            generation=asked.generation,
-            parent=parent.name,
-            harness=parent.harness,
-            weights=Weights(model=parent.weights.model, adapter=adapter),
-            algorithm=asked.algorithm,
-            rollouts=len(found),
-            metrics={k: round(float(v), 6) for k, v in metrics.items() if isinstance(v, int | float) and k != "done"},
-            seconds=round(time.monotonic() - started, 3),
-        )
-    ]
+        return [ProposalFailed(generation=asked.generation, parent=asked.parent, lever="weights", reason=str(barren))]
+    draft = folder / f"{STORED}.draft"
+    draft.write_text(updated.model_dump_json())
+    draft.replace(folder / STORED)
+    _tidy(folder, work.run.name)
+    return [updated]
 
 
-async def _learn(spec: Path, ports: Ports, run: str, key: str) -> dict[str, Any]:
-    """Run the learner; its lines go to the trace as they come. Ends with us: it watches its standard input."""
-    threads = str(ports.threads)
-    env = {**plain(), "OMP_NUM_THREADS": threads, "OMP_WAIT_POLICY": "PASSIVE", "TOKENIZERS_PARALLELISM": "false"}
-    child = await asyncio.create_subprocess_exec(
-        *(sys.executable, "-m", "sia_events.trainer.learn", str(spec), "--die-with-parent"),
-        stdin=asyncio.subprocess.PIPE,
-        stdout=asyncio.subprocess.PIPE,
-        stderr=asyncio.subprocess.PIPE,
-        env=env,
+async def _update(work: Work, asked: WeightUpdateRequested, folder: Path) -> WeightsUpdated:
+    ports, parent, started = work.ports, work.run.versions[asked.parent], time.monotonic()
+    _require_own(asked)
+    model = await _base_model(ports, parent.weights)
+    sources = await _sources(work, asked, parent)
+    algorithm = ALGORITHMS[asked.algorithm]
+    found, counts = gather(
+        sources,
+        max_lag=asked.learning.max_lag,
+        context=json.loads((model / "config.json").read_text()).get("max_position_embeddings"),
+        needs_logprobs=algorithm.needs_logprobs,
     )
-    assert child.stdout and child.stderr
-    words = asyncio.create_task(child.stderr.read())
-    last: dict[str, Any] = {}
-    try:
-        async for line in child.stdout:
-            last = msgspec.json.decode(line)
-            await ports.bus.trace(Envelope(run, "training", key, (line.rstrip(),)))
-        code = await child.wait()
-    finally:
-        if child.returncode is None:
-            child.kill()
-            await child.wait()
-    if code or not last.get("done"):
-        raise LearningFailed((await words).decode(errors="replace").strip()[-2000:] or f"exit status {code}")
-    words.cancel()
-    return last
+    if not found:
+        raise Barren(_why_nothing(counts, asked.algorithm))
+    before = await load_tree(ports.blobs, parent.weights.adapter) if parent.weights.adapter else {}
+    write_tree({"rollouts.jsonl": to_lines(found), **{f"parent/{name}": body for name, body in before.items()}}, folder)
+    spec = {
+        "model": str(model),
+        "adapter_in": str(folder / "parent") if parent.weights.adapter else None,
+        "adapter_out": str(folder / "adapter"),
+        "checkpoint": str(folder / "checkpoint.safetensors"),
+        "rollouts": str(folder / "rollouts.jsonl"),
+        "algorithm": asked.algorithm,
+        "learning": asked.learning.model_dump(),
+        "seed": asked.seed,
+        "epochs": asked.epochs,
+        "threads": ports.threads,
+    }
+    (folder / "spec.json").write_bytes(msgspec.json.encode(spec))
+    key = f"g{asked.generation}"
+    last = await run_learner(folder / "spec.json", ports, work.run.name, key)
+    counts.update(last["counts"])
+    if last["adapter"] is None:
+        why = f"none can be told from its siblings by its reward ({_told(counts)})"
+        raise Barren(f"nothing to learn from {len(found)} samples: {why}")
+    files = read_tree(folder / "adapter", max_bytes=LARGEST_ADAPTER)
+    weights = Weights(model=parent.weights.model, adapter=await store_tree(ports.blobs, files))
+    proof = await probe(
+        *(ports, work.run.name, key, weights, parent.weights),
+        [(tuple(text["prompt_ids"]), tuple(text["completion_ids"])) for text in last["probe"]],
+        [text["logprobs"] for text in last["probe"]],
+    )
+    metrics = {name: round(float(value), 6) for name, value in last.items() if type(value) in (int, float)}
+    left = {name: count for name, count in sorted(counts.items()) if count}
+    about = manifest(
+        weights=weights,
+        base=last["base"],
+        parent=parent.weights,
+        algorithm=asked.algorithm,
+        learning=asked.learning,
+        trajectories=[asked.trajectory, *(source.trajectory for source in asked.older)],
+        rewards=[asked.rewards, *(source.rewards for source in asked.older)],
+        counts=left,
+        metrics=metrics,
+        seed=asked.seed,
+        code=version("sia-events"),
+        probe=proof,
+    )
+    return WeightsUpdated(
+        version=f"g{asked.generation}a",
+        generation=asked.generation,
+        parent=parent.name,
+        harness=parent.harness,
+        weights=weights,
+        algorithm=asked.algorithm,
+        rollouts=len(found),
+        metrics=metrics,
+        seconds=round(time.monotonic() - started, 3),
+        counts=left,
+        probe=proof,
+        manifest=await ports.blobs.put(about),
+    )
 
 
-def _barren(asked: WeightUpdateRequested, reason: str) -> ProposalFailed:
-    return ProposalFailed(generation=asked.generation, parent=asked.parent, lever="weights", reason=reason)
+def _require_own(asked: WeightUpdateRequested) -> None:
+    if asked.algorithm not in ALGORITHMS:
+        raise Barren(f"{asked.algorithm} is no algorithm; there are {', '.join(ALGORITHMS)}")
+    if asked.learning.trainer != "own":
+        raise Barren(f"the trainer {asked.learning.trainer!r} is not built in; set learning.trainer=own")
+
+
+async def _base_model(ports: Ports, weights: Weights) -> Path:
+    """The folder of the base model's weights: the embedded model's own, or one that was put under `models`."""
+    provider, _, name = weights.model.partition("/")
+    if provider == "local":
+        return (await asyncio.to_thread(prepare, ports.home)).path
+    folder = ports.home / "models" / name
+    if not (folder / "config.json").is_file():
+        raise Barren(
+            f"{weights.model} is not ours to train: its weights are not here. Put its Hugging Face folder (or a link "
+            f"to it) at {folder}"
+        )
+    return folder
+
+
+async def _sources(work: Work, asked: WeightUpdateRequested, parent: Version) -> list[Source]:
+    """The parent's own rollouts first, then older ones."""
+    places = [(asked.parent, parent, asked.trajectory, asked.rewards, 0)]
+    for older in asked.older:
+        made = work.run.versions[older.version]
+        places.append((older.attempt, made, older.trajectory, older.rewards, older.lag))
+    sources = []
+    for attempt, made, trajectory, rewards, lag in places:
+        calls = [decode_call(line) for line in (await work.ports.blobs.get(trajectory)).splitlines()]
+        earned = msgspec.json.decode(await work.ports.blobs.get(rewards), type=dict[str, float | None])
+        # JSON has no infinities and no NaN: they are told as null.
+        if unknown := [item for item, reward in earned.items() if reward is None]:
+            raise Barren(f"the reward of {unknown[0]} in {attempt} is not a finite number: nothing was trained")
+        known = {item: reward for item, reward in earned.items() if reward is not None}
+        sources.append(Source(attempt, calls, known, made.weights.adapter, made.harness, lag))
+    return sources
+
+
+def _why_nothing(counts: Mapping[str, int], algorithm: str) -> str:
+    if counts.get("no_logprobs"):
+        able = ", ".join(name for name, other in ALGORITHMS.items() if not other.needs_logprobs)
+        return (
+            f"{algorithm} needs the log-probs of what was sampled, and {counts['no_logprobs']} calls have none: the "
+            f"model's server tells none. Algorithms that do without: {able}"
+        )
+    if not counts.keys() - {"no_item", "no_calls"}:
+        return "nothing to learn from: none of the parent's model calls names its item"
+    return f"nothing to learn from: {_told(counts)}"
+
+
+def _told(counts: Mapping[str, int]) -> str:
+    return ", ".join(f"{name.replace('_', ' ')}: {count}" for name, count in sorted(counts.items()) if count)
+
+
+def _key(run: str, asked: WeightUpdateRequested) -> str:
+    return f"{run}.g{asked.generation}.{sha256(asked.model_dump_json().encode()).hexdigest()[:12]}"
+
+
+def _tidy(folder: Path, run: str) -> None:
+    """Keep nothing of this update but its answer, and of the run's earlier ones nothing: their answers are recorded."""
+    for path in folder.iterdir():
+        if path.name != STORED:
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    for other in folder.parent.glob(f"{run}.g*"):
+        if other != folder:
+            shutil.rmtree(other, ignore_errors=True)

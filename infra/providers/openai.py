@@ -26,7 +26,8 @@ class OpenAIModels:
     """The `Models` port, and `Native` for OpenAI's responses where the endpoint has them.
 
     Requests go out as they are written here and replies come back as the bytes were: the SDK does authentication,
-    connections and server-sent events, its typed models would drop what they do not know.
+    connections and server-sent events, its typed models would drop what they do not know. `more` is what an endpoint is
+    sent beside OpenAI's own fields.
     """
 
     def __init__(self, account: Account, more: Callable[[Chat], Mapping[str, Any]] = lambda call: {}) -> None:

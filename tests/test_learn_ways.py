@@ -1,0 +1,139 @@
+"""Every algorithm on logged rollouts: its first step by hand, what it learns, and what it does with several calls."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+from lessons import CHOICES, accuracy, choice_lines, completion_lines, levelled, logprobs, policy, spec, trained
+from tiny import make_model, stirred
+
+from sia_events.local_model import adapter, network, weights
+from sia_events.local_model.policy import ChoiceRequest
+from sia_events.trainer.algorithms import ALGORITHMS
+from sia_events.trainer.learn import learn
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_model(tmp_path_factory.mktemp("model") / "tiny")
+
+
+def shifted(lines: list[dict[str, Any]], by: float) -> list[dict[str, Any]]:
+    """The same text, as if a policy had made it that found every token `by` nats likelier or less likely by turns."""
+    moved = []
+    for at, line in enumerate(lines):
+        (step,) = line["steps"]
+        step = step | {"logprobs": [value + by * (-1) ** at for value in step["logprobs"]]}
+        moved.append(line | {"steps": [step], "reward": line["reward"] + 0.25 * (at % 3)})
+    return moved
+
+
+def test_reinforce_sums_the_clipped_surrogate_over_a_samples_tokens(tiny: Path, tmp_path: Path) -> None:
+    lines = shifted(completion_lines(tiny, count=6), by=0.8)
+    first = next(iter(learn(spec(tiny, tmp_path, lines, batch_prompts=6, epochs=1))))
+    groups: dict[str, list[dict[str, Any]]] = {}
+    for line in lines:
+        groups.setdefault(line["group"], []).append(line)
+    losses = []
+    for group in groups.values():
+        mean = sum(line["reward"] for line in group) / len(group)
+        for line in group:
+            (step,) = line["steps"]
+            loss = 0.0
+            for now, then in zip(logprobs(tiny, None, step), step["logprobs"], strict=True):
+                ratio, advantage = math.exp(now - then), line["reward"] - mean
+                loss -= min(ratio * advantage, min(max(ratio, 0.0), 2.0) * advantage)
+            losses.append(loss)
+    assert first["loss"] == pytest.approx(sum(losses) / len(losses), abs=1e-5)
+    assert first["clip_fraction"] > 0
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_every_algorithm_makes_right_choices_likelier(tiny: Path, tmp_path: Path, algorithm: str) -> None:
+    # What is far from the rollouts is masked late, so that all of them are learned from to the end.
+    options = {"algorithm": algorithm, "epochs": 6, "beta": 1.0, "max_ratio": 50.0}
+    *_, last = learn(spec(tiny, tmp_path, choice_lines(tiny), **options))
+    assert accuracy(tiny, trained(tiny, tmp_path / "adapter")) >= 0.85
+    assert last["counts"]["samples"] > 0
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_every_algorithm_takes_all_terms_several_updates_and_text(tiny: Path, tmp_path: Path, algorithm: str) -> None:
+    lines = completion_lines(tiny, count=8)
+    options = {"kl": 0.05, "entropy": 0.01, "updates": 2, "clip": 0.2, "epochs": 1, "batch_prompts": 4}
+    *steps, last = learn(spec(tiny, tmp_path, lines, algorithm=algorithm, **options))
+    assert last["steps"] == len(steps)
+    assert all(math.isfinite(value) for step in steps for value in step.values())
+
+
+def test_the_kl_to_the_base_model_holds_the_policy_there(tiny: Path, tmp_path: Path) -> None:
+    """It is measured from the base, not from the adapter that made the rollouts."""
+    start = stirred(network.load(tiny), seed=5)
+    adapter.write(start, tmp_path / "start", "tiny", weights.opened(tiny).digest)
+    lines = choice_lines(tiny, start)
+    first = next(iter(learn(spec(tiny, tmp_path, lines, adapter_in=str(tmp_path / "start"), kl=0.1))))
+    assert (first["kl"], first["kl_base"] > 0.05) == (pytest.approx(0, abs=1e-5), True)
+    ends = []
+    for name, kl in (("free", 0.0), ("held", 1.0)):
+        *_, last = learn(spec(tiny, tmp_path / name, choice_lines(tiny), kl=kl, epochs=3))
+        ends.append(last["kl"])
+    assert ends[1] < ends[0] / 2
+
+
+def test_samples_too_far_from_the_policy_are_masked_and_counted(tiny: Path, tmp_path: Path) -> None:
+    lines = choice_lines(tiny, count=12)
+    for line in lines[::5]:
+        line["steps"][0]["logprobs"] = [value - 9 for value in line["steps"][0]["logprobs"]]
+    *_, last = learn(spec(tiny, tmp_path, lines, epochs=1, max_ratio=5.0))
+    kept = {line["group"] for line in lines} - alike(lines)
+    assert last["counts"]["masked"] == sum(line["group"] in kept for line in lines[::5])
+
+
+def alike(lines: list[dict[str, Any]]) -> set[str]:
+    rewards: dict[str, set[float]] = {}
+    for line in lines:
+        rewards.setdefault(line["group"], set()).add(line["reward"])
+    return {group for group, seen in rewards.items() if len(seen) == 1}
+
+
+def turns(at: int) -> tuple[tuple[int, ...], ...]:
+    return (1, 23, 30 + at % 10, 2), (1, 20 + at % 3, 30 + at % 10, 2)
+
+
+@pytest.mark.parametrize("credit", ["terminal", "per-step"])
+def test_attempts_of_several_calls_learn_each_of_their_turns(tiny: Path, tmp_path: Path, credit: str) -> None:
+    """Two choices in a row, of which only the second earns the reward that both share."""
+    model, _ = policy(tiny)
+    bias, tries = levelled(tiny), [(at, number) for at in range(24) for number in range(8)]
+    asked = [
+        ChoiceRequest(None, prompt, CHOICES, bias, 1.0, seed=at * 100 + number * 10 + turn)
+        for at, number in tries
+        for turn, prompt in enumerate(turns(at))
+    ]
+    replies = iter(model.choose(asked))
+    lines = []
+    for at, number in tries:
+        steps = []
+        for prompt in turns(at):
+            reply = next(replies)
+            told = {"index": reply.index, "logprobs": reply.logprobs, "bias": bias}
+            steps.append({"kind": "choice", "prompt_ids": prompt, "choice_ids": CHOICES, **told})
+        right = steps[-1]["index"] == at % 3
+        lines.append({"group": str(at), "item": f"{at}#{number}", "reward": float(right), "steps": steps})
+    options = {"credit": credit, "algorithm": "grpo", "max_ratio": 50.0}
+    *_, last = learn(spec(tiny, tmp_path, lines, **options))
+    assert last["counts"]["samples"] > 100
+    model, name = policy(tiny, trained(tiny, tmp_path / "adapter"))
+    held = [ChoiceRequest(name, turns(at)[1], CHOICES, bias, 0.0, 0) for at in range(24)]
+    assert sum(reply.index == at % 3 for at, reply in enumerate(model.choose(held))) >= 22
+
+
+def test_the_last_line_has_texts_to_prove_the_adapter_by(tiny: Path, tmp_path: Path) -> None:
+    *_, last = learn(spec(tiny, tmp_path, choice_lines(tiny, count=12), epochs=1))
+    made = trained(tiny, tmp_path / "adapter")
+    assert len(last["probe"]) == 4
+    for text in last["probe"]:
+        assert text["logprobs"] == pytest.approx(logprobs(tiny, made, text), abs=1e-5)
+    json.dumps(last)

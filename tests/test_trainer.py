@@ -1,0 +1,263 @@
+"""The trainer's handler: from recorded calls to an adapter that is served, broken off and refused."""
+
+import re
+from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import AsyncExitStack
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+from given import recorded
+from lessons import choice_lines
+from story import D, registered, started, trained
+from tiny import stirred
+from tiny_served import MODEL, make_home, served
+from writing import serving
+
+from sia_events.infra.memory import MemoryBlobs, MemoryBus, SystemTime
+from sia_events.infra.models import LocalModels
+from sia_events.infra.sandbox import UnsafeProcess
+from sia_events.local_model import adapter, network, weights
+from sia_events.model_gateway.asking import Calls
+from sia_events.model_gateway.door import gateway
+from sia_events.model_gateway.journal import Journal
+from sia_events.model_gateway.ledger import Unlimited
+from sia_events.model_gateway.token import TokenDoor
+from sia_events.shared.calls import ModelCall, encode_call
+from sia_events.shared.events import (
+    AgentProposed,
+    Event,
+    Learning,
+    ProposalFailed,
+    RolloutSource,
+    Weights,
+    WeightsUpdated,
+    WeightUpdateRequested,
+)
+from sia_events.shared.ports import Ports
+from sia_events.shared.record import opening
+from sia_events.shared.run import fold
+from sia_events.shared.service import Work
+from sia_events.shared.tree import load_tree, read_tree, store_tree
+from sia_events.trainer.child import LearningFailed
+from sia_events.trainer.service import trainer
+
+SECRET = "a secret of the tests"
+Lines = list[dict[str, Any]]
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A home whose embedded model is the tiny one, served."""
+    place = tmp_path_factory.mktemp("home")
+    make_home(place)
+    with served(place, "--socket", str(place / "s")):
+        yield place
+
+
+@dataclass(frozen=True)
+class House:
+    """A trainer with a real gateway before the real server."""
+
+    ports: Ports
+    folder: weights.ModelFolder
+    lines: Lines
+
+    async def recorded(self, lines: Lines) -> tuple[str, str]:
+        """The digests of their calls and of their rewards."""
+        calls = b"\n".join(encode_call(call) for line in lines for call in calls_of(line))
+        rewards = msgspec.json.encode({line["item"]: line["reward"] for line in lines})
+        return await self.ports.blobs.put(calls), await self.ports.blobs.put(rewards)
+
+    async def learn(
+        self, run: str = "r1", lines: Lines | None = None, between: Sequence[Event] = (), **changes: Any
+    ) -> Event:
+        """Ask the trainer to learn from lines as recorded calls of the first version."""
+        trajectory, rewards = await self.recorded(self.lines if lines is None else lines)
+        parent = AgentProposed(
+            version="g0a", candidate=0, harness=D, weights=changes.pop("weights", Weights(model=MODEL)), reason="first"
+        )
+        learning = {"lr": 2e-2, "rank": 4, "batch_prompts": 12, **changes.pop("learning", {})}
+        asked = WeightUpdateRequested(
+            **{
+                "generation": 1,
+                "parent": "g0a",
+                "algorithm": "reinforce",
+                "trajectory": trajectory,
+                "rewards": rewards,
+                "epochs": 1,
+                "seed": 0,
+                "learning": Learning(**learning),
+                **changes,
+            }
+        )
+        records = recorded(registered(), started(), parent, *between, asked)
+        state = replace(fold(records), name=run)
+        (told,) = await trainer.performs[WeightUpdateRequested](Work(state, records[-1], self.ports), asked)
+        return told
+
+    def left(self, run: str) -> list[str]:
+        return sorted(path.name for path in (self.ports.home / "learning").glob(f"{run}.*/*"))
+
+
+def calls_of(line: dict[str, Any]) -> Iterator[ModelCall]:
+    for n, step in enumerate(line["steps"]):
+        reply = {"index": step["index"], "logprobs": step["logprobs"], "choice_token_ids": step["choice_ids"]}
+        yield ModelCall(
+            call="c",
+            attempt="g0a.train.g1",
+            version="g0a",
+            kind="choice",
+            model=MODEL,
+            adapter=line.get("adapter"),
+            item=line["item"],
+            digest="d" * 64,
+            n=n,
+            seed=0,
+            request={"bias": step["bias"]},
+            reply={**reply, "prompt_token_ids": step["prompt_ids"]},
+            completion_tokens=1,
+        )
+
+
+@pytest.fixture
+async def house(home: Path, tmp_path: Path) -> AsyncIterator[House]:
+    async with AsyncExitStack() as stack:
+        bus, blobs, door = MemoryBus(), MemoryBlobs(), TokenDoor(tmp_path / "g", SECRET)
+        for run in ("r1", "r2"):
+            await bus.append(run, opening(run, [started()]))
+        models = LocalModels(blobs, tmp_path / "adapters", home / "s")
+        stack.push_async_callback(models.close)
+        journal = Journal(bus)
+        stack.push_async_callback(journal.close)
+        calls = Calls(journal, lambda model: models, SystemTime(), Unlimited(), 20.0)
+        await stack.enter_async_context(serving(gateway(calls, SECRET, SystemTime()), door.socket))
+        folder = weights.opened(home / "models" / weights.MODEL)
+        ports = Ports(bus, blobs, UnsafeProcess(), SystemTime(), door, home, threads=1)
+        yield House(ports, folder, choice_lines(folder.path, count=24))
+
+
+async def test_what_was_learned_is_stored_proved_and_described(house: House) -> None:
+    told = await house.learn()
+    assert isinstance(told, WeightsUpdated) and told.weights.adapter and told.manifest and told.probe
+    files = await load_tree(house.ports.blobs, told.weights.adapter)
+    assert set(files) == {adapter.CONFIG, adapter.WEIGHTS}
+    assert told.probe.apart < 1e-3 < told.probe.moved
+    assert (told.rollouts, told.counts["samples"], told.metrics["steps"]) == (192, told.rollouts - 8 * equal(told), 2)
+    about = msgspec.json.decode(await house.ports.blobs.get(told.manifest))
+    assert (about["adapter"], about["base"]["sha256"]) == (told.weights.adapter, house.folder.digest)
+    steps = await house.ports.bus.traces("r1", "training", "g1")
+    assert [msgspec.json.decode(one.lines[0])["step"] for one in steps] == [1, 2, 2]
+
+
+def equal(told: WeightsUpdated) -> int:
+    return told.counts.get("equal_rewards", 0)
+
+
+async def test_the_same_request_again_has_the_same_answer_and_leaves_nothing_else(house: House) -> None:
+    first = await house.learn(seed=7)
+    assert await house.learn(seed=7) == first
+    assert house.left("r1") == ["updated.json"]
+
+
+async def test_a_killed_learner_costs_a_step_and_changes_nothing(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = await house.learn("r2", epochs=2)
+    monkeypatch.setenv("SIA_FAIL_AT", "learner behind keeping step 2")
+    with pytest.raises(LearningFailed, match="killed by signal 9"):
+        await house.learn("r1", epochs=2)
+    assert "checkpoint.safetensors" in house.left("r1")
+    monkeypatch.delenv("SIA_FAIL_AT")
+    told = await house.learn("r1", epochs=2)
+    assert isinstance(told, WeightsUpdated) and isinstance(whole, WeightsUpdated)
+    assert told.weights == whole.weights
+    steps = await house.ports.bus.traces("r1", "training", "g1")
+    assert [msgspec.json.decode(one.lines[0])["step"] for one in steps] == [1, 2, 3, 4, 4]
+
+
+async def test_learning_goes_on_from_the_parents_adapter(house: House) -> None:
+    first = await house.learn()
+    assert isinstance(first, WeightsUpdated)
+    lines = [line | {"adapter": first.weights.adapter} for line in house.lines]
+    told = await house.learn(lines=lines, weights=first.weights, generation=2)
+    assert isinstance(told, WeightsUpdated) and told.weights != first.weights
+
+
+@pytest.mark.parametrize(("max_lag", "samples"), [(0, 96), (1, 192)])
+async def test_older_rollouts_are_learned_from_as_far_back_as_is_asked(
+    house: House, tmp_path: Path, max_lag: int, samples: int
+) -> None:
+    net = network.load(house.folder.path)
+    start = stirred(net, seed=4)
+    adapter.write(start, tmp_path / "start", house.folder.model, house.folder.digest)
+    learned = Weights(model=MODEL, adapter=await store_tree(house.ports.blobs, read_tree(tmp_path / "start")))
+    own = choice_lines(house.folder.path, start, count=12)
+    trajectory, rewards = await house.recorded(house.lines[:96])
+    told = await house.learn(
+        lines=[line | {"adapter": learned.adapter} for line in own],
+        between=[trained("g1a", "g0a", weights=learned)],
+        parent="g1a",
+        generation=2,
+        learning={"max_lag": max_lag},
+        older=(RolloutSource(attempt="g0a.train.g1", version="g0a", trajectory=trajectory, rewards=rewards, lag=1),),
+    )
+    assert isinstance(told, WeightsUpdated)
+    assert (told.rollouts, told.counts.get("stale", 0)) == (samples, 192 - samples)
+
+
+async def test_calls_that_other_weights_answered_are_not_learned_from(house: House) -> None:
+    told = await house.learn(lines=[line | {"adapter": "b" * 64} for line in house.lines])
+    assert isinstance(told, ProposalFailed) and "other weights: 192" in told.reason
+
+
+async def test_an_adapter_of_another_base_is_refused_before_anything_is_learned(house: House, tmp_path: Path) -> None:
+    net = network.load(house.folder.path)
+    adapter.write(stirred(net, seed=1), tmp_path / "other", "another model", house.folder.digest)
+    other = Weights(model=MODEL, adapter=await store_tree(house.ports.blobs, read_tree(tmp_path / "other")))
+    lines = [{**line, "adapter": other.adapter} for line in house.lines]
+    with pytest.raises(LearningFailed, match="belongs to 'another model'"):
+        await house.learn(lines=lines, weights=other)
+
+
+def alike(lines: Lines) -> Lines:
+    return [line | {"reward": 1.0} for line in lines]
+
+
+def unsaid(lines: Lines) -> Lines:
+    return [line | {"steps": [step | {"logprobs": None} for step in line["steps"]]} for line in lines]
+
+
+def endless(lines: Lines) -> Lines:
+    return [line | {"reward": float("inf")} for line in lines]
+
+
+def alone(lines: Lines) -> Lines:
+    return lines[::8]
+
+
+@pytest.mark.parametrize(
+    ("change", "asked", "says"),
+    [
+        (alike, {}, "none can be told from its siblings by its reward .*equal rewards: 24"),
+        (alone, {}, "single sample: 24"),
+        (endless, {}, "is not a finite number: nothing was trained"),
+        (unsaid, {}, "192 calls have none.*Algorithms that do without: cloning, dpo"),
+        (list, {"learning": {"trainer": "trl"}}, "the trainer 'trl' is not built in"),
+        (list, {"algorithm": "sarsa"}, "sarsa is no algorithm; there are reinforce"),
+        (list, {"weights": Weights(model="openai/gpt")}, "openai/gpt is not ours to train"),
+        (lambda lines: [], {}, "none of the parent's model calls names its item"),
+    ],
+    ids=["alike", "alone", "endless", "unsaid", "trl", "sarsa", "hosted", "nothing"],
+)
+async def test_what_cannot_be_learned_from_ends_in_a_reason(
+    house: House, change: Any, asked: dict[str, Any], says: str
+) -> None:
+    told = await house.learn(lines=change(house.lines), **asked)
+    assert isinstance(told, ProposalFailed) and told.lever == "weights"
+    assert re.search(says, told.reason), told.reason
+
+
+async def test_rollouts_without_log_probs_can_be_cloned(house: House) -> None:
+    told = await house.learn(lines=unsaid(house.lines), algorithm="cloning")
+    assert isinstance(told, WeightsUpdated) and told.algorithm == "cloning"

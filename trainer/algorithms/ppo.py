@@ -1,0 +1,43 @@
+"""PPO with generalised advantage estimation over a value head.
+
+    δ_t = r_t + γ V(s_{t+1}) - V(s_t),  A_t = Σ_l (γλ)^l δ_{t+l},  target of V: A_t + V(s_t)
+    r_t is -kl · (log π_b(y_t) - log π_0(y_t)), with the task's reward added at the last action
+
+Schulman et al. 2016, arXiv 1506.02438, and 2017, arXiv 1707.06347. γ is `discount`, λ is `trace`; V behind the last
+action is 0. Advantages are whitened over a batch. A critic could learn from a lone sample too; groups without a
+difference are left out here as everywhere, so that the counts of all algorithms mean the same.
+"""
+
+from collections.abc import Sequence
+from statistics import fmean, pstdev
+
+from sia_events.shared.events import Learning
+from sia_events.trainer.algorithms.weighing import NOTHING, Algorithm, Weighed, varied
+
+
+def weigh(rewards: Sequence[float], _: Learning) -> Weighed:
+    """The rewards themselves: what advantages are to be made from, with the critic's help."""
+    return Weighed(tuple(rewards)) if varied(rewards) else NOTHING
+
+
+def gae(
+    rewards: Sequence[float], values: Sequence[float], discount: float, trace: float
+) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Advantages and the critic's targets, an action each, of one trajectory that ended after its last action."""
+    advantages: list[float] = []
+    advantage = after = 0.0
+    for reward, value in zip(reversed(rewards), reversed(values), strict=True):
+        advantage = reward + discount * after - value + discount * trace * advantage
+        advantages.append(advantage)
+        after = value
+    advantages.reverse()
+    return tuple(advantages), tuple(a + v for a, v in zip(advantages, values, strict=True))
+
+
+def whitened(advantages: Sequence[float]) -> tuple[float, ...]:
+    """A batch's advantages with mean 0 and standard deviation 1 (0 where all are equal)."""
+    mean, scale = fmean(advantages), pstdev(advantages) + 1e-8
+    return tuple((advantage - mean) / scale for advantage in advantages)
+
+
+PPO = Algorithm("ppo", weigh, critic=True, kl_in_reward=True, reduction="token")

@@ -1,0 +1,53 @@
+"""The learning process as its parent sees it: started, heard line by line, and never left behind."""
+
+import asyncio
+import sys
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from sia_events.shared.environment import plain
+from sia_events.shared.ports import Envelope, Ports
+
+
+class LearningFailed(Exception):
+    """The learning process ended without an adapter; the message is its last words. Its checkpoint is kept."""
+
+
+async def run_learner(spec: Path, ports: Ports, run: str, key: str) -> dict[str, Any]:
+    """Run the learner on a spec file, which lies beside its checkpoint, and return its last line.
+
+    Its lines go to the trace as they come. It ends with us: it watches its standard input.
+    """
+    threads = str(ports.threads)
+    env = {**plain(), "OMP_NUM_THREADS": threads, "OMP_WAIT_POLICY": "PASSIVE", "TOKENIZERS_PARALLELISM": "false"}
+    child = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-m", "sia_events.trainer.learn", str(spec), "--die-with-parent"),
+        stdin=asyncio.subprocess.PIPE,
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.PIPE,
+        env=env,
+        limit=2**24,
+    )
+    assert child.stdout and child.stderr
+    words = asyncio.create_task(child.stderr.read())
+    last: dict[str, Any] = {}
+    try:
+        async for line in child.stdout:
+            last = msgspec.json.decode(line)
+            await ports.bus.trace(Envelope(run, "training", key, (line.rstrip(),)))
+        code = await child.wait()
+    finally:
+        if child.returncode is None:
+            child.kill()
+            await child.wait()
+    said = (await words).decode(errors="replace").strip()[-2000:]
+    if code < 0:
+        raise LearningFailed(
+            f"learning was killed by signal {-code}{', which is how a machine without memory ends it' * (code == -9)}; "
+            f"it goes on behind step {last.get('step', 0)} or the one before. {said}"
+        )
+    if code or not last.get("done"):
+        raise LearningFailed(said or f"learning ended with exit status {code}, without an adapter and without a word")
+    return last

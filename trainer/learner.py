@@ -1,0 +1,171 @@
+"""The learner: adapter, critic and optimiser in motion, a step at a time, and their way to the checkpoint and back."""
+
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sia_events.trainer.algorithms import ALGORITHMS
+from sia_events.trainer.batches import parts
+from sia_events.trainer.checkpoints import Checkpoint, load_checkpoint, save_checkpoint
+from sia_events.trainer.engines import Engine, OutOfMemory, out_of_memory
+from sia_events.trainer.groups import RolloutGroup
+from sia_events.trainer.observing import COLLAPSE_WINDOW, Answers, Tally
+from sia_events.trainer.preparing import Method, Prepared, prepare
+from sia_events.trainer.spec import Spec
+from sia_events.trainer.updating import Part, part_loss, totals
+from sia_events.trainer.views import view
+
+
+@dataclass
+class Progress:
+    """How far learning has come. `scenes` is how many go through the model at once, `masked` counts no sample twice."""
+
+    step: int = 0
+    scenes: int = 8
+    tokens: int = 0
+    masked: set[str] = field(default_factory=set)
+    recent: deque[Answers] = field(default_factory=lambda: deque(maxlen=COLLAPSE_WINDOW))
+    prepared: Prepared | None = None
+    line: dict[str, Any] = field(default_factory=dict)
+
+
+class Learner:
+    """One update under way. It goes on from the spec's checkpoint where there is one of the same update."""
+
+    def __init__(self, engine: Engine, spec: Spec, steps: int) -> None:
+        self.steps = steps
+        self.progress = Progress(scenes=spec.micro_prompts)
+        self._engine, self._spec = engine, spec
+        algorithm = ALGORITHMS[spec.algorithm]
+        head = torch.nn.Linear(engine.width, 1, device=engine.device) if algorithm.critic else None
+        self._policy = [factor for _, pair in sorted(engine.adapter.factors.items()) for factor in pair]
+        self._critic = [] if head is None else list(head.parameters())
+        with torch.no_grad():
+            for parameter in self._critic:
+                parameter.zero_()
+        self._method = Method(algorithm, spec.learning, head)
+        self._optimiser = torch.optim.AdamW(self._policy + self._critic, lr=spec.learning.lr, weight_decay=0.0)
+        self._identity = spec.identity
+        self._resume()
+
+    def gradients(self, batch: Sequence[RolloutGroup], fresh: bool) -> Tally:
+        """Leave the batch's gradients in the parameters. A `fresh` batch is weighed first; another step on it is not.
+
+        Raises OutOfMemory when the batch does not fit, in halves of its parts either.
+        """
+        if fresh:
+            self.progress.prepared = None
+        try:
+            return self._gradients(batch)
+        except (RuntimeError, MemoryError) as error:
+            if not out_of_memory(error):
+                raise
+            halved = max(1, self.progress.scenes // 2)
+        # Outside of the handler, whose error still holds what was computed.
+        self.progress.scenes = halved
+        try:
+            return self._gradients(batch)
+        except (RuntimeError, MemoryError) as error:
+            if not out_of_memory(error):
+                raise
+            raise OutOfMemory(
+                f"Out of memory, also with {halved} prompts at once. The last checkpoint is kept. Take shorter "
+                "prompts or fewer samples, or a machine with more memory, and start learning again."
+            ) from error
+
+    def _gradients(self, batch: Sequence[RolloutGroup]) -> Tally:
+        engine, progress, learning = self._engine, self.progress, self._spec.learning
+        self._optimiser.zero_grad()
+        progress.prepared = progress.prepared or prepare(engine, self._method, batch, progress.scenes)
+        whole, tally, first = totals(self._method, batch), Tally(), 0
+        samples = [f"{group.name}#{number}" for group in batch for number in range(len(group.samples))]
+        for groups in parts(batch, progress.scenes):
+            views = view(engine, groups, entropy=learning.entropy > 0, hidden=self._method.head is not None)
+            part = Part(groups, views, first)
+            loss, figures, masked = part_loss(self._method, part, progress.prepared, whole)
+            tally.add(groups, views, loss.item(), figures)
+            loss.backward()
+            progress.masked |= {samples[at] for at in masked}
+            first += len(part.samples)
+        return tally
+
+    def told(self, step: int, tally: Tally, seconds: float) -> dict[str, Any]:
+        """The line of a step whose gradients are there."""
+        progress = self.progress
+        assert progress.prepared is not None, "a step has gradients of a batch"
+        progress.tokens += tally.tokens
+        progress.recent.append(tally.answers)
+        progress.line = {
+            **{"step": step, "steps": self.steps, "lr": self._spec.learning.lr * self._schedule(step)},
+            **tally.means(),
+            **progress.prepared.figures,
+            **{"masked": len(progress.masked), "tokens": progress.tokens},
+        }
+        return {**progress.line, "tokens_per_second": round(progress.tokens / max(seconds, 1e-9), 1)}
+
+    def take(self, step: int) -> None:
+        """The step itself, down the gradients that are there."""
+        for group in (self._policy, self._critic):
+            torch.nn.utils.clip_grad_norm_(group, self._spec.grad_norm)
+        for setting in self._optimiser.param_groups:
+            setting["lr"] = self._spec.learning.lr * self._schedule(step)
+        self._optimiser.step()
+        self.progress.step = step
+
+    def _schedule(self, step: int) -> float:
+        """Share of the full learning rate: up over `warmup` steps, then down in a line to a tenth at the end."""
+        warmup = self._spec.warmup
+        if step <= warmup:
+            return step / warmup
+        return 1 - 0.9 * (step - warmup) / max(1, self.steps - warmup)
+
+    def keep(self) -> None:
+        """Put the state on disk, in the place of the last step's. Raises SavingFailed."""
+        if self._spec.checkpoint is None:
+            return
+        progress = self.progress
+        # Behind the last step on a batch the next one is weighed anew.
+        within = progress.step % self._spec.learning.updates
+        state = vars(progress) | {
+            "masked": sorted(progress.masked),
+            "recent": [asdict(answers) for answers in progress.recent],
+            "prepared": asdict(progress.prepared) if within and progress.prepared else None,
+        }
+        save_checkpoint(Path(self._spec.checkpoint), Checkpoint(self._identity, progress.step, state, self._tensors()))
+
+    def _tensors(self) -> dict[str, Tensor]:
+        tensors = {f"parameter.{at}": value.detach() for at, value in enumerate(self._policy + self._critic)}
+        for at, moments in self._optimiser.state_dict()["state"].items():
+            tensors |= {f"optimiser.{at}.{name}": value for name, value in moments.items()}
+        return tensors
+
+    def _resume(self) -> None:
+        found = load_checkpoint(Path(self._spec.checkpoint), self._identity) if self._spec.checkpoint else None
+        if found is None:
+            return
+        state = dict(found.state)
+        recent = [Answers(**{name: [tuple(a) for a in said] for name, said in row.items()}) for row in state["recent"]]
+        prepared = None if state["prepared"] is None else Prepared(**state["prepared"])
+        self.progress = Progress(
+            **state
+            | {
+                "masked": set(state["masked"]),
+                "recent": deque(recent, maxlen=COLLAPSE_WINDOW),
+                "prepared": prepared,
+            }
+        )
+        moments: dict[int, dict[str, Tensor]] = {}
+        with torch.no_grad():
+            for name, tensor in found.tensors.items():
+                kind, at, *rest = name.split(".")
+                if kind == "parameter":
+                    (self._policy + self._critic)[int(at)].copy_(tensor)
+                else:
+                    moments.setdefault(int(at), {})[rest[0]] = tensor
+        settings = self._optimiser.state_dict()["param_groups"]
+        self._optimiser.load_state_dict({"state": moments, "param_groups": settings})

@@ -1,0 +1,110 @@
+"""Proof that an adapter reached the sampler: fixed texts, scored by whoever serves it and by the learner."""
+
+import asyncio
+import secrets
+from collections.abc import Sequence
+from datetime import timedelta
+from http import HTTPStatus
+from typing import Any
+
+import httpx
+
+from sia_events.shared.events import Probe, Weights
+from sia_events.shared.ports import BudgetSpent, Ports, ProviderAway
+
+Text = tuple[tuple[int, ...], tuple[int, ...]]
+Scores = Sequence[Sequence[float]]
+
+EXACT, ROUGH = (1e-3, 1e-4), (0.25, 0.25)
+"""Nats a token by which server and learner may differ, and those that rounding makes of nothing: less has not moved.
+The embedded model is float32 on both sides; another server's numbers may be bfloat16."""
+AWAY = (HTTPStatus.TOO_MANY_REQUESTS, HTTPStatus.SERVICE_UNAVAILABLE, HTTPStatus.GATEWAY_TIMEOUT)
+CALL_S = 600.0
+
+
+class AdapterNotServed(Exception):
+    """Whoever serves the adapter's name does not serve its weights. Nothing was accepted; the adapter is kept."""
+
+
+async def probe(
+    ports: Ports,
+    run: str,
+    key: str,
+    weights: Weights,
+    before: Weights,
+    texts: Sequence[Text],
+    own: Scores,
+) -> Probe:
+    """Score `texts`, (prompt ids, completion ids), under `weights` and under what they started from, `before`.
+
+    `own` are the learner's log-probs under the finished adapter, of each completion's tokens, in nats at temperature 1.
+    The calls go through the gateway as every other and are recorded under "trainer.KEY". They are made anew each time:
+    what is asked is what is served now. Raises AdapterNotServed when a token is too far from the learner's, or the
+    learner moved and the served adapter did not; BudgetSpent; ProviderAway.
+    """
+    if not texts:
+        raise ValueError("a probe needs a text at least")
+    after, start = await _scored(ports, run, key, weights, texts), await _scored(ports, run, key, before, texts)
+    apart, moved, learned = _furthest(after, own), _furthest(after, start), _furthest(own, start)
+    tolerance, noise = EXACT if weights.model.startswith("local/") else ROUGH
+    stayed = learned > noise and moved < learned / 2
+    if stayed or not apart <= tolerance:
+        name = (weights.adapter or "none")[:12]
+        what = "what it started from is served in its place" if stayed else "other weights are served under its name"
+        raise AdapterNotServed(
+            f"adapter {name} of {weights.model} did not reach the sampler: {what}. A token of the {len(texts)} texts "
+            f"is {apart:.2g} nats from the learner's (up to {tolerance:g} are let pass); it moved by {moved:.2g} where "
+            f"it is served and by {learned:.2g} where it was learned. The adapter is kept and was not accepted; start "
+            "the model's server again, then: sia run --resume RUN."
+        )
+    tokens = sum(len(completion) for _, completion in texts)
+    return Probe(texts=len(texts), tokens=tokens, apart=round(apart, 6), moved=round(moved, 6))
+
+
+def _furthest(one: Scores, other: Scores) -> float:
+    """The largest difference of a token. Infinite where the two do not speak of the same tokens, or a score is none."""
+    if [len(scores) for scores in one] != [len(scores) for scores in other]:
+        return float("inf")
+    apart = [abs(a - b) for left, right in zip(one, other, strict=True) for a, b in zip(left, right, strict=True)]
+    return max((value if value == value else float("inf") for value in apart), default=0.0)
+
+
+async def _scored(ports: Ports, run: str, key: str, weights: Weights, texts: Sequence[Text]) -> Scores:
+    start = secrets.token_hex(8)
+    claims = {
+        "run": run,
+        "attempt": f"trainer.{key}",
+        "start": start,
+        "version": key,
+        "role": "trainer",
+        "model": weights.model,
+        "adapter": weights.adapter,
+        "sample": False,
+        "seed": 0,
+        "expires": (ports.clock.now() + timedelta(seconds=CALL_S)).timestamp(),
+    }
+    transport = httpx.AsyncHTTPTransport(uds=str(ports.door.socket))
+    token = {"Authorization": f"Bearer {ports.door.token(claims)}"}
+    async with httpx.AsyncClient(transport=transport, base_url="http://gateway", timeout=CALL_S, headers=token) as http:
+
+        async def score(text: Text) -> Sequence[float]:
+            # The start tells these calls from those of an earlier try, whose replies the journal has.
+            body = {"prompt_token_ids": text[0], "completion_token_ids": text[1], "metadata": {"probe": start}}
+            return _read(await http.post("/v1/logprobs", json=body), weights)
+
+        try:
+            return await asyncio.gather(*(score(text) for text in texts))
+        except httpx.HTTPError as error:
+            said = f"the gateway lost a probe of {weights.model}: {type(error).__name__}: {error}"
+            raise AdapterNotServed(said) from error
+
+
+def _read(response: httpx.Response, weights: Weights) -> Sequence[float]:
+    reply: Any = response.json()
+    if response.status_code == HTTPStatus.OK:
+        return reply["logprobs"]
+    said = f"{weights.model} with adapter {(weights.adapter or 'none')[:12]} did not answer the probe"
+    said = f"{said} ({response.status_code}): {reply['error']['message']}"
+    if response.status_code == HTTPStatus.PAYMENT_REQUIRED:
+        raise BudgetSpent(said)
+    raise ProviderAway(said) if response.status_code in AWAY else AdapterNotServed(said)
