@@ -17,7 +17,7 @@ run: $(VENV)/.ready
 	$(BIN)/sia run words
 
 test: $(VENV)/.ready
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -n 2 -m "not slow"
 
 slow: $(VENV)/.ready
 	$(BIN)/python -m pytest -m slow

@@ -3,6 +3,7 @@
 import asyncio
 import json
 from collections.abc import Awaitable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, TypeVar
 from uuid import uuid4
@@ -20,6 +21,7 @@ PLACES = "SIA_PLACES"
 ADVISORIES = "SIA_ADVISORIES"
 
 ANSWER_S = 2.0  # an answer that takes longer counts as none: what was asked is then looked up
+LOOKS, LOOK_S = 20, 0.05
 READ_AT_ONCE = 500
 MAX_BATCH = 1000  # the server's own limit
 
@@ -102,8 +104,16 @@ async def ensure_streams(client: Client, replicas: int = 1) -> None:
             found = (await jetstream.stream_info(name)).config
         except NotFoundError:
             fits: dict[str, Any] = {size: _within(client, size, least) for size, least in _SIZES[name].items()}
-            await _apply(jetstream.add_stream, api.StreamConfig(num_replicas=replicas, **fixed, **fits))
-            continue
+            made = api.StreamConfig(num_replicas=replicas, **fixed, **fits)
+            try:
+                await _apply(jetstream.add_stream, made)
+            except BusFull:
+                # While several make a stream at once, the server sets room aside for each of them.
+                found = await _made_by_another(jetstream, name)
+                if found is None:
+                    raise
+            else:
+                continue
         changes: dict[str, Any] = {key: want for key, want in fixed.items() if _value(getattr(found, key)) != want}
         for size, least in _SIZES[name].items():
             have = getattr(found, size) or 0
@@ -121,6 +131,14 @@ def _within(client: Client, size: str, least: float) -> float:
 
 def _value(setting: Any) -> Any:
     return getattr(setting, "value", setting)
+
+
+async def _made_by_another(jetstream: JetStreamContext, name: str) -> api.StreamConfig | None:
+    for _ in range(LOOKS):
+        with suppress(NotFoundError):
+            return (await jetstream.stream_info(name)).config
+        await asyncio.sleep(LOOK_S)
+    return None
 
 
 async def _apply(call: Any, config: api.StreamConfig, changes: Mapping[str, Any] | None = None) -> None:

@@ -8,6 +8,7 @@ POST /v1/completions tells the log-probs of next tokens and writes none.
 import argparse
 import asyncio
 import hashlib
+import itertools
 import json
 import os
 import secrets
@@ -20,7 +21,6 @@ from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
-from uuid import uuid4
 
 import msgspec
 import structlog
@@ -81,6 +81,7 @@ class Api:
         self._network = network.load(folder.path)
         self._engine = Engine(Policy(self._network, self._chat.end_token))
         self._adapters: OrderedDict[str, Served] = OrderedDict()
+        self._started, self._numbers = time.time_ns(), itertools.count(1)
 
     def app(self) -> Starlette:
         return Starlette(
@@ -120,7 +121,7 @@ class Api:
         ]
         cut = _cut(text, stops)
         return {
-            "id": f"chatcmpl-{uuid4().hex}",
+            "id": self._id("chatcmpl"),
             "object": "chat.completion",
             "created": int(time.time()),
             "model": body.model,
@@ -136,6 +137,10 @@ class Api:
             ],
             "usage": _usage(len(prompt), len(sampled.tokens)),
         }
+
+    def _id(self, kind: str) -> str:
+        """A name that no other reply has; unlike a random one it packs well, and every call is kept."""
+        return f"{kind}-{self._started:x}-{next(self._numbers)}"
 
     async def choose(self, body: ChoiceBody) -> dict[str, Any]:
         if body.bias is not None and len(body.bias) != len(body.choices):
@@ -156,7 +161,7 @@ class Api:
         request = ChoiceRequest(self._adapter(body.model), prompt, choices, bias, body.temperature, _seed(body.seed))
         chosen = await asyncio.wrap_future(self._engine.choose(request))
         return {
-            "id": f"choice-{uuid4().hex}",
+            "id": self._id("choice"),
             "object": "choice",
             "created": int(time.time()),
             "model": body.model,
@@ -180,7 +185,7 @@ class Api:
         asked = [ChoiceRequest(name, prompt, wanted, None, 0.0, 0) for prompt in prompts]
         told = await asyncio.gather(*(asyncio.wrap_future(self._engine.choose(request)) for request in asked))
         return {
-            "id": f"cmpl-{uuid4().hex}",
+            "id": self._id("cmpl"),
             "object": "text_completion",
             "created": int(time.time()),
             "model": body.model,

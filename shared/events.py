@@ -102,7 +102,6 @@ class Learning(Value):
     max_lag: int = Field(default=0, ge=0)
     max_ratio: float = Field(default=5.0, gt=0)
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    trainer: Literal["own", "trl"] = "own"
 
 
 class Probe(Value):

@@ -10,6 +10,7 @@ from zipfile import ZipFile
 import psutil
 import pytest
 from command import adopting, small_task
+from filelock import FileLock
 
 from sia_events.local_model.weights import prepare
 
@@ -51,13 +52,14 @@ def sia_package(pytestconfig: pytest.Config) -> Path:
     """
     assert pytestconfig.cache
     folder = Path(pytestconfig.cache.mkdir("sia-wheel"))
-    if not (folder / "unpacked/sia").is_dir():
-        options = ("--no-deps", "--only-binary", ":all:", "--dest", str(folder))
-        fetch = [sys.executable, "-m", "pip", "download", "--quiet", *options, SIA_WHEEL]
-        done = subprocess.run(fetch, capture_output=True, text=True)
-        if done.returncode:
-            pytest.skip(f"{SIA_WHEEL} cannot be fetched: {done.stderr.strip()[-300:]}")
-        (wheel,) = folder.glob("sia_agent-*.whl")
-        with ZipFile(wheel) as archive:
-            archive.extractall(folder / "unpacked")
+    with FileLock(folder / "lock"):
+        if not (folder / "unpacked/sia").is_dir():
+            options = ("--no-deps", "--only-binary", ":all:", "--dest", str(folder))
+            fetch = [sys.executable, "-m", "pip", "download", "--quiet", *options, SIA_WHEEL]
+            done = subprocess.run(fetch, capture_output=True, text=True)
+            if done.returncode:
+                pytest.skip(f"{SIA_WHEEL} cannot be fetched: {done.stderr.strip()[-300:]}")
+            (wheel,) = folder.glob("sia_agent-*.whl")
+            with ZipFile(wheel) as archive:
+                archive.extractall(folder / "unpacked")
     return folder / "unpacked/sia"

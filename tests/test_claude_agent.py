@@ -24,7 +24,7 @@ from sia_events.model_gateway.journal import Journal
 from sia_events.model_gateway.ledger import Ledger, Unlimited
 from sia_events.model_gateway.token import TokenDoor
 from sia_events.shared.calls import ModelCall, decode_call
-from sia_events.shared.ports import BudgetSpent, Ports, Sandbox, WritingFailed
+from sia_events.shared.ports import BudgetSpent, Ports, ProviderAway, Sandbox, WritingFailed
 
 CLAUDE = find_program()
 MODEL = "anthropic/claude-opus-5-5"
@@ -224,10 +224,20 @@ async def test_a_spent_budget_is_an_error_of_its_own(tmp_path: Path):
 
 @installed
 @boxed
-@pytest.mark.parametrize("kind", ["overloaded", "garbage", "unauthorised", "unknown_model"])
-async def test_a_provider_that_does_not_answer_is_no_fault_of_the_agents(tmp_path: Path, kind: Any):
+@pytest.mark.parametrize(
+    ("kind", "fault"),
+    [
+        ("overloaded", ProviderAway),
+        ("unauthorised", ProviderAway),
+        ("garbage", ClaudeAway),
+        ("unknown_model", ClaudeAway),
+    ],
+)
+async def test_a_provider_that_does_not_answer_is_no_fault_of_the_agents(
+    tmp_path: Path, kind: Any, fault: type[Exception]
+):
     async with room(tmp_path, [write("lib.py", ""), Fault(kind)]) as place:
-        with pytest.raises(ClaudeAway, match=f"{MODEL} did not answer meta.g0a") as caught:
+        with pytest.raises(fault, match=f"{MODEL} did not answer meta.g0a") as caught:
             await ClaudeAgent(CLAUDE).write(brief(model=MODEL), place.ports)
     assert KEY not in str(caught.value)
 

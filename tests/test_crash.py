@@ -61,7 +61,8 @@ def assert_whole(home: Path, records: Sequence[Record], undisturbed: Sequence[Re
 def points(records: Sequence[Record]) -> list[str]:
     """Every point that the run came past, in its order: those named in the sources, and a service's by its causes."""
     text = "\n".join(file.read_text() for file in SOURCES)
-    patterns = set(re.findall(r'reach\(f"(.+?)"\)', text))
+    # A learner's own are come past in tests/test_trainer.py: this run's model has no weights to change.
+    patterns = {point for point in re.findall(r'reach\(f"(.+?)"\)', text) if not point.startswith("learner")}
     assert patterns == {f"{{service.name}} {when} publishing on {{one.type}}" for when in ("before", "after")}
     of_services: list[str] = []
     by_id = {record.id: record for record in records}

@@ -77,7 +77,8 @@ def custom_kernel(data):
 """
     measurement = judged(source)
     assert measurement.correct, measurement.reason
-    assert measurement.speedup is not None and measurement.speedup < 1.5
+    # What is remembered would be found some hundred times faster; on a busy machine equal kernels differ by a half.
+    assert measurement.speedup is not None and measurement.speedup < 5
 
 
 @runs_kernels

@@ -18,6 +18,7 @@ from small_disk import small_disk
 
 from sia_events.infra import nats_server
 from sia_events.infra.nats_server import NatsServerFailed, running, server_info
+from sia_events.infra.nats_streams import ensure_streams
 from sia_events.infra.store_lock import StoreHeld
 
 
@@ -203,3 +204,12 @@ async def test_what_is_no_nats_server_is_not_taken_for_one():
     async with await asyncio.start_server(greet, "127.0.0.1", 0) as server:
         with pytest.raises(ValueError, match="no NATS server"):
             await server_info("127.0.0.1", server.sockets[0].getsockname()[1])
+
+
+async def test_several_who_come_first_at_once_all_find_the_streams(tmp_path: Path):
+    async with running(tmp_path / "nats") as url:
+        clients = [await nats.connect(url) for _ in range(4)]
+        await asyncio.gather(*(ensure_streams(client) for client in clients))
+        assert len(await clients[0].jetstream().streams_info()) == 4
+        for client in clients:
+            await client.close()

@@ -243,12 +243,11 @@ def alone(lines: Lines) -> Lines:
         (alone, {}, "single sample: 24"),
         (endless, {}, "is not a finite number: nothing was trained"),
         (unsaid, {}, "192 calls have none.*Algorithms that do without: cloning, dpo"),
-        (list, {"learning": {"trainer": "trl"}}, "the trainer 'trl' is not built in"),
         (list, {"algorithm": "sarsa"}, "sarsa is no algorithm; there are reinforce"),
         (list, {"weights": Weights(model="openai/gpt")}, "openai/gpt is not ours to train"),
         (lambda lines: [], {}, "none of the parent's model calls names its item"),
     ],
-    ids=["alike", "alone", "endless", "unsaid", "trl", "sarsa", "hosted", "nothing"],
+    ids=["alike", "alone", "endless", "unsaid", "sarsa", "hosted", "nothing"],
 )
 async def test_what_cannot_be_learned_from_ends_in_a_reason(
     house: House, change: Any, asked: dict[str, Any], says: str

@@ -1,6 +1,7 @@
 """The wire form: one golden line of every event ever shipped, read and written byte for byte; all else is refused."""
 
 import json
+import zlib
 from datetime import UTC, datetime, timedelta, timezone
 from pathlib import Path
 from typing import Any
@@ -11,8 +12,11 @@ from hypothesis import given as for_all
 from hypothesis import strategies as st
 from story import SECOND
 
+from sia_events.infra.nats_streams import Message
+from sia_events.infra.nats_wire import packed, read_envelope, trace_subject
 from sia_events.shared import record as module
 from sia_events.shared.events import EVENTS
+from sia_events.shared.ports import Envelope
 from sia_events.shared.record import NewerRecord, UnreadableRecord, broken_link, parse_record, place, to_wire
 
 # A line is added with a new event and with a new schema, and none is ever changed: old streams hold them.
@@ -177,3 +181,14 @@ def test_a_record_moved_dropped_or_swapped_breaks_the_chain():
 
 def test_the_same_answer_has_the_same_id_in_every_process():
     assert str(module.derived_id("r1", None, "cli", 0)) == "c94f6222-76a2-5416-b5be-d4e78e57fa88"
+
+
+def test_an_envelope_is_read_whichever_way_it_was_packed():
+    """By zlib once, by Zstandard now; a stream keeps both as they are."""
+    lines, subject = (b'{"a":1}', b'{"b":2}'), trace_subject("r1", "model_call", "g0a.dev")
+    (body,) = packed(lines, 1000)
+    for data in (body, zlib.compress(b"\n".join(lines))):
+        assert read_envelope(Message(1, subject, data)) == Envelope("r1", "model_call", "g0a.dev", lines)
+    for broken in (body[:-1], b"neither"):
+        with pytest.raises(UnreadableRecord, match=r"sia\.trace\.r1"):
+            read_envelope(Message(1, subject, broken))

@@ -55,7 +55,7 @@ async def update(work: Work, asked: WeightUpdateRequested) -> Sequence[Event]:
 
 async def _update(work: Work, asked: WeightUpdateRequested, folder: Path) -> WeightsUpdated:
     ports, parent, started = work.ports, work.run.versions[asked.parent], time.monotonic()
-    _require_own(asked)
+    _require_known(asked)
     model = await _base_model(ports, parent.weights)
     sources = await _sources(work, asked, parent)
     algorithm = ALGORITHMS[asked.algorithm]
@@ -127,11 +127,9 @@ async def _update(work: Work, asked: WeightUpdateRequested, folder: Path) -> Wei
     )
 
 
-def _require_own(asked: WeightUpdateRequested) -> None:
+def _require_known(asked: WeightUpdateRequested) -> None:
     if asked.algorithm not in ALGORITHMS:
         raise Barren(f"{asked.algorithm} is no algorithm; there are {', '.join(ALGORITHMS)}")
-    if asked.learning.trainer != "own":
-        raise Barren(f"the trainer {asked.learning.trainer!r} is not built in; set learning.trainer=own")
 
 
 async def _base_model(ports: Ports, weights: Weights) -> Path:

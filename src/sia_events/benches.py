@@ -84,6 +84,15 @@ async def gateway(settings: Settings, sia_agent: Path | None, as_json: bool) -> 
     return _told(found, load, as_json)
 
 
+def learn(settings: Settings, as_json: bool) -> str:
+    """Figures of learning on the embedded model; the disk is that of SIA_HOME."""
+    from sia_events import learning_figures
+
+    settings.home.mkdir(parents=True, exist_ok=True)
+    load = os.getloadavg()[0]
+    return _told(learning_figures.learning(settings.home), load, as_json)
+
+
 def _told(found: Sequence[Figure], load: float, as_json: bool) -> str:
     machine = {"cores": os.cpu_count(), "load before": round(load, 1), "load after": round(os.getloadavg()[0], 1)}
     return (

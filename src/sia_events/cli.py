@@ -38,7 +38,7 @@ VERBS: Mapping[str, Callable[..., None]] = {
     "doctor": inventory.doctor,
 }
 TASKS = {"list": inventory.tasks_list, "check": inventory.tasks_check}
-BENCHES = {"kernels": bench.kernels, "loop": bench.loop, "gateway": bench.gateway}
+BENCHES = {"kernels": bench.kernels, "loop": bench.loop, "gateway": bench.gateway, "learn": bench.learn}
 
 EXPERIMENTS = {"levers": experiment.levers}
 

@@ -51,3 +51,10 @@ def gateway(
     from sia_events import benches
 
     say(wait_for(benches.gateway(settings(), sia_agent and sia_agent.absolute(), as_json)))
+
+
+def learn(as_json: Json = False) -> None:
+    """A step of learning and rollouts, beside TRL's and transformers' where they are installed."""
+    from sia_events import benches
+
+    say(benches.learn(settings(), as_json))
