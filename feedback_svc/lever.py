@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from sia_events.agents.lineage import executions, lever_of
 from sia_events.feedback_svc.algorithm import Signal, pick
 from sia_events.shared.events import Evidence, HarnessPatched, Lever, Scored, WeightsUpdated
+from sia_events.shared.providers import trainable
 from sia_events.shared.record import Record
 from sia_events.shared.run import Run
 
@@ -122,6 +123,9 @@ def _lever(run: Run, evidence: Evidence) -> tuple[Lever, tuple[str, ...]]:
     if policy == "random":
         drawn = random.Random(f"{run.settings.seed}/{run.generation}").choice(LEVERS)
         return drawn, (f"drawn with seed {run.settings.seed}",)
+    if not trainable(run.settings.target_model):
+        # Thousands of rollouts would be paid for before the trainer could refuse them.
+        return "harness", (f"the weights of {run.settings.target_model} are not ours to change, so the harness is",)
     return _by_rule(evidence, run.settings.plateau_gain, _last_lever(run))
 
 

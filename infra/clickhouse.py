@@ -26,6 +26,7 @@ SETTINGS = {"async_insert": "0", "wait_for_async_insert": "1", "insert_deduplica
 TABLE_SETTINGS = ("fsync_after_insert = 1", "fsync_part_directory = 1", "non_replicated_deduplication_window = 10000")
 READERS_S = 5.0
 NO_SPACE = 243  # ClickHouse's NOT_ENOUGH_SPACE
+UNKNOWN_TABLE, LOOKS, LOOK_S = 60, 10, 0.05
 
 T = TypeVar("T")
 
@@ -119,9 +120,7 @@ class ClickHouseLog:
         return [row["run"] for row in await self.query(sql)]
 
     async def query(self, sql: str, parameters: Mapping[str, Any] | None = None) -> Sequence[Mapping[str, Any]]:
-        return await self._call(
-            lambda: list(self._reader.query(sql, parameters=dict(parameters or {})).named_results())
-        )
+        return await self._call(lambda: self._rows(sql, dict(parameters or {})))
 
     async def clear(self) -> None:
         # TRUNCATE forgets the tokens too, so the same batches can be inserted again.
@@ -143,6 +142,17 @@ class ClickHouseLog:
                 settings={"insert_deduplication_token": token},
             )
         )
+
+    def _rows(self, sql: str, parameters: dict[str, Any]) -> Sequence[Mapping[str, Any]]:
+        # While another process moves the store to a newer schema, a view that it replaces is missing for an instant.
+        for left in reversed(range(LOOKS)):
+            try:
+                return list(self._reader.query(sql, parameters=parameters).named_results())
+            except DatabaseError as error:
+                if error.code != UNKNOWN_TABLE or not left:
+                    raise
+            time.sleep(LOOK_S)
+        raise AssertionError("the last look returns or raises")
 
     def _bytes(self, sql: str, parameters: dict[str, Any]) -> Sequence[Sequence[bytes]]:
         return self._reader.query(sql, parameters=parameters, query_formats={"String": "bytes"}).result_rows

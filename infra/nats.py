@@ -17,7 +17,7 @@ from sia_events.infra.nats_feed import STREAMS, Place
 from sia_events.infra.nats_runs import Runs
 from sia_events.infra.nats_serve import Serving, Unanswerable, consumer, serve
 from sia_events.infra.nats_streams import EVENTS, TRACE, Message, publish, subjects_with
-from sia_events.infra.nats_wire import packed, read_envelope, read_record, run_of, trace_subject
+from sia_events.infra.nats_wire import ENCODING, packed, read_envelope, read_record, run_of, trace_subject
 from sia_events.shared.ports import Blobs, Clock, Envelope, Feed
 from sia_events.shared.record import Draft, Record, UnreadableRecord
 
@@ -135,7 +135,7 @@ class NatsBus:
         subject = trace_subject(envelope.run, envelope.kind, envelope.key)
         for body in packed(envelope.lines, self._nats.client.max_payload - 1024):
             # The id makes one message of a second try; bodies alone may well be equal.
-            message = (subject, body, {"Nats-Msg-Id": uuid4().hex, "Content-Encoding": "deflate"})
+            message = (subject, body, {"Nats-Msg-Id": uuid4().hex, "Content-Encoding": ENCODING})
             await self._nats.ask(lambda client, message=message: publish(client, [message]))
 
     async def traces(self, run: str, kind: str, key: str | None) -> Sequence[Envelope]:

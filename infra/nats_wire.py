@@ -18,7 +18,7 @@ else:
 
 CLOUD_EVENTS = {"Content-Type": "application/cloudevents+json"}
 # RFC 8878, section 3.1.1; a level at which envelopes of model calls are 7 % smaller than by zlib's, and done sooner.
-ZSTD_FRAME, LEVEL = b"\x28\xb5\x2f\xfd", 9
+ZSTD_FRAME, LEVEL, ENCODING = b"\x28\xb5\x2f\xfd", 9, "zstd"
 
 
 def subject_of(record: Record) -> str:

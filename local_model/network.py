@@ -180,7 +180,9 @@ def load(folder: Path, recompute: bool = False) -> Network:
         eps=config["rms_norm_eps"],
         rope_theta=config["rope_parameters"]["rope_theta"],
     )
-    return Network(shape, load_file(folder / "model.safetensors"), recompute)
+    # Float32 already is taken as it is, mapped; any other kind is copied.
+    weights = {name: matrix.float() for name, matrix in load_file(folder / "model.safetensors").items()}
+    return Network(shape, weights, recompute)
 
 
 def continuation_logprobs(

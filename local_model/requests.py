@@ -5,6 +5,8 @@ from typing import Annotated, Any
 import msgspec
 
 Temperature = Annotated[float, msgspec.Meta(ge=0, le=10)]
+# Divided by the least temperature there is, still a number.
+Bias = Annotated[float, msgspec.Meta(ge=-1e100, le=1e100)]
 Seed = Annotated[int, msgspec.Meta(ge=0)]
 TokenId = Annotated[int, msgspec.Meta(ge=0)]
 
@@ -41,7 +43,7 @@ class ChoiceBody(msgspec.Struct, kw_only=True):
     model: str
     messages: Annotated[list[Message], msgspec.Meta(min_length=1)]
     choices: Annotated[list[Annotated[str, msgspec.Meta(min_length=1)]], msgspec.Meta(min_length=1, max_length=512)]
-    bias: list[float] | None = None
+    bias: list[Bias] | None = None
     temperature: Temperature = 1.0
     seed: Seed | None = None
 

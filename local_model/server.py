@@ -48,6 +48,8 @@ from sia_events.local_model.requests import (
 
 CONTEXT = 4096
 """Tokens of prompt and reply together. The model could take 8192; this bounds the memory of a batch."""
+LEAST_TEMPERATURE = 1e-9
+"""Below it, but for 0, log-probabilities divided by it are no numbers, and nothing could be drawn from them."""
 CHOICE_TOKENS = 524_288
 """Choices times tokens of prompt and choice: every choice of several tokens reads the whole prompt once more."""
 KEPT_ADAPTERS = 32
@@ -108,7 +110,7 @@ class Api:
             adapter=self._adapter(body.model),
             prompt=prompt,
             max_tokens=wanted,
-            temperature=body.temperature,
+            temperature=_temperature(body.temperature),
             top_p=body.top_p,
             seed=_seed(body.seed),
             stopped=lambda tokens: bool(stops) and _cut(self._chat.text(tokens), stops) is not None,
@@ -158,7 +160,8 @@ class Api:
                 code="context_length_exceeded",
             )
         bias = None if body.bias is None else tuple(body.bias)
-        request = ChoiceRequest(self._adapter(body.model), prompt, choices, bias, body.temperature, _seed(body.seed))
+        temperature, seed = _temperature(body.temperature), _seed(body.seed)
+        request = ChoiceRequest(self._adapter(body.model), prompt, choices, bias, temperature, seed)
         chosen = await asyncio.wrap_future(self._engine.choose(request))
         return {
             "id": self._id("choice"),
@@ -309,6 +312,12 @@ def _error(message: str, status: int, code: str) -> JSONResponse:
 def _told(logprob: float) -> float:
     """A log-probability in the eight digits that a float32 has: the rest is noise that every record would keep."""
     return float(f"{logprob:.8g}")
+
+
+def _temperature(asked: float) -> float:
+    if 0 < asked < LEAST_TEMPERATURE:
+        raise Refused(f"temperature {asked:g} is too small; send 0, or {LEAST_TEMPERATURE:g} at least.")
+    return asked
 
 
 def _seed(given: int | None) -> int:

@@ -66,12 +66,14 @@ class Calls:
         asked = {name: value for name, value in body.items() if name not in DELIVERY}
         digest = hashlib.sha256(msgspec.json.encode([wire.name, asked], order="sorted")).hexdigest()
         recorded = await self._journal.open(claims.run, claims.attempt)
-        n = self._journal.number(claims.run, claims.start, digest, again)
+        same = (claims.run, journal_key(claims.attempt), digest)
+        under_way = [int(key[-1]) for key in self._under_way if key[:-1] == same]
+        n = self._journal.number(claims.run, claims.start, digest, again, under_way)
         seed = int.from_bytes(hashlib.sha256(f"{claims.seed}/{digest}/{n}".encode()).digest()[:4]) >> 1
         name = str(uuid5(NAMESPACE, f"{claims.run}/{claims.attempt}/{digest}/{n}"))
         known = recorded.get((digest, n))
         reading = Reading(Ask(claims, body, model, adapter, known.call if known else name, seed))
-        key = (claims.run, journal_key(claims.attempt), digest, str(n))
+        key = (*same, str(n))
         if known:
             assert known.reply is not None, "the journal gives out replies"
             reading.native = wire.native(known.reply)
@@ -174,7 +176,11 @@ class Calls:
             time=at.isoformat().replace("+00:00", "Z"),
         )
         # An agent that asks on and on for what it does not get fills no disk: one record says it.
-        if came.reply is not None or came.usage or (not self._ending and await self._is_news(claims, call)):
+        paid = came.reply is not None or came.usage
+        if self._ending and not paid:
+            # Not recorded and not blamed on anybody: with this status the box counts it as lost.
+            raise Refused(500, ENDING)
+        if paid or await self._is_news(claims, call):
             reach("model_gateway before recording a call")
             await self._journal.record(claims.run, call)
             reach("model_gateway after recording a call")

@@ -236,7 +236,7 @@ def _over(limits: Budget, total: Spend, minutes: float) -> Limit | None:
 
 
 def _tokens(usage: Mapping[str, Any]) -> int:
-    return int(usage.get("prompt_tokens", 0)) + int(usage.get("completion_tokens", 0))
+    return int(usage.get("prompt_tokens") or 0) + int(usage.get("completion_tokens") or 0)
 
 
 def _last_word(history: Sequence[Record]) -> Record:

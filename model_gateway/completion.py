@@ -41,7 +41,8 @@ def gather(parts: Sequence[Body]) -> Body:
 
 
 def usage(reply: Body) -> Body:
-    return reply.get("usage") or {}
+    told = reply.get("usage")
+    return told if isinstance(told, dict) else {}
 
 
 def usage_of(prompt: int, completion: int, cached: int = 0, cache_write: int = 0) -> Body:

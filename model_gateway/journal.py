@@ -2,6 +2,7 @@
 
 import asyncio
 from collections import OrderedDict, defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from sia_events.shared.calls import ModelCall, decode_call, encode_call, journal_key
@@ -47,11 +48,12 @@ class Journal:
                 self._known.popitem(last=False)
             return found
 
-    def number(self, run: str, start: str, digest: str, again: bool = False) -> int:
+    def number(self, run: str, start: str, digest: str, again: bool = False, under_way: Sequence[int] = ()) -> int:
         """The how-manieth reply to this request is wanted, since the attempt's program was started this time, from 0.
 
         Only what is answered counts, so that a later start, which may be answered at once, finds each reply under the
-        number that it asks for. `again`: whoever sends it says that it is the last sending once more.
+        number that it asks for. `again`: whoever sends it says that it is an earlier sending once more: of those whose
+        reply is `under_way` the first, else the last.
         """
         sent = self._sent.setdefault((run, start), defaultdict(_Sent))[digest]
         self._sent.move_to_end((run, start))
@@ -60,6 +62,8 @@ class Journal:
         if sent.back:
             sent.back.remove(first := min(sent.back))
             return first
+        if again and (late := [n for n in under_way if n < sent.count]):
+            return min(late)
         if not (again and sent.count):
             sent.count += 1
         return sent.count - 1

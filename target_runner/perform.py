@@ -60,21 +60,23 @@ async def attempt(work: Work, asked: AttemptRequested) -> Sequence[Event]:
             _job(folder, packages, ports.door.socket, token, version.weights.model, limits)
         )
         overslept = ports.clock.now() >= expires
-        calls = await recorded_calls(work, asked.attempt)
+        recorded = await _recorded(work, asked.attempt)
+        calls = _each_once(recorded)
+        paid = [*calls, *_broken_off(recorded, calls)]
         unanswered = [call for call in calls if call.error and call.start == claims["start"]]
         if away := [call for call in unanswered if call.fault in AWAY]:
             raise ProviderAway(f"{asked.attempt} had no answer from {away[0].model}: {away[0].error}")
         if trouble := _trouble(asked, outcome, unanswered, overslept):
             detail = await ports.blobs.put(outcome.stderr[-20_000:]) if outcome.stderr else None
-            return [trouble.model_copy(update={"detail": detail, **spent(calls)})]
+            return [trouble.model_copy(update={"detail": detail, **spent(paid)})]
         try:
             outputs = read_tree(folder / "work", max_bytes=DATA_LEFT_IN_WORK)
         except TreeRefused as refused:
-            return [_failed(asked, "invalid_output", str(refused), calls)]
+            return [_failed(asked, "invalid_output", str(refused), paid)]
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     if not outputs:
-        return [_failed(asked, "empty_reply", "the agent ended well and wrote nothing", calls)]
+        return [_failed(asked, "empty_reply", "the agent ended well and wrote nothing", paid)]
     return [
         ExecutionLogged(
             attempt=asked.attempt,
@@ -82,7 +84,7 @@ async def attempt(work: Work, asked: AttemptRequested) -> Sequence[Event]:
             split=asked.split,
             outputs=await store_tree(ports.blobs, outputs),
             trajectory=await ports.blobs.put(b"\n".join(encode_call(call) for call in calls if call.reply is not None)),
-            **spent(calls),
+            **spent(paid),
             seconds=round(outcome.seconds, 3),
         )
     ]
@@ -93,11 +95,24 @@ async def recorded_calls(work: Work, attempt: str) -> list[ModelCall]:
 
     Each call is there once, whatever was recorded of it: with its last reply, or with its last error for want of one.
     """
+    return _each_once(await _recorded(work, attempt))
+
+
+async def _recorded(work: Work, attempt: str) -> list[ModelCall]:
     envelopes = await work.ports.bus.traces(work.run.name, "model_call", journal_key(attempt))
-    recorded = [decode_call(line) for envelope in envelopes for line in envelope.lines]
-    recorded.sort(key=lambda call: call.reply is not None)
-    calls = {(call.digest, call.n): call for call in recorded}.values()
+    return [decode_call(line) for envelope in envelopes for line in envelope.lines]
+
+
+def _each_once(recorded: Sequence[ModelCall]) -> list[ModelCall]:
+    answered_last = sorted(recorded, key=lambda call: call.reply is not None)
+    calls = {(call.digest, call.n): call for call in answered_last}.values()
     return sorted(calls, key=lambda call: (call.item or "", call.digest, call.n))
+
+
+def _broken_off(recorded: Sequence[ModelCall], calls: Sequence[ModelCall]) -> list[ModelCall]:
+    """Replies that broke off and are not among `calls`, since their request was sent again: they were paid for too."""
+    counted = {id(call) for call in calls}
+    return [call for call in recorded if call.error and call.completion_tokens and id(call) not in counted]
 
 
 def _claims(run: Run, asked: AttemptRequested, expires: datetime) -> Mapping[str, Any]:

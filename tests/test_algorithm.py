@@ -165,3 +165,13 @@ def test_logprobs_are_looked_for_in_replies_made_for_an_item():
     chat, choice = call(0, "i1", "t", "x"), call(1, "i1", "t", "x", ("x", "y"))
     assert carry_logprobs([choice]) and not carry_logprobs([chat]) and carry_logprobs([chat, choice])
     assert carry_logprobs([]) and carry_logprobs([call(0, None, "t", "x")])
+
+
+def test_weights_that_are_nobody_s_to_change_here_are_not_chosen_by_rule():
+    for model, lever in (("openai/gpt-9", "harness"), ("local/m", "weights")):
+        past = list(ACCEPTED)
+        past[1] = past[1].model_copy(update={"settings": RunSettings(generations=1, target_model=model)})
+        records = recorded(*past, feedback_asked(1))
+        choice = choose_lever(fold(records), records, Signal())
+        assert choice.lever == lever, "the last generation, and the weights have not been tried"
+        assert (model in choice.reasons[0]) == (lever == "harness")

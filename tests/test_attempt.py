@@ -115,6 +115,14 @@ async def test_an_attempt_that_failed_says_what_it_and_its_earlier_tries_have_co
     assert (event.calls, event.prompt_tokens, event.completion_tokens) == (2, 14, 4)
 
 
+async def test_a_reply_that_broke_off_is_paid_for_also_where_the_next_one_came_whole(tmp_path: Path):
+    tokens = {"prompt_tokens": 100, "completion_tokens": 50}
+    broken, whole = call("a", error="broke off", fault="garbage", usd=0.5, **tokens), {"reply": {}, "usd": 0.6}
+    (event,), _ = await attempted(Box(), tmp_path, asked("g0a", "dev"), [broken, call("a", **whole, **tokens)])
+    assert isinstance(event, ExecutionLogged)
+    assert (event.calls, event.prompt_tokens, event.completion_tokens, event.usd) == (2, 200, 100, 1.1)
+
+
 def call(digest: str, **more: Any) -> bytes:
     fixed = {"call": "c", "version": "g0a", "kind": "chat", "model": "m", "n": 0, "seed": 1, "request": {}}
     return encode_call(ModelCall(**{"attempt": "g0a.dev", "digest": digest, **fixed, **more}))

@@ -72,6 +72,13 @@ async def test_an_output_in_the_way_of_the_harness_or_of_what_is_told_is_left_ou
     assert json.loads(files[EXECUTION]) == [] and files["kept/x"] == b"x"
 
 
+@pytest.mark.parametrize("name", [EXECUTION, f"{EXECUTION}/x"])
+async def test_a_harness_brings_no_execution_along(tmp_path: Path, name: str):
+    files = await exported(tmp_path, harness={**AGENT, name: FORGED})
+    assert_told(files)
+    assert json.loads(files[EXECUTION]) == []
+
+
 async def test_an_execution_that_the_agent_kept_itself_is_its_own(tmp_path: Path):
     assert (await exported(tmp_path, outputs={EXECUTION: b'[{"role": "user"}]'}))[EXECUTION] == b'[{"role": "user"}]'
 

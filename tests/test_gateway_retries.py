@@ -75,3 +75,15 @@ async def test_a_provider_is_waited_for_once_in_an_attempt_and_again_by_its_next
         assert await said(client(there, "second")) == Reply().text
         recorded = await there.recorded()
     assert [(call.start, call.fault) for call in recorded] == [("first", "unavailable"), ("second", "")]
+
+
+async def test_a_client_that_ran_out_of_time_does_not_get_the_reply_of_one_that_asked_the_same_beside_it():
+    faults = [Fault("hang")]
+    async with house(lambda wire, body: faults.pop() if faults else Reply("another")) as there:
+        agent = client(there, max_retries=9, timeout=0.4)
+        first = asyncio.create_task(said(agent))
+        await asyncio.sleep(0.1)
+        assert await said(agent) == "another"
+        await asyncio.sleep(1.0)
+        there.provider.release()
+        assert await first == Reply().text and there.provider.count == 2

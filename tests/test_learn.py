@@ -122,6 +122,19 @@ def test_moving_too_far_from_the_rollouts_stops_learning(tiny: Path, tmp_path: P
     assert last["step"] < last["steps"]
 
 
+def test_what_stops_before_its_first_step_leaves_no_adapter_and_steps_that_were_not_taken_are_not_told(
+    tiny: Path, tmp_path: Path
+) -> None:
+    lines = choice_lines(tiny, count=12)
+    *steps, last = learn(spec(tiny, tmp_path, lines, lr=0.1, kl_stop=0.01, epochs=9))
+    assert last["stopped"] == "kl" and 0 < last["step"] == steps[-1]["step"] - 1
+    for line in lines:
+        line["steps"][0]["logprobs"] = line["steps"][0]["logprobs"][::-1]
+    *_, last = learn(spec(tiny, tmp_path / "far", lines, kl_stop=0.001))
+    assert (last["stopped"], last["adapter"], last["steps"]) == ("kl", None, 0)
+    assert not (tmp_path / "far" / "adapter").exists()
+
+
 def test_collapse_to_one_answer_stops_learning(tiny: Path, tmp_path: Path) -> None:
     """Prompts that cannot be told apart, half of which overpay one answer: it is given everywhere, deserved on half."""
     lines = [

@@ -5,11 +5,12 @@ from pathlib import Path
 import pytest
 import torch
 from lessons import CHOICES, choice_lines, completion_lines, prompts, spec
+from safetensors.torch import load_file, save_file
 from tiny import WIDTH, make_model, stirred
 
 from sia_events.local_model import adapter, network, weights
 from sia_events.local_model.weights import MANIFEST, ModelNotReady
-from sia_events.trainer.engines import Engine, TargetsRefused
+from sia_events.trainer.engines import Engine, OwnEngine, TargetsRefused
 from sia_events.trainer.groups import Scene
 from sia_events.trainer.learn import learn
 from sia_events.trainer.opening import model_folder, opened
@@ -76,6 +77,13 @@ def digest(tiny: Path) -> str:
     return weights.opened(tiny).digest
 
 
+def test_the_embedded_model_is_learned_by_the_network_that_serves_it_on_a_gpu_s_machine_too(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert isinstance(opened(spec(tiny, tmp_path, []))[0], OwnEngine)
+
+
 def test_a_folder_without_our_manifest_is_known_by_its_weights(tiny: Path, tmp_path: Path) -> None:
     plain = tmp_path / "plain"
     plain.mkdir()
@@ -86,6 +94,16 @@ def test_a_folder_without_our_manifest_is_known_by_its_weights(tiny: Path, tmp_p
     with pytest.raises(ModelNotReady, match="no weights in safetensors"):
         model_folder(plain)
     assert (tiny / MANIFEST).exists()
+
+
+def test_a_folder_whose_weights_are_bfloat16_is_learned_on_in_float32(tiny: Path, tmp_path: Path) -> None:
+    half = tmp_path / "half"
+    half.mkdir()
+    rounded = {name: matrix.bfloat16() for name, matrix in load_file(tiny / "model.safetensors").items()}
+    save_file(rounded, half / "model.safetensors", metadata={"format": "pt"})
+    (half / "config.json").write_text((tiny / "config.json").read_text().replace('"float32"', '"bfloat16"'))
+    *_, last = learn(spec(half, tmp_path, choice_lines(tiny, count=8), engine="own", epochs=1))
+    assert last["stopped"] == "end" and last["probe"]
 
 
 @pytest.mark.parametrize("name", BOTH)

@@ -91,6 +91,17 @@ def test_samples_too_far_from_the_policy_are_masked_and_counted(tiny: Path, tmp_
     assert last["counts"]["masked"] == sum(line["group"] in kept for line in lines[::5])
 
 
+@pytest.mark.parametrize("algorithm", sorted(ALGORITHMS))
+def test_a_step_whose_samples_are_all_masked_moves_nothing_and_is_told(
+    tiny: Path, tmp_path: Path, algorithm: str
+) -> None:
+    lines = choice_lines(tiny, count=12)
+    for line in lines:
+        line["steps"][0]["logprobs"] = [value - 9 for value in line["steps"][0]["logprobs"]]
+    *steps, last = learn(spec(tiny, tmp_path, lines, epochs=1, algorithm=algorithm))
+    assert len(steps) == last["steps"] and all(step["loss"] == 0 for step in steps if "value_loss" not in step)
+
+
 def alike(lines: list[dict[str, Any]]) -> set[str]:
     rewards: dict[str, set[float]] = {}
     for line in lines:

@@ -203,3 +203,23 @@ async def test_a_server_that_is_away_is_no_fault_of_the_adapter(server: Server, 
     async with training(replace(server, address=tmp_path / "nobody"), tmp_path, 0.1) as trainer:
         with pytest.raises(ProviderAway, match="the model server does not answer"):
             await probe(trainer.ports, "r1", "g1", BASE, BASE, TEXTS, server.learned(None))
+
+
+@pytest.mark.parametrize(("learned", "served", "arrived"), [(0.2, 0.0, False), (0.2, 0.1, True), (0.0, 0.0, True)])
+async def test_on_a_server_that_rounds_a_small_update_that_never_arrived_is_told_too(
+    monkeypatch: pytest.MonkeyPatch, learned: float, served: float, arrived: bool
+) -> None:
+    told = iter([[[-1.0 + served]], [[-1.0]]])
+
+    async def scored(*_: Any) -> Any:
+        return next(told)
+
+    monkeypatch.setattr("sia_events.trainer.probe._scored", scored)
+    base = Weights(model="vllm/m")
+    ports: Any = None
+    asked = probe(ports, "r1", "g1", base.model_copy(update={"adapter": "a" * 64}), base, TEXTS[:1], [[-1.0 + learned]])
+    if arrived:
+        assert (await asked).moved == served
+    else:
+        with pytest.raises(AdapterNotServed, match="what it started from"):
+            await asked

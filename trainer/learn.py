@@ -40,10 +40,11 @@ Line = dict[str, Any]
 def learn(spec: Spec, open_engine: Callable[[Spec], tuple[Engine, weights.ModelFolder]] = opened) -> Iterator[Line]:
     """Train and write the adapter; yields a line a step and at last {"done": true, "stopped": why, ...}.
 
-    `stopped` is "end", "kl", "collapse", "time", or "no signal" when no group's samples could be told apart: then no
-    adapter is written. The last line has `counts` of what was learned from or left out, and `probe`: a few texts with
-    their log-probs under the finished adapter, at temperature 1. Bad input raises RolloutsRefused, RewardRefused,
-    AdapterRefused, TargetsRefused or ModelNotReady before anything is trained; later OutOfMemory and SavingFailed.
+    `stopped` is "end", "kl", "collapse", "time", or "no signal" when no group's samples could be told apart: then, as
+    when it stops before its first step, no adapter is written. The last line has `counts` of what was learned from or
+    left out, and `probe`: a few texts with their log-probs under the finished adapter, at temperature 1. Bad input
+    raises RolloutsRefused, RewardRefused, AdapterRefused, TargetsRefused or ModelNotReady before anything is trained;
+    later OutOfMemory and SavingFailed.
     """
     started = time.monotonic()
     torch.set_num_threads(spec.threads)
@@ -76,13 +77,18 @@ def learn(spec: Spec, open_engine: Callable[[Spec], tuple[Engine, weights.ModelF
         if spec.max_seconds is not None and time.monotonic() - started > spec.max_seconds:
             stopped = "time"
             break
+    counts["masked"] = len(learner.progress.masked)
+    if not learner.progress.step:
+        yield {"done": True, "stopped": stopped, "adapter": None, "steps": 0, "counts": dict(counts)}
+        return
     _write(engine.adapter, Path(spec.adapter_out), folder)
     yield {
         **learner.progress.line,
+        "step": learner.progress.step,  # of the one that stopped it there is a line, and nothing else
         "done": True,
         "stopped": stopped,
         "adapter": spec.adapter_out,
-        "counts": {**counts, "masked": len(learner.progress.masked)},
+        "counts": dict(counts),
         "base": folder.digest,
         "probe": _probe(engine, groups, spec.seed),
         "seconds": round(time.monotonic() - started, 3),

@@ -52,6 +52,7 @@ class Learner:
         self._optimiser = torch.optim.AdamW(self._policy + self._critic, lr=spec.learning.lr, weight_decay=0.0)
         self._identity = spec.identity
         self._resume()
+        self._before = self.progress.tokens
 
     def gradients(self, batch: Sequence[RolloutGroup], fresh: bool) -> Tally:
         """Leave the batch's gradients in the parameters. A `fresh` batch is weighed first; another step on it is not.
@@ -106,7 +107,9 @@ class Learner:
             **progress.prepared.figures,
             **{"masked": len(progress.masked), "tokens": progress.tokens},
         }
-        return {**progress.line, "tokens_per_second": round(progress.tokens / max(seconds, 1e-9), 1)}
+        # What was learned from before the checkpoint took seconds of another process.
+        own = progress.tokens - self._before
+        return {**progress.line, "tokens_per_second": round(own / max(seconds, 1e-9), 1)}
 
     def take(self, step: int) -> None:
         """The step itself, down the gradients that are there."""

@@ -92,7 +92,8 @@ class Tally:
             "entropy": self.entropy / self.scenes,
             "reward": self.reward / self.samples,
             "preferred_share": _top_share(self.answers.preferred),
-            **{name: value / self.actions for name, value in self.figures.items()},
+            # Of a step whose samples are all masked there are no actions, and every sum is 0.
+            **{name: value / max(self.actions, 1.0) for name, value in self.figures.items()},
         }
 
 

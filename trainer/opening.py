@@ -19,11 +19,11 @@ PACKAGES = ("transformers", "peft", "accelerate")
 def opened(spec: Spec) -> tuple[Engine, ModelFolder]:
     """The engine on the spec's model folder. Raises ModelNotReady.
 
-    `auto` is our own network for a plain Llama where there is no GPU, and transformers for everything else.
+    `auto` is our own network for the embedded model, which it also serves, and for a plain Llama where there is no GPU;
+    transformers for everything else.
     """
     folder = model_folder(Path(spec.model))
-    own = spec.engine == "own" or (spec.engine == "auto" and _plain(folder.path) and not torch.cuda.is_available())
-    if own:
+    if spec.engine == "own" or (spec.engine == "auto" and _ours(folder.path)):
         return OwnEngine(folder, spec), folder
     if missing := [name for name in PACKAGES if find_spec(name) is None]:
         raise ModelNotReady(f"Learning on {folder.path} needs {', '.join(missing)}.", "pip install 'sia-events[train]'")
@@ -45,6 +45,11 @@ def model_folder(path: Path) -> ModelFolder:
             digests.append(hashlib.file_digest(file, "sha256").hexdigest())
     digest = digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
     return ModelFolder(path, path.name, digest)
+
+
+def _ours(path: Path) -> bool:
+    """A GPU changes nothing for the embedded model: its server computes in float32 on the CPU."""
+    return (path / MANIFEST).exists() or (_plain(path) and not torch.cuda.is_available())
 
 
 def _plain(path: Path) -> bool:

@@ -87,6 +87,8 @@ async def _update(work: Work, asked: WeightUpdateRequested, folder: Path) -> Wei
     counts.update(last["counts"])
     if last["adapter"] is None:
         why = f"none can be told from its siblings by its reward ({_told(counts)})"
+        if last["stopped"] == "kl":
+            why = "the weights are further from what made them than learning.kl_stop before the first step"
         raise Barren(f"nothing to learn from {len(found)} samples: {why}")
     files = read_tree(folder / "adapter", max_bytes=LARGEST_ADAPTER)
     weights = Weights(model=parent.weights.model, adapter=await store_tree(ports.blobs, files))

@@ -47,7 +47,8 @@ async def probe(
     after, start = await _scored(ports, run, key, weights, texts), await _scored(ports, run, key, before, texts)
     apart, moved, learned = _furthest(after, own), _furthest(after, start), _furthest(own, start)
     tolerance, noise = EXACT if weights.model.startswith("local/") else ROUGH
-    stayed = learned > noise and moved < learned / 2
+    # Rounding may hide how far a small update moved, but not that it moved at all.
+    stayed = moved < learned / 2 if learned > noise else moved == 0 and learned > EXACT[1]
     if stayed or not apart <= tolerance:
         name = (weights.adapter or "none")[:12]
         what = "what it started from is served in its place" if stayed else "other weights are served under its name"

@@ -2,7 +2,7 @@
 
 import asyncio
 from collections.abc import AsyncIterator, Coroutine, Mapping, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, TypeVar
@@ -12,7 +12,7 @@ from sia_events.agents.agentic import Agentic
 from sia_events.agents.direct import Direct
 from sia_events.evaluator.service import evaluator
 from sia_events.feedback_svc.service import feedback_svc
-from sia_events.home import door_socket, hold, own_nats_url
+from sia_events.home import at_work, door_socket, hold, own_nats_url
 from sia_events.infra.blobs import open_blobs
 from sia_events.infra.box import kernel_box
 from sia_events.infra.claude_agent import ClaudeAgent, find_program
@@ -57,13 +57,14 @@ class Node:
     @asynccontextmanager
     async def answering(self, run: str | None) -> AsyncIterator[None]:
         """Have the services answer records, of `run` or of every run, until the block ends."""
-        try:
-            for name in self.names:
-                self.tasks.append(asyncio.create_task(_run_service(name, self, run), name=name))
-            yield
-        finally:
-            await self.stop()
-            self.tasks.clear()
+        with at_work(self.settings) if self.names else nullcontext():
+            try:
+                for name in self.names:
+                    self.tasks.append(asyncio.create_task(_run_service(name, self, run), name=name))
+                yield
+            finally:
+                await self.stop()
+                self.tasks.clear()
 
     async def stop(self, but: str | None = None) -> None:
         """End every service but one: the gateway behind those who ask models, and the recorder behind the gateway."""

@@ -68,7 +68,7 @@ cli.add_typer(
 
 
 def main(argv: Sequence[str] | None = None) -> NoReturn:
-    """Entry point. Exit status: 0 done, 1 failed or diverged, 2 wrong usage or not ready, 130 interrupted."""
+    """Entry point. Exit status: 0 done, 1 failed or diverged, 2 wrong usage or not ready, 3 held, 130 interrupted."""
     words = sys.argv[1:] if argv is None else list(argv)
     try:
         if sia_spelling.spoken(words):

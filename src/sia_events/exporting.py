@@ -79,7 +79,7 @@ async def _generation(run: Run, version: Version, written: Written | None, blobs
     """The files of one generation's folder. What is told of it keeps its names whatever the agent or its author wrote:
     who reads the folder would take a results.json of theirs for the evaluator's.
     """
-    harness = _clear_of(TOLD, await load_tree(blobs, version.harness))
+    harness = _clear_of([*TOLD, EXECUTION], await load_tree(blobs, version.harness))
     files: dict[str, bytes] = {}
     logged = [e for e in run.executions.values() if e.version == version.name and e.split == "dev"]
     if logged:

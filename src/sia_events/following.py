@@ -27,11 +27,12 @@ async def follow(node: app.Node, settings: Settings, name: str, as_json: bool) -
     """Follow the run to its end, and say what it came to; returns the exit status."""
     started = time.monotonic()
     untold = _untold(settings, name)
-    untold.parent.mkdir(exist_ok=True)
-    untold.touch()
+    if not fold(await node.bus.history(name)).finished:
+        untold.parent.mkdir(exist_ok=True)
+        untold.touch()
     node = await _ready(node, settings, name)
     # Whoever supervises us asks with SIGTERM for what a person asks for with Ctrl-C.
-    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, signal.raise_signal, signal.SIGINT)
+    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, interrupt)
     try:
         end = await _followed(node, name, as_json)
         history = await node.bus.history(name)
@@ -51,6 +52,13 @@ async def follow(node: app.Node, settings: Settings, name: str, as_json: bool) -
     if isinstance(end, Run):
         return 1 if end.cancelled is not None else 3
     return 0 if isinstance(end, RunFinished) and end.outcome != "failed" else 1
+
+
+def interrupt() -> None:
+    """Do as Ctrl-C does, also where whoever started us in the background had it ignored: asyncio minds none then."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.raise_signal(signal.SIGINT)
 
 
 def is_untold(settings: Settings, name: str) -> bool:
@@ -93,9 +101,10 @@ async def _followed(node: app.Node, name: str, quiet: bool) -> RunFinished | Ser
                 raise
             reach("sia run before the log has everything")
             await _recorded(node)
-            # At a hold replies may be under way: they come, and are copied, before the end.
-            await node.stop(but="recorder")
-            await _recorded(node)
+            if node.names:
+                # At a hold replies may be under way: they come, and are copied, before the end.
+                await node.stop(but="recorder")
+                await _recorded(node)
     return end
 
 

@@ -44,9 +44,13 @@ async def _serve(settings: Settings, bus: Bus, blobs: Blobs, local_model: bool) 
     )
     adapters = settings.home / "models" / "adapters"
     local = LocalModels(blobs, adapters / "local", inner)
+    environ = dict(os.environ)
+    for provider in settings.providers.values():
+        # A library's own child, such as the `uname -p` behind an SDK's header, gets our environment as it stands.
+        os.environ.pop(provider.key_env or "", None)
     providers = Providers(
         settings.providers,
-        os.environ,
+        environ,
         own={"local": local, "instant": InstantModels()},
         given={"vllm": {"blobs": blobs, "folder": adapters}},
     )

@@ -1,5 +1,6 @@
 """A home, the folder of SIA_HOME: the one process that runs its services, and where its sockets are."""
 
+import fcntl
 import hashlib
 import json
 import os
@@ -8,6 +9,7 @@ import tempfile
 from collections.abc import AsyncIterator, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager, suppress
 from pathlib import Path
+from typing import TextIO
 
 from filelock import FileLock, Timeout
 
@@ -41,14 +43,34 @@ async def hold(settings: Settings, purpose: str) -> AsyncIterator[None]:
         ) from error
     try:
         note.write_text(json.dumps({"pid": os.getpid(), "purpose": purpose}))
-        for left in (settings.home / "tmp").glob("*-*"):
-            shutil.rmtree(left, ignore_errors=True)
+        _sweep(settings)
         yield
     finally:
         note.unlink(missing_ok=True)
         with suppress(OSError):  # not there, or not empty: whoever has a socket in it still runs
             socket_place(settings).rmdir()
         lock.release()
+
+
+@contextmanager
+def at_work(settings: Settings) -> Iterator[None]:
+    """Have the scratch folders left alone: services on an outside bus work in them, and hold no home."""
+    make_home(settings)
+    with _scratch_lock(settings) as lock:
+        fcntl.flock(lock, fcntl.LOCK_SH)
+        yield
+
+
+def _sweep(settings: Settings) -> None:
+    """Remove the scratch folders that were left behind, unless somebody is at work in this home."""
+    with _scratch_lock(settings) as lock, suppress(BlockingIOError):
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        for left in (settings.home / "tmp").glob("*-*"):
+            shutil.rmtree(left, ignore_errors=True)
+
+
+def _scratch_lock(settings: Settings) -> TextIO:
+    return (settings.home / "tmp.lock").open("a")
 
 
 def running_node(settings: Settings) -> Mapping[str, object] | None:

@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from importlib.util import find_spec
 from typing import Any
@@ -20,6 +20,9 @@ from sia_events.errors import NodeHeld, Unusable
 from sia_events.home import describe, running_node
 from sia_events.local_model.weights import CARRIER, prepare
 from sia_events.shared.settings import Settings
+
+# In the home: who was started by `sia up`.
+STARTED = "up.json"
 
 
 async def serve(settings: Settings, names: Sequence[str], as_json: bool) -> int:
@@ -58,7 +61,7 @@ async def _serving(node: app.Node, names: Sequence[str], as_json: bool) -> int:
 
 def up(settings: Settings) -> dict[str, Any]:
     """Start `sia serve` in the background and wait until it serves."""
-    if running := running_node(settings):
+    if running := _in_background(settings):
         raise Unusable(f"{describe(running, settings.home)} already; sia down stops what sia up started")
     settings.home.mkdir(parents=True, exist_ok=True)
     with (settings.home / "serve.log").open("ab") as talk:
@@ -74,12 +77,15 @@ def up(settings: Settings) -> dict[str, Any]:
     line = child.stdout.readline()
     if not line:
         raise Unusable(f"the services did not start; see {settings.home / 'serve.log'}")
-    return json.loads(line)
+    told = json.loads(line)
+    note = {"pid": child.pid, "born": psutil.Process(child.pid).create_time(), "purpose": "serve"}
+    (settings.home / STARTED).write_text(json.dumps(note))
+    return told
 
 
 def down(settings: Settings) -> dict[str, Any]:
     """End what `sia up` started and wait until it is gone."""
-    running = running_node(settings)
+    running = _in_background(settings)
     if not running:
         return {"pid": None}
     if running.get("purpose") != "serve":
@@ -91,3 +97,15 @@ def down(settings: Settings) -> dict[str, Any]:
         while process.status() != psutil.STATUS_ZOMBIE:
             time.sleep(app.POLL_S)
     return {"pid": pid}
+
+
+def _in_background(settings: Settings) -> Mapping[str, object] | None:
+    """Who runs the home's services; on an outside bus nobody holds the home, and `up` has left a note."""
+    if running := running_node(settings):
+        return running
+    with suppress(OSError, ValueError, LookupError, psutil.Error):
+        note = json.loads((settings.home / STARTED).read_text())
+        process = psutil.Process(note["pid"])
+        if process.create_time() == note["born"] and process.status() != psutil.STATUS_ZOMBIE:
+            return note
+    return None
