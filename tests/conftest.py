@@ -1,5 +1,6 @@
 """What several test files start from."""
 
+import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -39,6 +40,16 @@ def models(pytestconfig: pytest.Config) -> Path:
     if find_spec("torch"):
         prepare(home)
     return home / "models"
+
+
+@pytest.fixture
+def bell(tmp_path: Path) -> Iterator[socket.socket]:
+    """A listening unix socket: a job that connects has started; the connection ends when the job's last holder does."""
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(tmp_path / "bell.sock"))
+        listener.listen()
+        listener.settimeout(20)
+        yield listener
 
 
 SIA_WHEEL = "sia-agent==0.6.0"

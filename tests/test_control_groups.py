@@ -6,7 +6,6 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
@@ -34,15 +33,6 @@ asyncio.run({box}().run({job!r}))
 def work(tmp_path: Path) -> Path:
     (folder := tmp_path / "work").mkdir()
     return folder
-
-
-@pytest.fixture
-def bell(tmp_path: Path) -> Iterator[socket.socket]:
-    with socket.socket(socket.AF_UNIX) as listener:
-        listener.bind(str(tmp_path / "bell.sock"))
-        listener.listen()
-        listener.settimeout(20)
-        yield listener
 
 
 def holds_a_process(group: Path) -> bool:

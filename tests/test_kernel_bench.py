@@ -77,8 +77,8 @@ def custom_kernel(data):
 """
     measurement = judged(source)
     assert measurement.correct, measurement.reason
-    # What is remembered would be found some hundred times faster; on a busy machine equal kernels differ by a half.
-    assert measurement.speedup is not None and measurement.speedup < 5
+    # On a busy machine the middle of the interval strays by a half; what is remembered comes a hundred times faster.
+    assert measurement.low is not None and measurement.low < 1.5
 
 
 @runs_kernels

@@ -97,16 +97,6 @@ def gateway(tmp_path: Path) -> Iterator[Path]:
         thread.join()
 
 
-@pytest.fixture
-def bell(tmp_path: Path) -> Iterator[socket.socket]:
-    """A listening unix socket: a job that connects has started; the connection ends when the job's last holder does."""
-    with socket.socket(socket.AF_UNIX) as listener:
-        listener.bind(str(tmp_path / "bell.sock"))
-        listener.listen()
-        listener.settimeout(20)
-        yield listener
-
-
 # A grandchild in a session of its own, whose parent is gone, holding a connection to the bell.
 DAEMON = """
 import os, socket, sys, time
