@@ -79,22 +79,25 @@ async def serve(broker: NatsBroker, client: Client, serving: Serving, keep: bool
     async def handle(message: NatsMessage) -> None:
         await _handle(message.raw_message, serving)
 
+    async def until_gone() -> None:
+        await heeding(jetstream.add_consumer(EVENTS, serving.consumer))
+        subscribers = [_subscriber(broker, serving.consumer, handle) for _ in range(serving.at_once)]
+        try:
+            for subscriber in subscribers:
+                await heeding(subscriber.start())
+            await _gone(jetstream, name)
+        finally:
+            serving.stopping = True
+            for task in serving.running:
+                task.cancel()
+            for subscriber in subscribers:
+                await subscriber.stop()
+            serving.stopping = False
+
     try:
         while True:
             with suppress(*UNANSWERED):
-                await heeding(jetstream.add_consumer(EVENTS, serving.consumer))
-                subscribers = [_subscriber(broker, serving.consumer, handle) for _ in range(serving.at_once)]
-                try:
-                    for subscriber in subscribers:
-                        await subscriber.start()
-                    await _gone(jetstream, name)
-                finally:
-                    serving.stopping = True
-                    for task in serving.running:
-                        task.cancel()
-                    for subscriber in subscribers:
-                        await subscriber.stop()
-                    serving.stopping = False
+                await heeding(until_gone())
             await asyncio.sleep(0.2)
     finally:
         if not keep:

@@ -81,7 +81,7 @@ class Message:
 
 
 async def heeding(ask: Awaitable[T]) -> T:
-    """Await a call of the client, and heed a cancellation that meets its answer.
+    """Await a call of the client, and heed a cancellation that meets its answer or its failure.
 
     The client waits with `wait_for`, which before Python 3.12 drops a cancellation that comes together with the
     result (https://github.com/python/cpython/issues/86296): a loop of calls would then go on for ever.
@@ -89,10 +89,11 @@ async def heeding(ask: Awaitable[T]) -> T:
     task = asyncio.current_task()
     assert task
     before = task.cancelling()
-    answer = await ask
-    if task.cancelling() > before:
-        raise asyncio.CancelledError
-    return answer
+    try:
+        return await ask
+    finally:
+        if task.cancelling() > before:
+            raise asyncio.CancelledError
 
 
 async def ensure_streams(client: Client, replicas: int = 1) -> None:

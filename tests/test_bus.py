@@ -4,6 +4,7 @@ import asyncio
 import json
 import os
 import random
+import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import suppress
 from datetime import datetime
@@ -306,6 +307,31 @@ async def test_a_cancelled_service_leaves_its_record_to_the_next(bench: Bench):
     async with serving(bench.other, "svc", ["RunResumed"], answer):
         await until(lambda: got == ["a"])
     assert len(await bench.bus.history("r")) == 2
+
+
+async def test_a_service_that_is_cancelled_just_as_it_is_answered_ends(bench: Bench):
+    await opened(bench.bus, "r", note("a"))
+
+    async def answer(record: Record) -> None:
+        """Nothing to do."""
+
+    for answers_before in range(6):
+        task = asyncio.create_task(bench.bus.serve("svc", ["RunResumed"], answer, "r", at_once=3))
+        for _ in range(answers_before):
+            await answered(task)
+        task.cancel()
+        done, _ = await asyncio.wait({task}, timeout=20)
+        assert done, f"cancelled at answer {answers_before} it goes on"
+
+
+async def answered(task: asyncio.Task[None]) -> None:
+    """Return when what the task waits for is there and the task has not gone on yet, or when it waits in earnest."""
+    was, end = task._fut_waiter, time.monotonic() + 0.1  # type: ignore[attr-defined]
+    while time.monotonic() < end:
+        await asyncio.sleep(0)
+        waits = task._fut_waiter  # type: ignore[attr-defined]
+        if waits is not was and waits is not None and waits.done():
+            return
 
 
 @pytest.mark.parametrize("wire", [b"", b"\xff\x00", b"{}", b'{"schema": 999}'])

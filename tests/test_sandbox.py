@@ -382,7 +382,8 @@ async def test_no_file_of_the_host_can_be_read(work: Path, tmp_path: Path):
         try: import sia_events; print("imported")
         except ImportError: pass
     """
-    assert await report(work, code, Bubblewrap(hidden=(home,))) == ""
+    box = Bubblewrap(hidden=(home,))
+    assert await report(work, code, box, limits=limits(cpu_s=60, wall_s=60)) == ""
 
 
 async def test_a_hidden_folder_inside_the_runtime_is_empty_and_cannot_be_filled(work: Path):
