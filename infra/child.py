@@ -48,7 +48,8 @@ class Child:
             assert self._process.stdin
             self._process.stdin.close()
             try:
-                await asyncio.wait_for(self._process.wait(), 5)
+                async with asyncio.timeout(5):
+                    await self._process.wait()
             except TimeoutError:
                 self._process.kill()
                 await self._process.wait()

@@ -80,7 +80,8 @@ async def connected(url: str, replicas: int, patience: float) -> AsyncIterator[C
         yield Connection(broker, client, patience)
     finally:
         with suppress(TimeoutError, *UNANSWERED):
-            await asyncio.wait_for(broker.stop(), CONNECT_S)
+            async with asyncio.timeout(CONNECT_S):
+                await broker.stop()
 
 
 async def _check(server: str) -> None:

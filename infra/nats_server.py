@@ -183,7 +183,8 @@ async def _keep(server: NatsServer) -> None:
     while True:
         assert server.process
         with suppress(TimeoutError):
-            await asyncio.wait_for(server.process.wait(), HEALTH_S)
+            async with asyncio.timeout(HEALTH_S):
+                await server.process.wait()
         if server.process.returncode is None:
             # A disk error freezes a stream until the server is started anew: alive is not enough.
             failed = 0 if await _healthy(server) else failed + 1
@@ -222,7 +223,8 @@ async def _end(server: NatsServer, patience: float = 5.0) -> None:
     with suppress(ProcessLookupError, TimeoutError):
         if patience:
             process.terminate()
-            await asyncio.wait_for(process.wait(), patience)
+            async with asyncio.timeout(patience):
+                await process.wait()
     if process.returncode is None:
         with suppress(ProcessLookupError):
             process.kill()

@@ -154,7 +154,8 @@ class UnsafeProcess:
                 # The relay ends its descendants when the lifeline closes; one that the job has stopped is ended here.
                 lifeline.close()
                 try:
-                    await asyncio.wait_for(process.wait(), timeout=2.0)
+                    async with asyncio.timeout(2.0):
+                        await process.wait()
                 except TimeoutError:
                     tree.kill()
 
