@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -57,10 +58,7 @@ class TokenDoor:
 
 def read_token(token: str, secret: str, now: datetime) -> Claims:
     """The claims of a token that is good at `now`. Raises TokenRefused."""
-    try:
-        claims = msgspec.convert(_serializer(secret).loads(token), Claims)
-    except (BadData, msgspec.ValidationError) as error:
-        raise TokenRefused(f"this token opens nothing: {error}") from error
+    claims = _signed(token, secret)
     if now.timestamp() >= claims.expires:
         raise TokenRefused(f"this token opens nothing any more: the time of attempt {claims.attempt} is up")
     return claims
@@ -88,6 +86,15 @@ def keep_secret(home: Path, given: str | None) -> str:
         said = "empty, and with an empty secret anybody could sign. Nothing is lost. Delete it: a new one is drawn"
         raise SettingsError(f"{file}: {said}")
     return secret
+
+
+@lru_cache
+def _signed(token: str, secret: str) -> Claims:
+    """The claims of a token that we signed, whatever the time; a caller shows the same one with each of its calls."""
+    try:
+        return msgspec.convert(_serializer(secret).loads(token), Claims)
+    except (BadData, msgspec.ValidationError) as error:
+        raise TokenRefused(f"this token opens nothing: {error}") from error
 
 
 def _serializer(secret: str) -> URLSafeSerializer:

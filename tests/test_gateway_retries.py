@@ -1,12 +1,14 @@
 """What an agent's own client sends again: one reply is paid for, and a later start is given it."""
 
 import asyncio
+import threading
+from collections.abc import Mapping
 from typing import Any
 
 import openai
 import pytest
 from gateway_house import COMPATIBLE, House, house
-from loopback import Fault, Reply
+from loopback import Fault, Reply, Wire
 
 from sia_events.infra.memory import MemoryBus
 
@@ -78,11 +80,16 @@ async def test_a_provider_is_waited_for_once_in_an_attempt_and_again_by_its_next
 
 
 async def test_a_client_that_ran_out_of_time_does_not_get_the_reply_of_one_that_asked_the_same_beside_it():
-    faults = [Fault("hang")]
-    async with house(lambda wire, body: faults.pop() if faults else Reply("another")) as there:
+    faults, asked = [Fault("hang")], threading.Event()
+
+    def script(wire: Wire, body: Mapping[str, Any]) -> Reply | Fault:
+        asked.set()
+        return faults.pop() if faults else Reply("another")
+
+    async with house(script) as there:
         agent = client(there, max_retries=9, timeout=0.4)
         first = asyncio.create_task(said(agent))
-        await asyncio.sleep(0.1)
+        await asyncio.to_thread(asked.wait)
         assert await said(agent) == "another"
         await asyncio.sleep(1.0)
         there.provider.release()

@@ -10,6 +10,7 @@ from anthropic import AsyncAnthropic, AsyncStream
 from sia_events.infra.providers.account import Account, asked_model, unsupported
 from sia_events.infra.providers.anthropic_wire import Chunks, reply, request
 from sia_events.infra.providers.chat_parts import translating
+from sia_events.infra.providers.connections import connections
 from sia_events.infra.providers.failures import garbage
 from sia_events.infra.providers.sampling import Sampling
 from sia_events.infra.providers.sdk_failures import named
@@ -31,7 +32,11 @@ class AnthropicModels:
         self._sampling = Sampling()
         row = account.provider
         self._client = AsyncAnthropic(
-            api_key=account.key or WITHOUT_KEY, base_url=row.base_url, timeout=row.timeout_s, max_retries=0
+            api_key=account.key or WITHOUT_KEY,
+            base_url=row.base_url,
+            timeout=row.timeout_s,
+            max_retries=0,
+            http_client=connections(account),
         )
 
     async def chat(self, call: Chat) -> Mapping[str, Any]:

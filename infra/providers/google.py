@@ -14,6 +14,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from sia_events.infra.providers.account import Account, asked_model, unsupported
 from sia_events.infra.providers.chat_parts import Untranslatable, translating
+from sia_events.infra.providers.connections import connections
 from sia_events.infra.providers.failures import answered, garbage, timed_out, unreachable
 from sia_events.infra.providers.google_wire import Chunks, config, contents, reply
 from sia_events.infra.providers.sampling import Sampling
@@ -30,7 +31,7 @@ class GoogleModels:
         self._sampling = Sampling()
         row = account.provider
         # Handed in, so that it is this client and not whichever other happens to be installed.
-        self._http = httpx2.AsyncClient(timeout=row.timeout_s)
+        self._http = connections(account)
         options = HttpOptions(
             base_url=row.base_url, timeout=int(row.timeout_s * 1000), httpx_async_client=cast(Any, self._http)
         )

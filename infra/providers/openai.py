@@ -5,10 +5,13 @@ from collections.abc import AsyncIterator, Callable, Mapping
 from typing import Any
 from urllib.parse import urlsplit
 
+import httpx2
+import msgspec
 import openai
-from openai import AsyncOpenAI, AsyncStream, RequestOptions
+from openai import AsyncOpenAI, AsyncStream, Omit, RequestOptions
 
 from sia_events.infra.providers.account import Account, asked_model, unsupported
+from sia_events.infra.providers.connections import connections
 from sia_events.infra.providers.failures import answered, garbage
 from sia_events.infra.providers.openai_wire import Ending, request, streamed
 from sia_events.infra.providers.sampling import Sampling
@@ -18,8 +21,13 @@ from sia_events.shared.ports import Chat, Choice, Text, Wire
 CHAT, RESPONSES = "/chat/completions", "/responses"
 ENDS = ("response.completed", "response.incomplete", "response.failed")
 WITHOUT_KEY = "none"
-# Without it the SDK may send an administrator's key from the environment along.
-BY_KEY: RequestOptions = {"security": {"bearer_auth": True}}
+# What the SDK would tell of itself and this machine; each header of a request costs the gateway CPU.
+UNTOLD = ["Lang", "Package-Version", "OS", "Arch", "Runtime", "Runtime-Version", "Async", "Retry-Count", "Read-Timeout"]
+OPTIONS: RequestOptions = {
+    # Without it the SDK may send an administrator's key from the environment along.
+    "security": {"bearer_auth": True},
+    "headers": {f"X-Stainless-{name}": Omit() for name in UNTOLD},
+}
 
 
 class OpenAIModels:
@@ -41,8 +49,14 @@ class OpenAIModels:
         self._limit = "max_completion_tokens" if own else "max_tokens"
         self._sampling = Sampling()
         self._client = AsyncOpenAI(
-            api_key=account.key or WITHOUT_KEY, base_url=row.base_url, timeout=row.timeout_s, max_retries=0
+            api_key=account.key or WITHOUT_KEY,
+            base_url=row.base_url,
+            timeout=row.timeout_s,
+            max_retries=0,
+            http_client=connections(account),
         )
+        # Whole addresses: the SDK would put them together anew for every call.
+        self._root = str(self._client.base_url).rstrip("/")
 
     async def chat(self, call: Chat) -> Mapping[str, Any]:
         body = self._body(call)
@@ -93,7 +107,11 @@ class OpenAIModels:
     async def _post(self, path: str, body: Mapping[str, Any]) -> Mapping[str, Any]:
         with named(self._account, openai):
             async with asyncio.timeout(self._account.provider.timeout_s):
-                reply = await self._client.post(path, cast_to=object, body=body, options=BY_KEY)
+                sent = msgspec.json.encode(body)
+                came = await self._client.post(
+                    self._root + path, cast_to=httpx2.Response, content=sent, options=OPTIONS
+                )
+                reply = msgspec.json.decode(came.content)
         if not isinstance(reply, dict):
             raise garbage(self._account, f"no JSON object: {reply!r}")
         if error := reply.get("error"):
@@ -106,7 +124,12 @@ class OpenAIModels:
     async def _open(self, path: str, body: Mapping[str, Any]) -> AsyncStream[object]:
         with named(self._account, openai):
             return await self._client.post(
-                path, cast_to=object, body=body, options=BY_KEY, stream=True, stream_cls=AsyncStream[object]
+                self._root + path,
+                cast_to=object,
+                content=msgspec.json.encode(body),
+                options=OPTIONS,
+                stream=True,
+                stream_cls=AsyncStream[object],
             )
 
     async def _events(self, opened: AsyncStream[object]) -> AsyncIterator[Mapping[str, Any]]:

@@ -6,6 +6,7 @@ from json import JSONDecodeError
 from types import ModuleType
 
 import httpx2
+import msgspec
 
 from sia_events.infra.providers.account import Account
 from sia_events.infra.providers.failures import answered, garbage, timed_out, unreachable
@@ -28,7 +29,7 @@ def named(account: Account, sdk: ModuleType) -> Iterator[None]:
     except sdk.APIError as error:
         # A stream that reports an error in the middle: there is no status any more.
         raise answered(account, 500, _said(error), {}) from None
-    except (JSONDecodeError, UnicodeDecodeError) as error:
+    except (JSONDecodeError, UnicodeDecodeError, msgspec.DecodeError) as error:
         raise garbage(account, f"not JSON: {error}") from error
 
 

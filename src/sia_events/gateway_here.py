@@ -9,6 +9,7 @@ from contextlib import AsyncExitStack, contextmanager
 
 import uvicorn
 
+from sia_events.corked import CorkedProtocol
 from sia_events.home import door_socket, only_one, socket_folder
 from sia_events.infra.child import Child
 from sia_events.infra.clock import SystemClock
@@ -59,7 +60,16 @@ async def _serve(settings: Settings, bus: Bus, blobs: Blobs, local_model: bool) 
     calls = Calls(journal, providers.find, SystemClock(), ledger, settings.patience_s)
     app = gateway(calls, keep_secret(settings.home, settings.gateway_secret), SystemClock())
     outer.unlink(missing_ok=True)
-    config = uvicorn.Config(app, uds=str(outer), log_level="error", lifespan="off", timeout_graceful_shutdown=1)
+    config = uvicorn.Config(
+        app,
+        uds=str(outer),
+        log_level="error",
+        access_log=False,
+        http=CorkedProtocol,
+        proxy_headers=False,
+        lifespan="off",
+        timeout_graceful_shutdown=1,
+    )
     async with AsyncExitStack() as ending:
         for socket in (inner, outer):
             ending.callback(socket.unlink, missing_ok=True)
