@@ -4,6 +4,7 @@ import os
 import sys
 import sysconfig
 from collections.abc import Iterator, Sequence
+from functools import cache
 from pathlib import Path
 
 from sia_events.shared.ports import Job, Limits
@@ -52,7 +53,8 @@ def contents(job: Job) -> Iterator[str]:
         yield from ("--setenv", name, value)
 
 
-def runtime() -> list[Path]:
+@cache
+def runtime() -> tuple[Path, ...]:
     """The host's programs and libraries and this interpreter's, outermost folders only.
 
     Not all of /usr nor all of the interpreter's prefix: their data folders may hold what a task's answers were made
@@ -62,7 +64,7 @@ def runtime() -> list[Path]:
     for path in (PYTHON.parent, *(PREFIX / name for name in LIBRARIES)):
         if path.is_dir() and not any(path.resolve().is_relative_to(folder) for folder in found):
             found.append(path)
-    return found
+    return tuple(found)
 
 
 def masks(bound: Sequence[Path], hidden: Sequence[Path]) -> list[Path]:
@@ -72,7 +74,8 @@ def masks(bound: Sequence[Path], hidden: Sequence[Path]) -> list[Path]:
     return sorted(path for path in seen if not seen.intersection(path.parents))
 
 
-def own_folders() -> list[Path]:
+@cache
+def own_folders() -> tuple[Path, ...]:
     """Where this package and its environment live: it carries private data, and a job gets the bare interpreter.
 
     So do the places beside libraries where NLTK looks for corpora (nltk.data, "Data path").
@@ -82,7 +85,7 @@ def own_folders() -> list[Path]:
         found.append(Path(sys.prefix))
     for variables in ({}, {"base": sys.base_prefix, "platbase": sys.base_prefix}):
         found += [Path(sysconfig.get_path(name, vars=variables)) for name in ("purelib", "platlib")]
-    return found
+    return tuple(found)
 
 
 def environment(job: Job, programs: str) -> dict[str, str]:

@@ -7,7 +7,7 @@ import os
 import re
 import stat
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -43,7 +43,11 @@ class Tree:
     next_scan: float = 0.0
 
     def bind(self) -> None:
-        """Put the root, and so all it will start, under the limits. It must have started nothing yet."""
+        """Put the root and its child, if it has one, under the limits, and so all they will start.
+
+        They must have started nothing else yet. A child that comes as we look for it is born under the limits; who
+        died meanwhile needs none.
+        """
         ceiling = str(self.limits.memory_mb << 20)
         settings = {
             "memory.limit_in_bytes": ceiling,
@@ -53,13 +57,17 @@ class Tree:
             "memory.oom.group": "1",
             "pids.max": str(self.limits.processes + self.spare),
         }
-        for group in set(self.groups.values()):
+        groups = set(self.groups.values())
+        for group in groups:
             sweep(group.parent)
             group.mkdir()
             for file, value in settings.items():
                 if (group / file).exists():
                     (group / file).write_text(value)
-            (group / "cgroup.procs").write_text(str(self.root))
+        with contextlib.suppress(ProcessLookupError):
+            enter(groups, self.root)
+            for child in children(self.root) if groups else ():
+                enter(groups, child)
 
     async def watch(self, done: asyncio.Future[int]) -> Hit | None:
         """Wait until `done` or until a limit is passed, and name the limit; kills nothing."""
@@ -117,14 +125,21 @@ class Tree:
     def deleted_bytes(self) -> int:
         """Bytes of files on the writable folder's device that have no name any more but are held open."""
         device, found = self.work.stat().st_dev, {}
-        for process in self.processes():
-            with contextlib.suppress(OSError), os.scandir(f"/proc/{process.pid}/fd") as descriptors:
+        for pid in self.members():
+            with contextlib.suppress(OSError), os.scandir(f"/proc/{pid}/fd") as descriptors:
                 for descriptor in descriptors:
                     with contextlib.suppress(OSError):
                         info = os.stat(descriptor.path)
                         if info.st_nlink == 0 and info.st_dev == device:
                             found[info.st_ino] = max(info.st_size, info.st_blocks * 512)
         return sum(found.values())
+
+    def members(self) -> list[int]:
+        """The ids of the tree's processes, from a control group where it has one: all others are not looked at."""
+        for group in self.groups.values():
+            with contextlib.suppress(OSError):
+                return [int(pid) for pid in (group / "cgroup.procs").read_text().split()]
+        return [process.pid for process in self.processes()]
 
     def processes(self) -> list[psutil.Process]:
         try:
@@ -143,6 +158,22 @@ class Tree:
         """Have the control groups removed. The kernel takes milliseconds over each, for which nobody waits."""
         for group in set(self.groups.values()):
             asyncio.get_running_loop().run_in_executor(None, remove, group)
+
+
+def enter(groups: Iterable[Path], pid: int) -> None:
+    """Put a process into control groups. Raises ProcessLookupError when it is gone."""
+    for group in groups:
+        (group / "cgroup.procs").write_text(str(pid))
+
+
+def children(pid: int) -> list[int]:
+    """The processes that it has started. Where the kernel keeps no list of them, all there are are looked through."""
+    try:
+        return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+    except FileNotFoundError:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            return [child.pid for child in psutil.Process(pid).children()]
+        return []
 
 
 def remove(group: Path) -> None:
@@ -237,16 +268,15 @@ def sweep(parent: Path) -> None:
 def counter(group: Path, first: str, second: str, key: str) -> int:
     """Value of `key` in the group's version 1 file or else in its version 2 file; 0 where the kernel has neither."""
     for file in (group / first, group / second):
-        if file.exists():
+        with contextlib.suppress(FileNotFoundError):
             return int(dict(line.split() for line in file.read_text().splitlines()).get(key, 0))
     return 0
 
 
 def cpu_seconds(group: Path) -> float:
     """CPU time that the group's processes used, the dead ones' too."""
-    first = group / "cpuacct.usage"
-    if first.exists():
-        return int(first.read_text()) / 1e9
+    with contextlib.suppress(FileNotFoundError):
+        return int((group / "cpuacct.usage").read_text()) / 1e9
     return counter(group, "cpu.stat", "cpu.stat", "usage_usec") / 1e6
 
 

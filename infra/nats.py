@@ -16,6 +16,7 @@ from sia_events.infra.nats_connection import Connection, connected
 from sia_events.infra.nats_feed import STREAMS, Place
 from sia_events.infra.nats_runs import Runs
 from sia_events.infra.nats_serve import Serving, Unanswerable, consumer, serve
+from sia_events.infra.nats_stored import NatsStreams
 from sia_events.infra.nats_streams import EVENTS, TRACE, Message, publish, subjects_with
 from sia_events.infra.nats_wire import ENCODING, packed, read_envelope, read_record, run_of, trace_subject
 from sia_events.shared.ports import Blobs, Clock, Envelope, Feed
@@ -24,7 +25,7 @@ from sia_events.shared.record import Draft, Record, UnreadableRecord
 ACK_WAIT_S = 30.0
 RETRY_DELAY_S = 1.0
 PATIENCE_S = 60.0  # how long a server may be away before we say so; one of our own is back within a second
-FEED_S = 0.1  # how long news gathers before it is handed out: an insert costs the same for one row and for a hundred
+FEED_S = 0.25  # how long news gathers before it is handed out: an insert costs the same for one row and for a hundred
 OPENINGS_S = 1.0
 OPENINGS = ("RunStarted", "RunBranched")
 CLOSINGS = ("RunFinished", "RunCancelled")
@@ -43,6 +44,7 @@ class NatsBus:
         self._blobs = blobs
         self._ack_wait = ack_wait
         self._retry_delay = retry_delay
+        self.streams = NatsStreams(nats, runs)
 
     async def append(self, run: str, drafts: Sequence[Draft]) -> Sequence[Record]:
         return await self._runs.append(run, drafts)
@@ -149,14 +151,14 @@ class NatsBus:
             places[stream] = place
 
         while True:
-            news = False
+            full = False
             for stream in STREAMS:
                 at = places[stream]
                 # What was handed out and not acked is handed out again as the same batch.
                 messages = await self._nats.read(stream, at.acked + 1, limit=at.offered - at.acked or batch)
                 if not messages or messages[-1].sequence < at.offered:
                     continue
-                news = True
+                full = full or len(messages) == batch
                 last = messages[-1].sequence
                 if last > at.offered:
                     await keep(stream, Place(at.acked, last))
@@ -168,7 +170,7 @@ class NatsBus:
                     yield Feed("SIA", at.acked + 1, last, await self._records(name, messages), (), ack)
                 else:
                     yield Feed("SIA_TRACE", at.acked + 1, last, (), _envelopes(messages), ack)
-            if not news:
+            if not full:
                 await asyncio.sleep(FEED_S)
 
     async def lag(self, name: str) -> int:

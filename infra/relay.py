@@ -1,24 +1,27 @@
 """The first program inside a box: starts the job under its limits and carries 127.0.0.1 to the gateway's socket.
 
-Run by path under a bare `python -I -S`: it sees none of the package, and imports only what loads in milliseconds.
+Run by path under a bare `python -I -S`: it sees none of the package. Of `socket` and `signal` it takes the modules
+beneath, because naming their constants for people takes longer than all else until the job starts.
 
-    relay.py [socket=PATH] [port=N] [lost=FD] [lifeline=1] [cpu=S] [fsize=BYTES] [data=BYTES] [nofile=N] -- ARGV…
+    relay.py gate=FD lost=FD [lifeline=1] [socket=PATH port=N] [cpu=S] [fsize=BYTES] [data=BYTES] [nofile=N] -- ARGV…
 
+The job starts when a byte comes through the descriptor `gate`: whoever started us binds us to the job's limits first.
 One thread and one epoll carry every connection, because a thread per connection would be charged to the job's
 process limit. The exit status is the job's, 128 + N when signal N ended it. For each request that the gateway lost, one
-byte is written to the descriptor `lost`: a gateway that is down keeps no record of what it did not answer.
+byte is written to the descriptor `lost`: a gateway that is down keeps no record of what it did not answer. Beyond 256
+connections, or as many as the gateway lets wait, a new one waits for its turn, up to the job's own limits.
 """
 
-import contextlib
+import _signal as signal  # pyright: ignore[reportMissingImports]
+import _socket as socket
 import os
 import resource
 import select
-import signal
-import socket
 import sys
 
 CHUNK = 65536
 CONNECTIONS = 256
+FULL_S = 0.01
 ADDRESS = "127.0.0.1:8080"
 REQUESTS = (b"GET ", b"POST ")
 # A gateway that broke down over a request; what it refuses, or a provider did not answer, has another status.
@@ -59,6 +62,13 @@ class Half:
         elif self.ended:
             self.sink.shutdown(socket.SHUT_WR)
 
+    def offer(self) -> None:
+        """Flush what the sink takes. What is wrong with it is told by an event of its own, and charged to that end."""
+        try:
+            self.flush()
+        except OSError:
+            return
+
 
 class Relay:
     """Carries every connection of `listener` to the unix socket at `path`, byte for byte, half-closes included.
@@ -70,8 +80,9 @@ class Relay:
         self.poll, self.listener, self.path, self.lost = poll, listener, path, lost
         self.halves: dict[int, Half] = {}  # by the descriptor that is read
         self.masks: dict[int, int] = {}
+        self.full = False  # the gateway lets nobody more wait; nothing tells when it does again
         listener.setblocking(False)
-        self.watch(listener.fileno(), select.EPOLLIN)
+        self.listen()
 
     def handle(self, fd: int, events: int) -> None:
         """Move what can be moved for a descriptor that epoll named."""
@@ -89,9 +100,7 @@ class Relay:
                 self.account(half)
                 self.close(half)
                 return
-            # What is wrong with the other end is told by an event of its own, so that it is charged to that end.
-            with contextlib.suppress(OSError):
-                half.flush()
+            half.offer()
             self.settle(half)
 
     def account(self, half: Half) -> None:
@@ -115,28 +124,37 @@ class Relay:
             half.streaming = half.tail != STREAM_ENDS
 
     def lose(self) -> None:
-        # Beyond what the pipe holds nobody counts.
-        with contextlib.suppress(BlockingIOError):
+        try:
             os.write(self.lost, b".")
+        except BlockingIOError:
+            return  # beyond what the pipe holds nobody counts
 
     def accept(self) -> None:
-        try:
-            client, _ = self.listener.accept()
-        except OSError:
-            return
-        gateway = socket.socket(socket.AF_UNIX)
-        # Waiting is right while the gateway's backlog is full, and bounded because everything else waits too.
-        gateway.settimeout(1.0)
+        gateway, gone = socket.socket(socket.AF_UNIX), False
+        gateway.setblocking(False)
         try:
             gateway.connect(self.path)
+        except BlockingIOError:
+            # As many wait for the gateway as it lets: who comes now waits for us, in the listener's own queue.
+            gateway.close()
+            self.full = True
+            self.watch(self.listener.fileno(), 0)
+            return
         except OSError:
+            gone = True
+        try:
+            accepted, _ = self.listener._accept()
+        except OSError:
+            gateway.close()
+            return
+        client = socket.socket(fileno=accepted)
+        if gone:
             # The job sees a closed connection, as it would from a server that is down, and may try again.
             self.lose()
             client.close()
             gateway.close()
             return
         client.setblocking(False)
-        gateway.setblocking(False)
         there, back = Half(client, gateway), Half(gateway, client)
         there.other, back.other = back, there
         self.halves |= {client.fileno(): there, gateway.fileno(): back}
@@ -152,7 +170,12 @@ class Relay:
             readable = 0 if this.chunk or this.ended else select.EPOLLIN
             writable = select.EPOLLOUT if this.other.chunk else 0
             self.watch(this.source.fileno(), readable | writable)
-        self.watch(self.listener.fileno(), select.EPOLLIN if len(self.halves) < 2 * CONNECTIONS else 0)
+        self.listen()
+
+    def listen(self) -> None:
+        """Take connections as long as there is room; who comes then waits, and is not lost."""
+        room = len(self.halves) < 2 * CONNECTIONS and not self.full
+        self.watch(self.listener.fileno(), select.EPOLLIN if room else 0)
 
     def watch(self, fd: int, mask: int) -> None:
         # A hang-up is reported whatever the mask, for ever, so a descriptor without business is taken out.
@@ -170,7 +193,7 @@ class Relay:
             self.watch(end.fileno(), 0)
             del self.halves[end.fileno()], self.masks[end.fileno()]
             end.close()
-        self.watch(self.listener.fileno(), select.EPOLLIN)
+        self.listen()
 
 
 def start(argv: list[str], options: dict[str, str]) -> int:
@@ -226,26 +249,35 @@ def main(words: list[str]) -> int:
     os.set_inheritable(lost, False)
     os.set_blocking(lost, False)
     if "socket" in options:
-        listener = socket.create_server(("127.0.0.1", int(options["port"])), backlog=CONNECTIONS)
+        listener = socket.socket()
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(("127.0.0.1", int(options["port"])))
+        listener.listen(CONNECTIONS)
         relay = Relay(poll, listener, options["socket"], lost)
         address = f"127.0.0.1:{listener.getsockname()[1]}"
         for name, value in os.environ.items():
             os.environ[name] = value.replace(ADDRESS, address)
     # bubblewrap adds it, and a job's environment is what was asked for.
     os.environ.pop("PWD", None)
-    lifeline = "lifeline" in options
+    gate, lifeline = int(options["gate"]), "lifeline" in options
+    os.set_inheritable(gate, False)
     if lifeline:
         adopt_orphans()
-        if not os.read(0, 1):
-            return 1
-        poll.register(0, select.EPOLLIN)
+    if not os.read(gate, 1):
+        return 1
+    if lifeline:
+        poll.register(gate, select.EPOLLIN)
     child = start(argv, options)
     done = os.pidfd_open(child)
     poll.register(done, select.EPOLLIN)
     while True:
-        for fd, events in poll.poll():
-            if fd == done or (lifeline and fd == 0):
-                if fd == 0:
+        ready = poll.poll(FULL_S if relay and relay.full else None)
+        if relay and relay.full:
+            relay.full = False
+            relay.listen()
+        for fd, events in ready:
+            if fd in (done, gate):
+                if fd == gate:
                     os.kill(child, signal.SIGKILL)
                 code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
                 if lifeline:
@@ -256,4 +288,5 @@ def main(words: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    # Without the interpreter's tidying up: somebody waits for the end of the box.
+    os._exit(main(sys.argv[1:]))

@@ -62,7 +62,7 @@ class Bubblewrap:
         status, status_inside = os.pipe()
         gate_inside, gate = os.pipe()
         lost, lost_inside = os.pipe()
-        words = relay_words(job, SOCKET_INSIDE, PORT, lost_inside, self.controllers)
+        words = relay_words(job, SOCKET_INSIDE, PORT, gate_inside, lost_inside, self.controllers)
         program = ("-I", "-S", RELAY_INSIDE, *words, "--", *job.argv)
         options = memory_file([*box(self.hidden, job.limits), *contents(job)])
         with (
@@ -74,7 +74,7 @@ class Bubblewrap:
                 process = await asyncio.create_subprocess_exec(
                     # The job can read this command line and environment in /proc/1: there is nothing in them.
                     *("bwrap", "--args", str(options), "--json-status-fd", str(status_inside)),
-                    *("--block-fd", str(gate_inside), "--", PYTHON_INSIDE, *program),
+                    *("--", PYTHON_INSIDE, *program),
                     executable=binary(),
                     env={},
                     stdin=asyncio.subprocess.DEVNULL,
@@ -131,7 +131,7 @@ class UnsafeProcess:
         argv = [str(PYTHON) if job.argv[0] == "python" else job.argv[0], *(outside(job, word) for word in job.argv[1:])]
         socket = str(job.socket) if job.socket else ""
         lost, lost_inside = os.pipe()
-        words = relay_words(job, socket, 0, lost_inside, self.controllers)
+        words = relay_words(job, socket, 0, 0, lost_inside, self.controllers)
         with os.fdopen(lost, "rb", buffering=0) as losses:
             try:
                 process = await asyncio.create_subprocess_exec(
@@ -207,10 +207,12 @@ def binary() -> str:
     return found
 
 
-def relay_words(job: Job, socket: str, port: int, lost: int, controllers: Mapping[str, Path]) -> Iterator[str]:
-    """The relay's options: where the gateway is, where to tell what it lost, what the kernel limits by process."""
+def relay_words(
+    job: Job, socket: str, port: int, gate: int, lost: int, controllers: Mapping[str, Path]
+) -> Iterator[str]:
+    """The relay's options: where the gateway is, when to start and where to tell what was lost, limits by process."""
     limits = job.limits
-    yield f"lost={lost}"
+    yield from (f"gate={gate}", f"lost={lost}")
     yield from (f"cpu={math.ceil(limits.cpu_s)}", f"fsize={limits.file_mb << 20}", f"nofile={limits.open_files}")
     if "memory" not in controllers:
         # Generous, because what is reserved counts and not what is used. The watcher holds the limit itself.
@@ -250,17 +252,19 @@ async def supervise(
     streams = [stream for stream in (process.stdout, process.stderr) if stream]
     captures = [asyncio.create_task(capture(stream, job.limits.output_bytes)) for stream in streams]
     done = asyncio.create_task(process.wait())
-    started = time.monotonic()
+    # The kernel takes its time over control groups, in which the relay gets ready.
+    binding = asyncio.create_task(asyncio.to_thread(tree.bind))
     try:
+        await asyncio.shield(binding)
         # A tree that died before its start has the end that the watch sees at once.
-        with contextlib.suppress(ProcessLookupError, BrokenPipeError):
-            tree.bind()
+        with contextlib.suppress(BrokenPipeError):
             release()
+        started = time.monotonic()
         hit = await tree.watch(done)
         seconds = time.monotonic() - started
     finally:
         await end()
-        await done
+        await asyncio.wait({done, binding})
         tree.close()
     (stdout, cut_out), (stderr, cut_err) = await asyncio.gather(*captures)
     await asyncio.to_thread(tidy, job.work)

@@ -17,6 +17,7 @@ from bus_on import STARTED, Bench, in_memory, kill_server, note, notes, on, on_a
 from nats.js import api
 from small_disk import fill, small_disk
 
+from sia_events.infra import nats as nats_bus
 from sia_events.infra import nats_runs, nats_serve, nats_server
 from sia_events.infra.delivery import TRIES
 from sia_events.infra.memory import MemoryBlobs, SystemTime
@@ -499,6 +500,34 @@ async def test_the_feed_hands_out_everything_once_and_the_same_batch_until_it_is
     assert (offered.first, offered.last) == (1, 2) and batches[0] == ("SIA", 1, 2)
     assert sorted(batches) == [("SIA", 1, 2), ("SIA", 3, 4), ("SIA_TRACE", 1, 1)]
     assert records == list(await bench.bus.history("r"))
+
+
+async def test_on_a_server_what_comes_a_moment_later_is_handed_out_together(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(nats_bus, "FEED_S", 3.0)
+    async with on_a_server(tmp_path / "nats") as bench:
+        first, *_ = await opened(bench.bus, "r")
+        feed = bench.bus.feed("f")
+        await (await anext(feed)).ack()
+        await bench.bus.append("r", notes("r", first, "a", producer="one"))
+        coming = asyncio.ensure_future(anext(feed))
+        await bench.bus.lag("f")  # one read or more has been answered since
+        await bench.bus.append("r", notes("r", first, "b", producer="another"))
+        assert texts((await coming).records) == ["a", "b"]
+
+
+async def test_on_a_server_a_full_batch_is_followed_by_the_next_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(nats_bus, "FEED_S", 3600.0)
+    async with on_a_server(tmp_path / "nats") as bench, asyncio.timeout(60):
+        await opened(bench.bus, "r", note("a"), note("b"))
+        feed = bench.bus.feed("f", batch=1)
+        for text in ("RunStarted", "a", "b"):
+            batch = await anext(feed)
+            assert texts(batch.records) == [text]
+            await batch.ack()
 
 
 async def test_the_feed_makes_a_dead_letter_of_an_unknown_type_and_goes_on(bench: Bench):

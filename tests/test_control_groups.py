@@ -9,11 +9,13 @@ import threading
 from contextlib import suppress
 from pathlib import Path
 
+import psutil
 import pytest
 from bus_on import until
 from test_sandbox import BOTH, daemon, pytestmark, python, rung
 
-from sia_events.infra.limits import Tree, find_controllers, new_groups, remove
+from sia_events.infra.box import PYTHON, RELAY
+from sia_events.infra.limits import Tree, children, find_controllers, new_groups, remove
 from sia_events.shared.ports import Limits, Sandbox
 
 __all__ = ["pytestmark"]
@@ -67,6 +69,52 @@ async def test_what_a_killed_run_leaves_of_its_groups_is_gone_when_the_next_job_
 
 
 @GROUPS
+@BOTH
+async def test_a_jobs_processes_and_those_the_platform_adds_are_in_its_groups(
+    box: Sandbox, work: Path, bell: socket.socket
+):
+    running = asyncio.create_task(box.run(daemon(work, bell, box, "time.sleep(1000)")))
+    with await rung(bell):
+        groups = [group for group in groups_of(os.getpid()) if holds_a_process(group)]
+        assert len(groups) == len(set(CONTROLLERS.values()))
+        for group in groups:
+            commands = [psutil.Process(int(pid)).cmdline() for pid in (group / "cgroup.procs").read_text().split()]
+            assert any("gate=" in word for command in commands for word in command), "the relay"
+            assert any(command[1:2] and command[1].endswith("target_agent.py") for command in commands), "the job"
+    running.cancel()
+    await asyncio.gather(running, return_exceptions=True)
+
+
+@GROUPS
+async def test_a_child_that_is_there_before_its_tree_is_bound_is_bound_with_it(work: Path):
+    root = await asyncio.create_subprocess_exec("sh", "-c", "sleep 1000 & echo; wait", stdout=subprocess.PIPE)
+    assert root.stdout and await root.stdout.readline() == b"\n"
+    (child,) = children(root.pid)
+    tree = Tree(root.pid, Limits(), work, new_groups(CONTROLLERS), spare=2)
+    tree.bind()
+    for group in set(tree.groups.values()):
+        assert {int(pid) for pid in (group / "cgroup.procs").read_text().split()} == {root.pid, child}
+    tree.kill()
+    await root.wait()
+    tree.close()
+    await asyncio.get_running_loop().shutdown_default_executor()
+    assert not any(group.exists() for group in tree.groups.values())
+
+
+@pytest.mark.parametrize("byte", [b"", b"1"], ids=["the gate is closed", "the gate is opened"])
+def test_a_job_starts_when_its_gate_is_opened_and_not_before(tmp_path: Path, byte: bytes):
+    gate, ours = os.pipe()
+    lost, told = os.pipe()
+    words = (f"gate={gate}", f"lost={told}", "--", "touch", tmp_path / "started")
+    relay = subprocess.Popen((PYTHON, "-I", "-S", RELAY, *words), pass_fds=(gate, told))
+    os.write(ours, byte)
+    os.close(ours)
+    assert (relay.wait(20), (tmp_path / "started").exists()) == ((0, True) if byte else (1, False))
+    for descriptor in (gate, lost, told):
+        os.close(descriptor)
+
+
+@GROUPS
 def test_a_command_that_ends_has_waited_for_its_groups_to_be_removed(work: Path):
     job = python(work, "pass")
     code = PLATFORM.format(box="UnsafeProcess", job=job) + "import os; print(os.getpid())"
@@ -97,10 +145,13 @@ async def test_the_groups_of_a_tree_are_made_with_its_limits_and_removed_behind_
     dead = tmp_path / "sia-999999999-0"
     dead.mkdir()
     groups = new_groups({"memory": tmp_path, "pids": tmp_path})
-    tree = Tree(os.getpid(), Limits(), tmp_path, groups, spare=1)
+    root = await asyncio.create_subprocess_exec("sleep", "1000")
+    tree = Tree(root.pid, Limits(), tmp_path, groups, spare=1)
     tree.bind()
+    root.kill()
+    await root.wait()
     (group,) = set(groups.values())
-    assert not dead.exists() and (group / "cgroup.procs").read_text() == str(os.getpid())
+    assert not dead.exists() and (group / "cgroup.procs").read_text() == str(root.pid)
     # The kernel's files go with their group; those of a folder do not.
     (group / "cgroup.procs").unlink()
     tree.close()

@@ -36,6 +36,7 @@ async def test_calls_through_the_gateway_are_counted_timed_and_bounded(tmp_path:
 async def test_a_generation_is_written_by_the_instant_llm(tmp_path: Path):
     (own,) = await gateway_figures.generation(tmp_path, None, generations=2)
     assert own.value > 0 and own.beside["boxes"] == 2, "one attempt on dev and one on gate: a harness was written"
+    assert own.beside["generations"] == 1, "the time from the first that counts to the second; no earlier one counts"
     assert own.beside["sia-agent"].startswith("not measured"), "nobody named an interpreter that has it"
 
 

@@ -1,11 +1,13 @@
 """A stream that the gateway leaves without its end is lost, and told of; whoever else ends one leaves nothing lost."""
 
 import socket
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from test_sandbox import BOTH, pytestmark, python, read_to_the_end, serving
+from test_sandbox import BOTH, limits, pytestmark, python, read_to_the_end, serving
 
 from sia_events.shared.ports import Sandbox
 
@@ -121,3 +123,66 @@ async def test_a_stream_that_the_job_leaves_is_not_lost(box: Sandbox, tmp_path: 
         job = python(work, LEAVING, socket=path, env={"GATEWAY": "http://127.0.0.1:8080"})
         outcome = await box.run(job)
     assert (outcome.status, outcome.stdout, outcome.lost_connections) == ("ok", b"True\n", 0), outcome
+
+
+# It asks on all its connections at once, as soon as each is there.
+CROWDING = """
+    import os, selectors, socket
+    host, port = os.environ["GATEWAY"].removeprefix("http://").split(":")
+    with selectors.DefaultSelector() as crowd:
+        for _ in range(int(os.environ["TIMES"])):
+            connection = socket.socket()
+            connection.setblocking(False)
+            connection.connect_ex((host, int(port)))
+            crowd.register(connection, selectors.EVENT_WRITE)
+        answered = 0
+        while crowd.get_map():
+            for key, events in crowd.select():
+                if events & selectors.EVENT_WRITE:
+                    key.fileobj.sendall(b"POST / HTTP/1.1\\r\\n\\r\\n")
+                    crowd.modify(key.fileobj, selectors.EVENT_READ)
+                else:
+                    answered += key.fileobj.recv(1000).startswith(b"HTTP/1.1 200")
+                    crowd.unregister(key.fileobj)
+                    key.fileobj.close()
+    print(answered)
+"""
+
+
+@contextmanager
+def crowded(path: Path, backlog: int, first: int) -> Iterator[None]:
+    """A gateway that lets `backlog` wait, and answers nobody before `first` are there; from then on one by one."""
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(path))
+        listener.listen(backlog)
+
+        def serve() -> None:
+            held = [listener.accept()[0] for _ in range(first)]
+            while held:
+                with held.pop(0) as connection:
+                    if connection.recv(65536):
+                        connection.sendall(WHOLE[0])
+                if not held:
+                    try:
+                        held = [listener.accept()[0]]
+                    except OSError:
+                        return
+
+        thread = threading.Thread(target=serve)
+        thread.start()
+        yield
+        listener.shutdown(socket.SHUT_RDWR)
+        thread.join()
+
+
+@BOTH
+@pytest.mark.parametrize(("backlog", "first"), [(3, 1), (128, 256)], ids=["the gateway's room", "our own room"])
+async def test_connections_beyond_what_there_is_room_for_wait_and_none_is_lost(
+    box: Sandbox, tmp_path: Path, backlog: int, first: int
+):
+    (work := tmp_path / "work").mkdir()
+    with crowded(path := tmp_path / "gateway.sock", backlog, first):
+        env = {"GATEWAY": "http://127.0.0.1:8080", "TIMES": "400"}
+        job = python(work, CROWDING, limits(open_files=1024, wall_s=60, cpu_s=30), socket=path, env=env)
+        outcome = await box.run(job)
+    assert (outcome.status, outcome.stdout, outcome.lost_connections) == ("ok", b"400\n", 0), outcome

@@ -79,7 +79,7 @@ async def gateway(settings: Settings, sia_agent: Path | None, as_json: bool) -> 
             _tell(found, await gateway_figures.rate(servers))
             _tell(found, await gateway_figures.race(servers))
         (Path(folder) / "builtin").mkdir()
-        _tell(found, await overheads.generation(Path(folder) / "builtin"))
+        _tell(found, await overheads.generation(Path(folder) / "builtin", candidates=1))
         _tell(found, *await gateway_figures.generation(Path(folder), sia_agent))
     return _told(found, load, as_json)
 

@@ -137,7 +137,7 @@ async def generation(folder: Path, sia_agent: Path | None, generations: int = GE
     provider = Child("the provider", (sys.executable, "-m", "sia_events.bench_servers"))
     try:
         url = (await provider.start())["url"]
-        own = await _own_generation(folder / "direct", url, generations)
+        own = await _own_generation(folder / "direct", url, overheads.WARM + generations)
         if sia_agent is None:
             untold = "not measured: --sia-agent names an interpreter that has it"
             return [replace(own, beside={**own.beside, "sia-agent": untold})]

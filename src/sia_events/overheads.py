@@ -36,7 +36,8 @@ from sia_events.shared.service import Service, Work, serve
 from sia_events.shared.settings import Settings
 from sia_events.shared.task import Task, load_task
 
-GENERATIONS = 6
+# The first generations have the machine to share with processes that are just starting: they are not counted.
+WARM, GENERATIONS = 2, 12
 PROBES = 15
 RUNS, BATCH, APPENDS_A_SECOND = 5, 10, 10  # times each other: events a second
 SECONDS = 20.0
@@ -114,15 +115,15 @@ TRIVIAL = Service(
 )
 
 
-async def generation(home: Path, candidates: int = 1, generations: int = GENERATIONS) -> Figure:
+async def generation(home: Path, candidates: int, generations: int = GENERATIONS) -> Figure:
     """Seconds a generation with the instant model and AGENT: boxes, model calls, scores, verdict, all of it on disk."""
-    history = await trivial_run(home, candidates, generations)
+    history = await trivial_run(home, candidates, WARM + generations)
     return await a_generation(home, history, f"a generation of {candidates}, instant model", 0.4)
 
 
 async def a_generation(home: Path, history: Sequence[Record], name: str, goal: float) -> Figure:
-    """The median time of a run's generations, beside what their boxes and writes cost on their own."""
-    begun = [record for record in history if isinstance(record.event, FeedbackRequested)]
+    """The median time of a run's generations but the first, beside what their boxes and writes cost on their own."""
+    begun = [record for record in history if isinstance(record.event, FeedbackRequested)][WARM:]
     took = [(later.time - sooner.time).total_seconds() for sooner, later in pairwise(begun)]
     one = [record for record in history if begun[0].position < record.position <= begun[1].position]
     boxes = sum(isinstance(record.event, AttemptRequested) for record in one)
@@ -130,6 +131,7 @@ async def a_generation(home: Path, history: Sequence[Record], name: str, goal: f
     box_s, fsync_s = await _box_seconds(home), fsync_seconds(home)
     value = statistics.median(took)
     beside = {
+        "generations": len(took),
         "boxes": boxes,
         "bare box": box_s,
         "appends": appends,
@@ -147,15 +149,20 @@ async def trivial_run(home: Path, candidates: int, generations: int) -> Sequence
 
 
 async def driven(settings: Settings, run: str, wanted: RunSettings, feedback: Service) -> Sequence[Record]:
-    """A whole run on the trivial task under this feedback agent, every service in this process; returns its records."""
+    """A whole run on the trivial task under this feedback agent, every service in this process; returns its records.
+
+    It begins when the log has been started too, and has recorded some news.
+    """
     async with hold(settings, "bench"), app.stores(settings) as bare:
         others = [name for name in (*app.SERVICES, *app.LOOPS) if name != feedback.name]
         node = app.as_asked(app.with_services(bare, others), "bubblewrap", local_model=False)
         registered = await register(trivial_task(settings.home / "task"), node.blobs, node.private, 8)
-        await node.bus.append(run, opening(run, [registered, RunStarted(settings=wanted, code="bench")]))
+        await node.bus.append(news := f"{run}-news", opening(news, [registered]))
         async with node.answering(run):
             ports = app.ports_of(feedback.name, node)
             node.tasks.append(asyncio.create_task(serve(feedback, node.bus, ports, run)))
+            await node.guard(_recorded(node))
+            await node.bus.append(run, opening(run, [registered, RunStarted(settings=wanted, code="bench")]))
             await node.guard(_finished(node, run))
         return await node.bus.history(run)
 
