@@ -6,9 +6,11 @@ from dataclasses import dataclass, replace
 from string import ascii_lowercase
 
 from sia_events.agents.check import changed, problems, without_caches
-from sia_events.agents.client import spending
+from sia_events.agents.client import ModelAway, spending
 from sia_events.shared.events import BackendName, Written
-from sia_events.shared.ports import Backend, Brief, Ports, Writing, WritingFailed
+from sia_events.shared.outage import fails_alone
+from sia_events.shared.ports import Backend, Brief, Ports, ProviderAway, Writing, WritingFailed
+from sia_events.shared.service import Work
 from sia_events.shared.tree import store_tree
 
 REASON = 400
@@ -43,29 +45,33 @@ class NoBackend(Exception):
 
 
 async def write_candidates(
-    brief: Brief, count: int, generation: int, backend: BackendName, known: Mapping[str, str], ports: Ports
+    wanted: Sequence[tuple[Brief, int]],
+    generation: int,
+    backend: BackendName,
+    known: Mapping[str, str],
+    work: Work,
 ) -> Candidates:
-    """`count` candidates of a generation by `backend`, all written at the same time from `brief`.
+    """The candidates of a generation by `backend`, so many from each brief as stands beside it, all at the same time.
 
     Each has its own journal under "ROLE.VERSION" and its own seed. `known` names harnesses, by digest, that would be
     no news. What is not the agents' own doing is raised, once all of them have ended: replies that came are recorded.
     """
+    ports = work.ports
     author = ports.backends.get(backend)
     if author is None:
         there = ", ".join(sorted(ports.backends)) or "none"
         raise NoBackend(f"backend {backend!r} is not installed here; there are: {there}. Nothing was asked or paid for")
-    versions = [f"g{generation}{ascii_lowercase[place]}" for place in range(count)]
-    briefs = [_brief(brief, version, place, count) for place, version in enumerate(versions)]
+    each_from = [(brief, place, count) for brief, count in wanted for place in range(count)]
+    versions = [f"g{generation}{ascii_lowercase[place]}" for place in range(len(each_from))]
+    briefs = [_brief(*one, version, seed) for seed, (version, one) in enumerate(zip(versions, each_from, strict=True))]
     ended = await asyncio.gather(*(_write(author, each, ports) for each in briefs), return_exceptions=True)
     usable: list[Candidate] = []
     left_out: list[str] = []
     seen = dict(known)
     for place, (version, each, result) in enumerate(zip(versions, briefs, ended, strict=True)):
-        if isinstance(result, WritingFailed):
-            left_out.append(f"{version}: {await told(result, ports)}")
-            continue
         if isinstance(result, BaseException):
-            raise result
+            left_out.append(f"{version}: {await why_none(result, each, work)}")
+            continue
         harness = await store_tree(ports.blobs, result.files)
         if harness in seen:
             left_out.append(f"{version}: the same files as {seen[harness]}")
@@ -74,26 +80,34 @@ async def write_candidates(
         note = _text(result.note)
         written = Written(
             backend=backend,
-            model=brief.model,
+            model=each.model,
             prompt=await ports.blobs.put(_text(each.prompt).encode()),
             trajectory=await ports.blobs.put(result.trajectory),
             note=await ports.blobs.put(note.encode()),
             **await spending(each, ports),
         )
-        edits = changed(brief.files, result.files)
+        edits = changed(each.files, result.files)
         usable.append(Candidate(version, place, harness, edits, _short(note), written))
     return Candidates(tuple(usable), tuple(left_out))
 
 
-async def told(failed: WritingFailed, ports: Ports) -> str:
-    """Why nothing was written, and the digest under which the conversation is kept."""
-    return f"{failed} (kept as {await ports.blobs.put(failed.trajectory)})" if failed.trajectory else str(failed)
+async def why_none(ended: BaseException, brief: Brief, work: Work) -> str:
+    """Why nothing was written, and the digest under which the conversation is kept.
+
+    Raises `ended` where it is neither the agent's doing nor that of a request which its provider fails for good.
+    """
+    if isinstance(ended, WritingFailed):
+        kept = f" (kept as {await work.ports.blobs.put(ended.trajectory)})" if ended.trajectory else ""
+        return f"{ended}{kept}"
+    away = isinstance(ended, ProviderAway | ModelAway)
+    if away and await fails_alone(work, ended, brief.claims("", work.ports.clock.now())):
+        return f"given up, since its provider answers others: {ended}"
+    raise ended
 
 
-def _brief(brief: Brief, version: str, place: int, count: int) -> Brief:
+def _brief(brief: Brief, place: int, count: int, version: str, seed: int) -> Brief:
     apart = APART.format(place=place + 1, count=count) if count > 1 else ""
-    key, seed = f"{brief.role}.{version}", brief.seed + place
-    return replace(brief, key=key, seed=seed, prompt=brief.prompt + apart)
+    return replace(brief, key=f"{brief.role}.{version}", seed=brief.seed + seed, prompt=brief.prompt + apart)
 
 
 async def _write(author: Backend, brief: Brief, ports: Ports) -> Writing:

@@ -10,15 +10,13 @@ from typing import Any, Protocol
 
 import httpx
 
-from sia_events.shared.calls import decode_call, journal_key, spent
+from sia_events.shared.calls import AWAY, decode_call, journal_key, spent
 from sia_events.shared.ports import Brief, BudgetSpent, Ports, ProviderAway, WritingFailed
 
 MAX_TOKENS = 16_384
 # A model on this machine has a short context.
 EMBEDDED, EMBEDDED_MAX_TOKENS = ("local/", "instant/"), 1024
 MAX_REPLY = 16_000_000
-# With these the gateway has waited for the provider already, or would wait in vain.
-AWAY = (HTTPStatus.TOO_MANY_REQUESTS, HTTPStatus.SERVICE_UNAVAILABLE, HTTPStatus.GATEWAY_TIMEOUT)
 # Behind the gateway a call may wait for its turn, be tried again, and then take as long as a long reply takes.
 CALL_S = 3600.0
 
@@ -85,7 +83,7 @@ def _read(response: httpx.Response, brief: Brief) -> Reply:
         said = f"{brief.model} did not answer {brief.key} ({status}): {_message(response)}"
         if status == HTTPStatus.PAYMENT_REQUIRED:
             raise BudgetSpent(said)
-        if status in AWAY:
+        if status in AWAY.values():
             raise ProviderAway(said)
         if status >= HTTPStatus.INTERNAL_SERVER_ERROR:
             raise ModelAway(said)

@@ -1,4 +1,4 @@
-"""Loads what a prompt tells of a run's incumbent: its harness, and its last scored attempt on dev."""
+"""Loads what a prompt tells of the version that it starts from: its last scored attempt on dev."""
 
 from collections.abc import Mapping, Sequence
 
@@ -17,13 +17,14 @@ ANSWERS = "answers.jsonl"
 ITEMS = "items.jsonl"
 
 
-async def observe(run: Run, records: Sequence[Record], blobs: Blobs) -> Attempt:
-    """The incumbent's last scored attempt on dev, from public blobs alone.
+async def observe(run: Run, records: Sequence[Record], blobs: Blobs, version: str | None = None) -> Attempt:
+    """The last scored attempt on dev of a version, the incumbent if none is named, from public blobs alone.
 
-    Raises LookupError for a run whose incumbent has no score on dev.
+    Raises LookupError for one that has no score on dev.
     """
-    assert run.task is not None and run.incumbent is not None, "feedback is asked for behind the first verdict"
-    position, scored = _last_score(records, run.incumbent)
+    name = version or run.incumbent
+    assert run.task is not None and name is not None, "feedback is asked for behind the first verdict"
+    position, scored = _last_score(records, name)
     task = decode_task(await blobs.get(run.task.spec))
     logged = run.executions[scored.attempt]
     data = await load_tree(blobs, run.task.datasets["dev"])

@@ -10,6 +10,8 @@ from sia_events.agents import lineage
 from sia_events.agents.check import ENTRY
 from sia_events.agents.evidence import Attempt, choose
 from sia_events.agents.fit import Part, Section, cut, fenced, fit
+from sia_events.agents.measured import HEAD as KERNELS_HEAD
+from sia_events.agents.measured import kernels
 from sia_events.agents.trajectory import ITEMS_HEAD, bad_items, outcomes, trajectories
 from sia_events.shared.events import Evidence, Lever
 from sia_events.shared.ports import Limits
@@ -138,11 +140,16 @@ def _template(name: str) -> Template:
 
 def _task_words(task: Task, model: str) -> dict[str, str]:
     sizes = task.splits
+    whole = (
+        "There are no items: every attempt is measured anew, on inputs drawn then."
+        if task.evaluator == "kernel"
+        else "There is one set of items, and nothing is held out."
+    )
     splits = (
         f"Items are dealt into splits that share none: train (its answers are open), dev ({sizes.dev} items), gate "
         f"({sizes.gate}) and a sealed test ({sizes.test}). Dev gives feedback; gate and test decide."
         if sizes
-        else "There is one set of items, and nothing is held out."
+        else whole
     )
     return {
         "title": cut(task.title, 200),
@@ -186,15 +193,16 @@ def _log_sections(run: Run, records: Sequence[Record], attempt: Attempt) -> dict
         ),
         "classes": Section("summaries of dev", 0.05, outcomes(attempt), between="\n"),
         "trajectories": Section("trajectories", 0.25, trajectories(attempt, chosen)),
-        "items": Section(
-            "items that went badly",
-            0.12,
-            bad_items(attempt),
-            ITEMS_HEAD,
-            "\n",
-            empty="None that can be told by itself.",
-        ),
+        "items": _items(run, records, attempt),
     }
+
+
+def _items(run: Run, records: Sequence[Record], attempt: Attempt) -> Section:
+    """What went badly; where kernels are measured, what the bench says of them."""
+    if measured := kernels(run, records, attempt.version):
+        return Section("kernels measured", 0.12, measured, KERNELS_HEAD, "\n")
+    empty = "None that can be told by itself."
+    return Section("items that went badly", 0.12, bad_items(attempt), ITEMS_HEAD, "\n", empty=empty)
 
 
 def _description(task: Task, share: float) -> Section:

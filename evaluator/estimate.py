@@ -14,16 +14,24 @@ def estimate(items: Sequence[float]) -> Estimate:
 
     Rounded to nine digits, so that the last bits of a library's arithmetic never tell two replays apart.
     """
+    if any(score not in (0.0, 1.0) for score in items):
+        return by_spread(items)
+    mean = sum(items) / len(items)
+    return _rounded(mean, *_wilson(mean, len(items)), len(items))
+
+
+def by_spread(items: Sequence[float]) -> Estimate:
+    """Mean over all items with Student's t interval, for scores that are no counts, whatever they happen to be."""
+    from scipy import special  # slow to import, and most tasks never come here
+
     n = len(items)
     mean = sum(items) / n
-    if all(score in (0.0, 1.0) for score in items):
-        low, high = _wilson(mean, n)
-    else:
-        from scipy import special  # slow to import, and most tasks never come here
+    spread = sqrt(sum((x - mean) ** 2 for x in items) / (n - 1) / n) if n > 1 else 0.0
+    reach = float(special.stdtrit(n - 1, 0.975)) * spread if n > 1 else 0.0
+    return _rounded(mean, mean - reach, mean + reach, n)
 
-        spread = sqrt(sum((x - mean) ** 2 for x in items) / (n - 1) / n) if n > 1 else 0.0
-        reach = float(special.stdtrit(n - 1, 0.975)) * spread if n > 1 else float("inf")
-        low, high = (mean - reach, mean + reach) if n > 1 else (mean, mean)
+
+def _rounded(mean: float, low: float, high: float, n: int) -> Estimate:
     return Estimate(value=round(mean, DIGITS), low=round(low, DIGITS), high=round(high, DIGITS), n=n)
 
 

@@ -25,15 +25,20 @@ BLOCKS = 10
 
 
 async def judge(work: Work, logged: ExecutionLogged) -> Sequence[Event]:
-    """Score the attempt over all items it was asked; on the train split, whose answers are open, keep each reward."""
+    """Score the attempt over all items it was asked; on the train split, whose answers are open, keep each reward.
+
+    Of a task whose evaluator is the bench nothing is said before the kernel is measured.
+    """
     registered, asked = work.run.task, work.run.attempts[logged.attempt]
     assert registered is not None, "an attempt is logged behind its task"
     assert work.ports.private is not None, "the evaluator is the one service that is given the answers"
+    task = decode_task(await work.ports.blobs.get(registered.spec))
+    if task.evaluator == "kernel":
+        return []
     outputs = await load_tree(work.ports.blobs, logged.outputs)
     every = decode_answers(await work.ports.private.get(registered.answers))
     right = asked_ids(every[logged.split], asked.samples, asked.items)
     try:
-        task = decode_task(await work.ports.blobs.get(registered.spec))
         if registered.judge and task.splits:
             program = await work.ports.private.get(registered.judge)
             answers = b"".join(msgspec.json.encode({"id": i, "label": label}) + b"\n" for i, label in right.items())

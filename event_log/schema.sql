@@ -1,8 +1,7 @@
 -- The log's tables and views, as ordered migrations: a line `-- migration N` opens each.
 -- A migration that was ever released is never edited in what it makes; the next change is a new one at the end.
--- Every statement can run twice, so one that was cut off half-way is simply run again; and in several clients at once,
--- so a fresh store may be opened by all of them. CREATE OR REPLACE VIEW is not like that: while it replaces one, the
--- view is missing for whoever reads it, or makes another on top of it.
+-- One client applies them while the others wait (infra/clickhouse.py). Every statement can run twice, so one that was
+-- cut off half-way is simply run again, by whoever comes next.
 
 -- migration 1
 
@@ -188,3 +187,45 @@ SELECT
     sum(seconds) AS seconds
 FROM model_calls FINAL
 GROUP BY run, role, model;
+
+-- migration 4
+
+-- Every version with its last score on each split, NULL where it has none.
+CREATE VIEW IF NOT EXISTS versions AS
+SELECT
+    lineage.run AS run,
+    lineage.generation AS generation,
+    lineage.version AS version,
+    lineage.parent AS parent,
+    lineage.lever AS lever,
+    lineage.verdict AS verdict,
+    judged.dev AS dev,
+    judged.gate AS gate,
+    judged.test AS test,
+    lineage.harness AS harness,
+    lineage.model AS model,
+    lineage.adapter AS adapter,
+    lineage.position AS position,
+    lineage.time AS time
+FROM lineage
+LEFT JOIN (SELECT run, version,
+               argMaxOrNullIf(value, position, split = 'dev') AS dev,
+               argMaxOrNullIf(value, position, split = 'gate') AS gate,
+               argMaxOrNullIf(value, position, split = 'test') AS test
+           FROM scores GROUP BY run, version) AS judged
+    ON judged.run = lineage.run AND judged.version = lineage.version;
+
+-- Every record that a service gave up on; `payload` is the digest of the blob that keeps it.
+CREATE VIEW IF NOT EXISTS dead_letters AS
+SELECT
+    run,
+    JSONExtractString(data, 'service') AS service,
+    JSONExtractString(data, 'failed') AS failed,
+    JSONExtractUInt(data, 'sequence') AS sequence,
+    JSONExtractUInt(data, 'tries') AS tries,
+    JSONExtractString(data, 'error') AS error,
+    JSONExtractString(data, 'payload') AS payload,
+    position,
+    time
+FROM events FINAL
+WHERE type = 'ServiceFailed';

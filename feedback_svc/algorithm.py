@@ -20,11 +20,11 @@ KL_TO_BASE = 0.05
 
 TRIGGERS: Mapping[str, str] = {
     "grpo": "rollouts are cheap and the reward comes at the end of an attempt",
-    "ppo": "rewards are dense, step by step, and stability matters most; it learns a value head beside the policy",
+    "ppo": "an attempt takes several calls, to be credited apart, and stability matters most; it learns a value head",
     "rloo": "as grpo, where groups are small: each sample is compared with the mean of the others",
     "entropic": "the histogram of rewards is strongly right-skewed: good samples are rare and worth most",
     "cloning": "almost every reward is the lowest, so there is hardly a gradient: the best samples are imitated",
-    "dpo": "the score says which of two attempts is better, but its size says nothing: learns from pairs",
+    "dpo": "the score says which of two whole attempts is better, but its size says nothing: learns from pairs",
     "reinforce": "the model is nearly there and the main risk is to lose that: held near the base model by its KL",
 }
 WITHOUT_LOGPROBS = ("cloning", "dpo")
@@ -55,19 +55,24 @@ def pick(settings: RunSettings, seen: Evidence, signal: Signal) -> Pick:
         return Pick(settings.algorithm)
     lowest, highest = _share(seen, 0), _share(seen, -1)
     if signal.ranked:
-        return Pick("dpo", ("the task's score ranks attempts and its size says nothing: pairs are learned from",))
+        return _of_pairs(settings, "the task's score ranks attempts and its size says nothing: pairs are learned from")
     if lowest >= NEARLY_NONE:
         return Pick("cloning", (f"{lowest:.0%} of dev rewards are in the lowest tenth: imitate what good there is",))
     if not signal.logprobs:
-        return Pick("dpo", ("replies carry no log-probs, which leaves pairs of better and worse to learn from",))
+        return _of_pairs(settings, "replies carry no log-probs, which leaves pairs of better and worse to learn from")
     if seen.reward_skew is not None and seen.reward_skew >= RIGHT_SKEWED:
         return Pick("entropic", (f"dev rewards are right-skewed, {seen.reward_skew:+.2f}: good samples are rare",))
     if highest >= NEARLY_ALL:
         return Pick("reinforce", (f"{highest:.0%} of dev rewards are in the highest tenth: the risk is to lose them",))
     calls = seen.calls_an_item or 0.0
     if settings.learning.credit == "per-step" and calls >= STEPS:
-        return Pick("ppo", (f"{calls:.1f} calls an item, each credited for itself: rewards are dense",))
+        return Pick("ppo", (f"{calls:.1f} calls an item, each credited for itself by a critic",))
     return Pick("grpo", (f"{calls:.1f} calls an item, rewarded at the end: samples of an item are compared",))
+
+
+def _of_pairs(settings: RunSettings, why: str) -> Pick:
+    idle = "dpo compares whole attempts: learning.credit is idle"
+    return Pick("dpo", (why, idle) if settings.learning.credit == "per-step" else (why,))
 
 
 def offered(settings: RunSettings, signal: Signal) -> Mapping[str, str]:

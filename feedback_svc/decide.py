@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 from sia_events.feedback_svc.algorithm import learning
 from sia_events.feedback_svc.gate import compare_on, hopeless, proven
+from sia_events.feedback_svc.search import patches, rollouts
 from sia_events.shared.events import (
     ApprovalGiven,
     ApprovalRefused,
@@ -14,7 +15,6 @@ from sia_events.shared.events import (
     Event,
     FeedbackGiven,
     FeedbackRequested,
-    HarnessPatchRequested,
     ProposalFailed,
     RolloutSource,
     RunFinished,
@@ -45,11 +45,17 @@ def on_score(run: Run, scored: Scored) -> Sequence[Event]:
 def on_failure(run: Run, failure: AttemptFailed) -> Sequence[Event]:
     """A failure that will not be tried again settles its attempt as a score does; many in a row hold the run."""
     paused: list[Event] = []
-    if failure.kind != "budget" and 0 < run.failures_in_a_row == run.settings.pause_after_failures:
-        paused.append(
-            RunPaused(reason=f"{run.failures_in_a_row} attempts failed in a row, the last: {failure.message}")
-        )
+    if failure.kind != "budget" and _too_many_failed(run):
+        last = next(each for each in reversed(run.failures.values()) if each.kind != "budget")
+        paused.append(RunPaused(reason=f"{run.failures_in_a_row} attempts failed in a row, the last: {last.message}"))
     return [*paused, *_settle(run, failure)]
+
+
+def _too_many_failed(run: Run) -> bool:
+    """Whether the limit was reached by this failure, or by those that came while the run was held."""
+    new = sum(isinstance(fact, AttemptFailed) and fact.kind != "budget" for fact in run.released) or 1
+    most = run.settings.pause_after_failures
+    return 0 < most <= run.failures_in_a_row < most + new
 
 
 def _settle(run: Run, failure: AttemptFailed) -> Sequence[Event]:
@@ -120,26 +126,7 @@ def _asked_about(run: Run, answer: ApprovalGiven | ApprovalRefused) -> FeedbackG
 
 def _pull(run: Run, feedback: FeedbackGiven) -> Sequence[Event]:
     """Ask for patches, or for rollouts to learn from."""
-    settings = run.settings
-    if feedback.lever == "harness":
-        return [
-            HarnessPatchRequested(
-                generation=feedback.generation,
-                parent=feedback.incumbent,
-                candidates=settings.candidates,
-                seed=settings.seed,
-            )
-        ]
-    return [
-        AttemptRequested(
-            attempt=f"{feedback.incumbent}.train.g{feedback.generation}",
-            version=feedback.incumbent,
-            split="train",
-            items=settings.rollout_items,
-            samples=settings.rollout_samples,
-            seed=settings.seed + feedback.generation,
-        )
-    ]
+    return [patches(run, feedback) if feedback.lever == "harness" else rollouts(run, feedback)]
 
 
 def _close_dev(run: Run, generation: int) -> Sequence[Event]:

@@ -34,17 +34,13 @@ def gather(run: Run, records: Sequence[Record]) -> Evidence:
     dev = run.scored(incumbent, "dev")
     last = dev[-1] if dev else None
     ran = run.executions.get(last.attempt) if last else None
-    sign = 1.0 if run.task is None or run.task.maximize else -1.0
-    rewards = [sign * item for item in last.items] if last else []
+    maximize = run.task is None or run.task.maximize
+    rewards = [item if maximize else -item for item in last.items] if last else []
     gains = {lever: _gains(run, lever) for lever in LEVERS}
     return Evidence(
         incumbent=incumbent,
         dev_score=last.score.value if last else None,
-        invalid_rate=round(
-            (last.failures.get("invalid", 0) + last.failures.get("unanswered", 0)) / last.score.n, DIGITS
-        )
-        if last
-        else 0.0,
+        invalid_rate=invalid_rate(last) if last else 0.0,
         skew=last.skew if last else 0.0,
         last_harness_gain=gains["harness"][-1] if gains["harness"] else None,
         last_weights_gain=gains["weights"][-1] if gains["weights"] else None,
@@ -52,7 +48,7 @@ def gather(run: Run, records: Sequence[Record]) -> Evidence:
         weights_tries=len(gains["weights"]),
         generations_left=run.settings.generations - run.generation + 1,
         failures=dict(sorted(last.failures.items())) if last else {},
-        rewards=histogram(rewards),
+        rewards=histogram(rewards, maximize),
         reward_mean=round(sum(rewards) / len(rewards), DIGITS) if rewards else None,
         reward_skew=skewness(rewards),
         calls_an_item=round(ran.calls / len(rewards), DIGITS) if ran and rewards else None,
@@ -66,21 +62,24 @@ def invalid_rate(scored: Scored) -> float:
     return round((scored.failures.get("invalid", 0) + scored.failures.get("unanswered", 0)) / scored.score.n, DIGITS)
 
 
-def histogram(rewards: Sequence[float]) -> tuple[int, ...]:
+def histogram(rewards: Sequence[float], maximize: bool = True) -> tuple[int, ...]:
     """How many rewards lie in each tenth of their range, lowest first.
 
     The range is 0 to 1, or -1 to 0, where all lie in it, else from the least to the most; empty where that is a point.
+    Rewards that are scores turned round, of a task that does not `maximize`, are at their best at 0.
     """
     if not rewards:
         return ()
     low, high = min(rewards), max(rewards)
-    for usual in ((0.0, 1.0), (-1.0, 0.0)):
+    for usual in ((0.0, 1.0), (-1.0, 0.0)) if maximize else ((-1.0, 0.0),):
         if usual[0] <= low <= high <= usual[1]:
             low, high = usual
             break
     if low == high:
         return ()
-    places = [min(TENTHS - 1, int(TENTHS * (reward - low) / (high - low))) for reward in rewards]
+    # A score on the edge of two tenths is in the upper one, also where 1 - 0.9 comes to a little less than 0.1.
+    tenths = [round(TENTHS * (reward - low) / (high - low), DIGITS) for reward in rewards]
+    places = [min(TENTHS - 1, int(tenth)) for tenth in tenths]
     return tuple(places.count(place) for place in range(TENTHS))
 
 

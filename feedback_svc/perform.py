@@ -8,6 +8,7 @@ from sia_events.feedback_svc import proposer, template, writer
 from sia_events.feedback_svc.algorithm import Signal, carry_logprobs
 from sia_events.feedback_svc.gate import compare_on
 from sia_events.feedback_svc.lever import choose_lever, invalid_rate
+from sia_events.feedback_svc.search import parents
 from sia_events.shared.events import (
     Event,
     FeedbackRequested,
@@ -16,7 +17,7 @@ from sia_events.shared.events import (
     ProposalFailed,
 )
 from sia_events.shared.registration import decode_task
-from sia_events.shared.run import Run
+from sia_events.shared.run import Run, Version
 from sia_events.shared.service import Work
 from sia_events.shared.task import Task
 from sia_events.shared.tree import load_tree, store_tree
@@ -45,38 +46,44 @@ async def _signal(work: Work) -> Signal:
 
 
 async def patch(work: Work, asked: HarnessPatchRequested) -> Sequence[Event]:
-    """K candidates: an LLM agent's, or typed edits of the parent's harness that this run has not tried."""
+    """K candidates: an LLM agent's, or typed edits of the parents' harnesses that this run has not tried."""
     run, blobs = work.run, work.ports.blobs
     if run.settings.backend != "builtin":
         return await writer.write(work, asked)
     assert run.task is not None
     task = decode_task(await blobs.get(run.task.spec))
-    parent = run.versions[asked.parent]
+    candidates: list[HarnessPatched] = []
     try:
         specs = {v.name: await _spec(work, v.harness, task) for v in run.versions.values()}
         # What was tried under other weights may be tried again: a harness fits the weights it was tried with.
-        tried = {template.digest(specs[v.name]) for v in run.versions.values() if v.weights == parent.weights}
-        seed = asked.seed + asked.generation
-        proposals = proposer.propose(specs[parent.name], _evidence(run), tried, asked.candidates, seed)
-        harnesses = [await store_tree(blobs, template.render(proposal.spec, task)) for proposal in proposals]
+        tried = {(template.digest(specs[v.name]), v.weights) for v in run.versions.values()}
+        for parent, count in parents(run, asked):
+            known = {digest for digest, weights in tried if weights == parent.weights}
+            seed = asked.seed + asked.generation
+            for proposal in proposer.propose(specs[parent.name], _evidence(run, parent), known, count, seed):
+                tried.add((template.digest(proposal.spec), parent.weights))
+                harness = await store_tree(blobs, template.render(proposal.spec, task))
+                candidates.append(_candidate(asked, len(candidates), parent, harness, proposal))
     except template.NotATemplate as error:
         # The built-in proposer knows one kind of harness; a task of another kind is not a fault of anybody.
         return [_barren(asked, f"the built-in proposer has no template for this task: {error}")]
-    if not proposals:
-        return [_barren(asked, f"every edit of {parent.name}'s harness has been tried")]
-    return [
-        HarnessPatched(
-            version=f"g{asked.generation}{ascii_lowercase[i]}",
-            generation=asked.generation,
-            candidate=i,
-            parent=parent.name,
-            harness=harness,
-            weights=parent.weights,
-            edits=proposal.edits,
-            reason=proposal.reason,
-        )
-        for i, (proposal, harness) in enumerate(zip(proposals, harnesses, strict=True))
-    ]
+    names = ", ".join(parent.name for parent, _ in parents(run, asked))
+    return candidates or [_barren(asked, f"every edit of {names}'s harness has been tried")]
+
+
+def _candidate(
+    asked: HarnessPatchRequested, place: int, parent: Version, harness: str, proposal: proposer.Proposal
+) -> HarnessPatched:
+    return HarnessPatched(
+        version=f"g{asked.generation}{ascii_lowercase[place]}",
+        generation=asked.generation,
+        candidate=place,
+        parent=parent.name,
+        harness=harness,
+        weights=parent.weights,
+        edits=proposal.edits,
+        reason=proposal.reason,
+    )
 
 
 def _barren(asked: HarnessPatchRequested, reason: str) -> ProposalFailed:
@@ -89,9 +96,8 @@ async def _spec(work: Work, harness: str, task: Task) -> template.Spec:
     return template.read(tree) if template.SPEC in tree else template.naive_spec(task)
 
 
-def _evidence(run: Run) -> proposer.Evidence:
-    assert run.incumbent is not None
-    last = run.scored(run.incumbent, "dev")[-1]
+def _evidence(run: Run, parent: Version) -> proposer.Evidence:
+    last = run.scored(parent.name, "dev")[-1]
     return proposer.Evidence(
         invalid=invalid_rate(last),
         skew=last.skew,

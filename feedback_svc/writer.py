@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
-from sia_events.agents.candidates import told, write_candidates
+from sia_events.agents.candidates import why_none, write_candidates
 from sia_events.agents.client import asking, spending
 from sia_events.agents.evidence import Attempt
 from sia_events.agents.observe import observe
@@ -12,6 +12,7 @@ from sia_events.agents.structured import structured
 from sia_events.feedback_svc.algorithm import Signal, offered, pick
 from sia_events.feedback_svc.decision import RULES, Decision, read_decision, trainable
 from sia_events.feedback_svc.lever import LeverChoice
+from sia_events.feedback_svc.search import parents
 from sia_events.shared.events import (
     Event,
     FeedbackGiven,
@@ -22,13 +23,24 @@ from sia_events.shared.events import (
     ProposalFailed,
     Written,
 )
-from sia_events.shared.ports import Brief, WritingFailed
+from sia_events.shared.ports import Brief
 from sia_events.shared.record import Record
 from sia_events.shared.registration import decode_task
+from sia_events.shared.run import Version
 from sia_events.shared.service import Work
 from sia_events.shared.summary import cost
 from sia_events.shared.task import Task
 from sia_events.shared.tree import load_tree
+
+NOT_THE_INCUMBENT = """\
+
+This run is a search: what is called the incumbent above is {parent}, an earlier version that was picked for you to go
+on from. The gate compares the best candidate with {over}."""
+
+ROLLOUTS_START = """\
+
+On train, where the model learns from rollouts, a line of items.jsonl has the key `state`: a folder under the data, with
+what an earlier version wrote on dev. A rollout of that item is to start from there."""
 
 
 async def choose(work: Work, asked: FeedbackRequested, by_rule: LeverChoice, signal: Signal) -> FeedbackGiven:
@@ -49,8 +61,8 @@ async def choose(work: Work, asked: FeedbackRequested, by_rule: LeverChoice, sig
     try:
         async with asking(brief, work.ports) as ask:
             decision, trajectory = await structured(ask, RULES, brief.prompt, read)
-    except WritingFailed as failed:
-        why = f"by rule, since {brief.model} made no choice that can be used: {await told(failed, work.ports)}"
+    except Exception as ended:
+        why = f"by rule, since {brief.model} made no choice that can be used: {await why_none(ended, brief, work)}"
         return given(asked, replace(by_rule, reasons=(*by_rule.reasons, why)))
     written = Written(
         backend=settings.backend,
@@ -74,30 +86,27 @@ async def choose(work: Work, asked: FeedbackRequested, by_rule: LeverChoice, sig
 
 
 async def write(work: Work, asked: HarnessPatchRequested) -> Sequence[Event]:
-    """Candidates with another harness and their parent's weights, as many of those wanted as can be used."""
-    run, blobs = work.run, work.ports.blobs
-    assert run.task is not None
-    task, records, attempt, usd = await _known(work)
-    parent = run.versions[asked.parent]
-    harness = await load_tree(blobs, parent.harness)
-    words = feedback_prompt(run, records, task, harness, attempt, run.settings.prompt_tokens, usd)
-    data = await load_tree(blobs, run.task.datasets.get("train") or next(iter(run.task.datasets.values())))
-    brief = _brief(work, "feedback", words.text, asked.seed + asked.generation, harness, data)
+    """Candidates with another harness and their parents' weights, as many of those wanted as can be used."""
+    run = work.run
+    from_each = parents(run, asked)
+    briefs = [(await _writing(work, asked, parent), count) for parent, count in from_each]
     # What was tried under other weights may be tried again: a harness fits the weights it was tried with.
-    tried = {v.harness: v.name for v in run.versions.values() if v.weights == parent.weights}
-    written = await write_candidates(brief, asked.candidates, asked.generation, run.settings.backend, tried, work.ports)
+    weights = {parent.weights for parent, _ in from_each}
+    tried = {v.harness: v.name for v in run.versions.values() if v.weights in weights}
+    written = await write_candidates(briefs, asked.generation, run.settings.backend, tried, work)
     left_out = "; ".join(written.left_out)
     if not written.usable:
-        why = f"no candidate of {run.settings.backend} with {brief.model} can be used: {left_out}"
-        return [ProposalFailed(generation=asked.generation, parent=parent.name, lever="harness", reason=why)]
+        why = f"no candidate of {run.settings.backend} with {briefs[0][0].model} can be used: {left_out}"
+        return [ProposalFailed(generation=asked.generation, parent=asked.parent, lever="harness", reason=why)]
+    by_place = [parent for parent, count in from_each for _ in range(count)]
     return [
         HarnessPatched(
             version=candidate.version,
             generation=asked.generation,
             candidate=candidate.place,
-            parent=parent.name,
+            parent=by_place[candidate.place].name,
             harness=candidate.harness,
-            weights=parent.weights,
+            weights=by_place[candidate.place].weights,
             edits=candidate.edits,
             reason=candidate.reason + (f" (left out: {left_out})" if left_out and not place else ""),
             written=candidate.written,
@@ -106,15 +115,29 @@ async def write(work: Work, asked: HarnessPatchRequested) -> Sequence[Event]:
     ]
 
 
-async def _known(work: Work) -> tuple[Task, list[Record], Attempt, float | None]:
-    """The task, the log up to the cause, what the incumbent did on dev, and what the run has cost, if anybody knows.
+async def _writing(work: Work, asked: HarnessPatchRequested, parent: Version) -> Brief:
+    """What is told to who changes the parent's harness."""
+    run, blobs = work.run, work.ports.blobs
+    assert run.task is not None
+    task, records, attempt, usd = await _known(work, parent.name)
+    harness = await load_tree(blobs, parent.harness)
+    words = feedback_prompt(run, records, task, harness, attempt, run.settings.prompt_tokens, usd)
+    data = await load_tree(blobs, run.task.datasets.get("train") or next(iter(run.task.datasets.values())))
+    apart = "" if parent.name == run.incumbent else NOT_THE_INCUMBENT.format(parent=parent.name, over=run.incumbent)
+    if run.settings.search == "archive" and run.settings.lever != "harness":
+        apart += ROLLOUTS_START
+    return _brief(work, "feedback", words.text + apart, asked.seed + asked.generation, harness, data)
 
-    All of it is the same whenever the handler runs again.
+
+async def _known(work: Work, version: str | None = None) -> tuple[Task, list[Record], Attempt, float | None]:
+    """The task, the log up to the cause, what a version (else the incumbent) did on dev, and what the run has cost.
+
+    All of it is the same whenever the handler runs again; the cost is None where nobody knows it.
     """
     assert work.run.task is not None
     task = decode_task(await work.ports.blobs.get(work.run.task.spec))
     records = list(await work.ports.bus.history(work.run.name))[: work.cause.position]
-    return task, records, await observe(work.run, records, work.ports.blobs), cost(records)["usd"]
+    return task, records, await observe(work.run, records, work.ports.blobs, version), cost(records)["usd"]
 
 
 def _brief(

@@ -25,8 +25,9 @@ class Adapters:
 
     A name is a digest, so every version has one of its own: what an engine keeps by name, it never keeps for other
     weights. `kept` is for an engine that reads the files again whenever it likes, as vLLM does: so many adapters stay
-    loaded, those asked for last, and the files of one that was unloaded stay until the next is. `folder` is nobody
-    else's then. With None the engine bounds itself and has read the files when it says that they are loaded.
+    loaded, those asked for last, and the files of one that was unloaded stay until the next is. With None the engine
+    bounds itself and has read the files when it says that they are loaded. `folder` is nobody else's: what a process
+    that was killed has left there goes when the next adapter is laid down.
     """
 
     def __init__(self, ask: Ask, blobs: Blobs, folder: Path, kept: int | None = None) -> None:
@@ -58,9 +59,9 @@ class Adapters:
             served = {card["id"]: card.get("root") for card in cards}
             if adapter in served:
                 return
+            self._sweep({Path(root).name for root in served.values() if root and self._kept is not None})
             files = await load_tree(self._blobs, adapter)
             place = self._folder / f"{adapter[:16]}-{secrets.token_hex(4)}"
-            place.mkdir(parents=True)
             try:
                 # Laid down anew each time from blobs that are checked: a copy that is kept may rot.
                 write_tree(files, place)
@@ -72,7 +73,6 @@ class Adapters:
                 shutil.rmtree(place)
             else:
                 await self._tidy([name for name in served if OURS.fullmatch(name)] + [adapter], self._kept)
-                self._sweep({place.name, *(Path(root).name for root in served.values() if root)})
 
     async def _tidy(self, loaded: list[str], kept: int) -> None:
         """Unload what was asked for longest ago; what a gateway before us loaded, first."""
@@ -83,7 +83,8 @@ class Adapters:
             self._used.pop(name, None)
 
     def _sweep(self, needed: set[str]) -> None:
-        """Remove the files of what was not loaded any more before this one was."""
+        """Remove the files of what is not loaded any more, whole or begun by a process that was killed at it."""
+        self._folder.mkdir(parents=True, exist_ok=True)
         for place in self._folder.iterdir():
             if PLACE.fullmatch(place.name) and place.name not in needed:
                 shutil.rmtree(place)

@@ -3,6 +3,10 @@
 import asyncio
 import hashlib
 import os
+import re
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import obstore
@@ -10,6 +14,20 @@ from obstore.exceptions import BaseError
 from obstore.store import LocalStore, ObjectStore, from_url
 
 from sia_events.shared.ports import BlobCorrupt, BlobMissing
+
+# Half of how young a blob has to be to be left alone by those who sweep.
+FRESH = timedelta(minutes=30)
+
+_DIGEST = re.compile(r"[0-9a-f]{64}")
+
+
+@dataclass(frozen=True)
+class Kept:
+    """A blob in a store: its name, its bytes, and when it was last written, UTC."""
+
+    digest: str
+    size: int
+    written: datetime
 
 
 class BlobsUnavailable(Exception):
@@ -28,8 +46,9 @@ class StoredBlobs:
         digest = hashlib.sha256(body).hexdigest()
         path = _path(digest)
         try:
-            # One that was torn, or has rotted since, is mended by writing it again.
-            if await self._stored(path) != body:
+            # One that was torn, or has rotted since, is mended by writing it again; and an old one that nothing names
+            # may be swept away before a record names it.
+            if await self._stored(path) != body or await self._is_old(path):
                 await obstore.put_async(self._store, path, body)
                 if self._root:
                     await asyncio.to_thread(_sync, self._root / path)
@@ -52,6 +71,34 @@ class StoredBlobs:
             )
         return body
 
+    async def listed(self) -> AsyncIterator[Kept]:
+        """Every blob there is, in no particular order. What else lies in the place is passed over."""
+        try:
+            async for page in obstore.list(self._store):
+                for meta in page:
+                    name = meta["path"].replace("/", "")
+                    if _DIGEST.fullmatch(name) and _path(name) == meta["path"]:
+                        yield Kept(name, meta["size"], meta["last_modified"])
+        except (BaseError, OSError) as error:
+            raise BlobsUnavailable(f"cannot list {self._where}: {error}") from error
+
+    async def remove(self, digest: str, unless_since: datetime) -> bool:
+        """Remove a blob that was last written before then; returns whether it was."""
+        path = _path(digest)
+        try:
+            if (await obstore.head_async(self._store, path))["last_modified"] >= unless_since:
+                return False
+            await obstore.delete_async(self._store, path)
+        except FileNotFoundError:
+            return False
+        except (BaseError, OSError) as error:
+            raise BlobsUnavailable(f"cannot remove blob {digest} from {self._where}: {error}") from error
+        return True
+
+    async def _is_old(self, path: str) -> bool:
+        written = (await obstore.head_async(self._store, path))["last_modified"]
+        return datetime.now(UTC) - written > FRESH
+
     async def _stored(self, path: str) -> bytes | None:
         try:
             return bytes(await (await obstore.get_async(self._store, path)).bytes_async())
@@ -73,7 +120,7 @@ def open_blobs(place: str) -> StoredBlobs:
 
 
 def _path(digest: str) -> str:
-    if len(digest) != 64 or not set(digest) <= set("0123456789abcdef"):
+    if not _DIGEST.fullmatch(digest):
         raise ValueError(f"{digest!r} is no SHA-256 digest in lower-case hex")
     return f"{digest[:2]}/{digest[2:]}"
 

@@ -1,6 +1,7 @@
 """The log in ClickHouse: one class and one SQL for chDB in this process, its owner process, and a server."""
 
 import asyncio
+import json
 import re
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -9,6 +10,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import unquote, urlsplit
+from uuid import uuid4
 
 import clickhouse_connect
 from clickhouse_connect.driver.client import Client
@@ -16,17 +18,19 @@ from clickhouse_connect.driver.exceptions import DatabaseError, OperationalError
 
 from sia_events.infra.chdb_engine import ENGINE_OPTIONS
 from sia_events.infra.store_lock import StoreHeld, claim
-from sia_events.shared.ports import Envelope
+from sia_events.shared.ports import Envelope, Rows
 from sia_events.shared.record import Record, parse_record, to_wire
 
-TABLES = ("events", "model_calls", "trace")
+TRACES = ("model_calls", "trace")
+TABLES = ("events", *TRACES)
 # Servers differ in their defaults, and the defaults have changed between releases: nothing is left to them.
 # Without async_insert=0 an insert may be acknowledged from memory.
 SETTINGS = {"async_insert": "0", "wait_for_async_insert": "1", "insert_deduplicate": "1", "max_threads": "2"}
 TABLE_SETTINGS = ("fsync_after_insert = 1", "fsync_part_directory = 1", "non_replicated_deduplication_window = 10000")
 READERS_S = 5.0
 NO_SPACE = 243  # ClickHouse's NOT_ENOUGH_SPACE
-UNKNOWN_TABLE, LOOKS, LOOK_S = 60, 10, 0.05
+TABLE_EXISTS = 57
+UPGRADE_S, LOOK_S = 30.0, 0.05
 
 T = TypeVar("T")
 
@@ -122,6 +126,68 @@ class ClickHouseLog:
     async def query(self, sql: str, parameters: Mapping[str, Any] | None = None) -> Sequence[Mapping[str, Any]]:
         return await self._call(lambda: self._rows(sql, dict(parameters or {})))
 
+    async def rows(self, run: str) -> Sequence[tuple[int, bytes]]:
+        """(position, bytes) of every row of the run's records, doubled ones too. Raises QueryRefused for torn parts."""
+        sql = "SELECT position, record FROM events WHERE run = {run:String} ORDER BY position"
+        return await self._call(lambda: [(int(row[0]), row[1]) for row in self._bytes(sql, {"run": run})])
+
+    async def lines(self, run: str) -> Sequence[tuple[int, int, str]]:
+        """(sequence, line, SHA-256 in hex) of every row of the run's traces. Raises QueryRefused for torn parts."""
+        columns = "sequence, line, lower(hex(SHA256(body))) AS digest"
+        sql = " UNION ALL ".join(f"SELECT {columns} FROM {table} WHERE run = {{run:String}}" for table in TRACES)
+        rows = await self.query(f"{sql} ORDER BY sequence, line", {"run": run})
+        return [(row["sequence"], row["line"], row["digest"]) for row in rows]
+
+    async def envelopes(self, run: str, sequences: Sequence[int]) -> Sequence[tuple[int, Envelope]]:
+        """What the tables have of those envelopes of the run, lines in order."""
+        columns, where = "sequence, line, key, body", "WHERE run = {run:String} AND sequence IN {some:Array(UInt64)}"
+        calls = f"SELECT {columns}, 'model_call' AS kind FROM model_calls FINAL {where}"
+        rest = f"SELECT {columns}, kind FROM trace FINAL {where}"
+        sql = f"SELECT * FROM ({calls} UNION ALL {rest}) ORDER BY sequence, line"
+        found: dict[int, Envelope] = {}
+        for row in await self.query(sql, {"run": run, "some": list(sequences)}):
+            at = row["sequence"]
+            before = found[at].lines if at in found else ()
+            found[at] = Envelope(run, row["kind"], row["key"], (*before, row["body"].encode()))
+        return list(found.items())
+
+    async def torn(self) -> Sequence[tuple[str, str, str]]:
+        """(table, part, why) for every part on the disk whose files are not those that were written."""
+        found: list[tuple[str, str, str]] = []
+        for table in TABLES:
+            answer = await self._call(
+                lambda table=table: self._reader.raw_query(f"CHECK TABLE {table}", fmt="JSONEachRow")
+            )
+            for line in answer.splitlines():
+                part = json.loads(line)
+                if not part["is_passed"]:
+                    found.append((table, part["part_path"], part["message"].partition(" (version")[0]))
+        return found
+
+    async def mend(self, run: str, records: Sequence[Record], envelopes: Sequence[tuple[int, Envelope]]) -> None:
+        """Have these rows, of one run, as they are given, whatever stands in their place."""
+        await self._remove("events", "position", run, [record.position for record in records])
+        await self.append(records, f"mended {uuid4()}")
+        await self.remove_lines(run, [sequence for sequence, _ in envelopes])
+        await self.append_traces(envelopes, f"mended {uuid4()}")
+
+    async def remove_lines(self, run: str, sequences: Sequence[int]) -> None:
+        """Take the rows of these envelopes out."""
+        for table in TRACES:
+            await self._remove(table, "sequence", run, sequences)
+
+    async def _remove(self, table: str, column: str, run: str, values: Sequence[int]) -> None:
+        if not values:
+            return
+        sql = (
+            f"ALTER TABLE {table} DELETE WHERE run = {{run:String}} AND {column} IN {{some:Array(UInt64)}} "
+            "SETTINGS mutations_sync = 2"
+        )
+        await self._call(lambda: self._writer.command(sql, parameters={"run": run, "some": list(values)}))
+
+    async def select(self, sql: str, form: Rows) -> bytes:
+        return await self._call(lambda: self._selected(sql, form))
+
     async def clear(self) -> None:
         # TRUNCATE forgets the tokens too, so the same batches can be inserted again.
         for table in TABLES:
@@ -144,15 +210,18 @@ class ClickHouseLog:
         )
 
     def _rows(self, sql: str, parameters: dict[str, Any]) -> Sequence[Mapping[str, Any]]:
-        # While another process moves the store to a newer schema, a view that it replaces is missing for an instant.
-        for left in reversed(range(LOOKS)):
-            try:
-                return list(self._reader.query(sql, parameters=parameters).named_results())
-            except DatabaseError as error:
-                if error.code != UNKNOWN_TABLE or not left:
-                    raise
-            time.sleep(LOOK_S)
-        raise AssertionError("the last look returns or raises")
+        return list(self._reader.query(sql, parameters=parameters).named_results())
+
+    def _selected(self, sql: str, form: Rows) -> bytes:
+        # `readonly` alone still lets a statement write files. The engine's own grammar tells: nothing but a SELECT, and
+        # none that names a file or a format, is both a statement and what may stand in another one's FROM.
+        sql = sql.strip().rstrip(";")
+        self._reader.query(f"EXPLAIN AST {sql}")
+        try:
+            self._reader.query(f"EXPLAIN AST SELECT * FROM (\n{sql}\n)")
+        except DatabaseError as error:
+            raise QueryRefused("only a SELECT is taken here, without INTO OUTFILE and FORMAT") from error
+        return bytes(self._reader.raw_query(sql, fmt=form))
 
     def _bytes(self, sql: str, parameters: dict[str, Any]) -> Sequence[Sequence[bytes]]:
         return self._reader.query(sql, parameters=parameters, query_formats={"String": "bytes"}).result_rows
@@ -184,23 +253,52 @@ def _open(client: Callable[..., Client], held: ExitStack) -> ClickHouseLog:
 
 
 def _migrate(client: Client) -> None:
-    """Apply what the store has not seen. Raises StoreTooNew before anything is touched."""
+    """Return when the store has seen every migration. Raises StoreTooNew before anything is touched.
+
+    Of those who come at once one applies them, and the others wait: nobody looks at a view that is just being replaced.
+    """
     client.command(
         "CREATE TABLE IF NOT EXISTS schema_version (version UInt32, applied DateTime DEFAULT now()) "
         "ENGINE = ReplacingMergeTree ORDER BY version SETTINGS fsync_after_insert = 1, fsync_part_directory = 1"
     )
     ours = migrations()
-    found = int(client.query("SELECT max(version) FROM schema_version").result_rows[0][0])
+    patience = time.monotonic() + UPGRADE_S
+    while (found := _version(client)) < ours[-1][0]:
+        if not _upgrading(client):
+            if time.monotonic() > patience:
+                # Whoever began it has died over it.
+                client.command("DROP TABLE IF EXISTS upgrading")
+            time.sleep(LOOK_S)
+            continue
+        try:
+            found = _version(client)  # somebody may have been quicker
+            for version, statements in ours:
+                if version > found:
+                    for statement in statements:
+                        client.command(statement)
+                    client.insert("schema_version", [(version,)], ["version"], column_type_names=["UInt32"])
+        finally:
+            client.command("DROP TABLE IF EXISTS upgrading")
     if found > ours[-1][0]:
         raise StoreTooNew(
             f"the event log is of schema {found}; this release knows schemas up to {ours[-1][0]}. "
             "Nothing was changed. Use the release that wrote it, or set SIA_HOME to another folder."
         )
-    for version, statements in ours:
-        if version > found:
-            for statement in statements:
-                client.command(statement)
-            client.insert("schema_version", [(version,)], column_names=["version"], column_type_names=["UInt32"])
+
+
+def _version(client: Client) -> int:
+    return int(client.query("SELECT max(version) FROM schema_version").result_rows[0][0])
+
+
+def _upgrading(client: Client) -> bool:
+    """Whether it falls to us: a table of one name is made by one client only."""
+    try:
+        client.command("CREATE TABLE upgrading (nothing UInt8) ENGINE = Null")
+    except DatabaseError as error:
+        if error.code == TABLE_EXISTS:
+            return False
+        raise
+    return True
 
 
 def _check(client: Client) -> None:

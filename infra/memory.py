@@ -12,7 +12,7 @@ from typing import Any, Literal
 from sia_events.infra.delivery import checked_name, delay, give_up, give_up_unread, is_last
 from sia_events.infra.tail import Tail, check_part, following, stored
 from sia_events.shared.events import RunBranched
-from sia_events.shared.ports import BlobMissing, Blobs, Clock, Envelope, Feed, NoSuchPosition
+from sia_events.shared.ports import BlobMissing, Blobs, Clock, Envelope, Feed, NoSuchPosition, Rows
 from sia_events.shared.record import Draft, Record, UnreadableRecord, parse_record, to_wire
 
 RETRY_DELAY_S = 0.001
@@ -252,6 +252,9 @@ class MemoryLog:
         return sorted(first, key=lambda run: (first[run], run))
 
     async def query(self, sql: str, parameters: Mapping[str, Any] | None = None) -> Sequence[Mapping[str, Any]]:
+        raise NotImplementedError("the log in memory speaks no SQL")
+
+    async def select(self, sql: str, form: Rows) -> bytes:
         raise NotImplementedError("the log in memory speaks no SQL")
 
     async def clear(self) -> None:

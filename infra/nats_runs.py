@@ -12,11 +12,12 @@ from sia_events.infra.nats_streams import EVENTS, Message, publish, read
 from sia_events.infra.nats_wire import CLOUD_EVENTS, read_record, subject_of
 from sia_events.infra.tail import Tail, check_part, following, stored
 from sia_events.shared.events import RunBranched
-from sia_events.shared.ports import Clock, NoSuchPosition
+from sia_events.shared.ports import Clock, NoSuchPosition, RunExists
 from sia_events.shared.record import Draft, Record, UnreadableRecord, to_wire
 
 KEPT_RUNS = 64
 BEHIND_S = 0.1
+RESTORED_AT_ONCE = 500
 
 
 class Runs:
@@ -44,6 +45,12 @@ class Runs:
             return (*(await self.history(fork.parent))[: fork.at], *tail.records)
         return tuple(tail.records)
 
+    async def restore(self, run: str, records: Sequence[Record]) -> int:
+        """As `Streams.restore`."""
+        tail, lock = self._tail(run)
+        async with lock:
+            return await self._nats.ask(lambda client: self._restore(client, tail, records))
+
     async def record_in(self, message: Message, run: str) -> Record:
         """The record that a message under the run's subjects is. Raises UnreadableRecord where it is no part of it."""
         record = read_record(message)
@@ -60,20 +67,32 @@ class Runs:
                 return found
             records = following(tail, drafts, await self._parent(tail, drafts), self._clock.now())
             messages = [
-                (subject_of(record), to_wire(record), {"Nats-Msg-Id": str(record.id), **CLOUD_EVENTS})
-                for record in records
+                (subject_of(record), to_wire(record), {"Nats-Msg-Id": str(record.id), **_behind(tail, i)})
+                for i, record in enumerate(records)
             ]
-            messages[0][2].update(
-                {
-                    "Nats-Expected-Last-Subject-Sequence": str(tail.sequence),
-                    "Nats-Expected-Last-Subject-Sequence-Subject": f"sia.events.{tail.run}.>",
-                }
-            )
             if last := await publish(client, messages):
                 for sequence, record in enumerate(records, last - len(records) + 1):
                     tail.take(sequence, record)
                 return records
             await self._catch_up(client, tail)
+
+    async def _restore(self, client: Client, tail: Tail, records: Sequence[Record]) -> int:
+        """Compare and set, as an append, but of records that have their place. Cut short, it goes on where it was."""
+        await self._catch_up(client, tail)
+        before = len(tail.records)
+        while True:
+            if any(one.wire != other.wire for one, other in zip(tail.records, records, strict=False)):
+                raise RunExists(f"run {tail.run!r} exists already and has other records; nothing of it was changed")
+            missing = records[len(tail.records) :][:RESTORED_AT_ONCE]
+            if not missing:
+                return max(0, len(records) - before)
+            # No message id: the server would take a record that it has lost lately for one that it still has.
+            messages = [(subject_of(record), to_wire(record), _behind(tail, i)) for i, record in enumerate(missing)]
+            if last := await publish(client, messages):
+                for sequence, record in enumerate(missing, last - len(missing) + 1):
+                    tail.take(sequence, record)
+            else:
+                await self._catch_up(client, tail)
 
     async def _parent(self, tail: Tail, drafts: Sequence[Draft]) -> Sequence[Record]:
         """The history that `drafts` branch from, if they open a branch."""
@@ -109,3 +128,14 @@ class Runs:
             # Whoever works with it still does so safely: an append is checked against the stream.
             self._tails.popitem(last=False)
         return found
+
+
+def _behind(tail: Tail, number: int) -> dict[str, str]:
+    """Headers of the `number`-th message of an append: its first is taken only where the tail is still the tail."""
+    if number:
+        return CLOUD_EVENTS
+    return {
+        **CLOUD_EVENTS,
+        "Nats-Expected-Last-Subject-Sequence": str(tail.sequence),
+        "Nats-Expected-Last-Subject-Sequence-Subject": f"sia.events.{tail.run}.>",
+    }

@@ -1,6 +1,5 @@
 """How records and envelopes stand on the wire: subjects, headers, bodies."""
 
-import sys
 import zlib
 from collections.abc import Sequence
 from typing import Any, cast
@@ -8,13 +7,9 @@ from urllib.parse import quote, unquote
 
 from sia_events.infra.delivery import checked_name
 from sia_events.infra.nats_streams import Message
+from sia_events.infra.zstd import zstd
 from sia_events.shared.ports import Envelope
 from sia_events.shared.record import Record, UnreadableRecord, parse_record
-
-if sys.version_info >= (3, 14):
-    from compression import zstd
-else:
-    from backports import zstd
 
 CLOUD_EVENTS = {"Content-Type": "application/cloudevents+json"}
 # RFC 8878, section 3.1.1; a level at which envelopes of model calls are 7 % smaller than by zlib's, and done sooner.

@@ -33,7 +33,8 @@ class Measurement:
     quarantine, a person looks before anything is accepted. `speedup`: median over the repeats of the baseline's CPU
     time / the candidate's on the same inputs, `low` and `high` its 20th and 80th percentile; `reference_ms` and
     `candidate_ms`: median CPU time; over several timed cases each is the geometric mean. `max_error`: largest
-    absolute error. These six are None unless correct. `seed`: draws the same inputs again.
+    absolute error. These six are None unless correct. `rounds`: the speed-up of each repeat, 0 unless correct.
+    `seed`: draws the same inputs again.
     """
 
     problem: str
@@ -46,6 +47,7 @@ class Measurement:
     reference_ms: float | None
     candidate_ms: float | None
     max_error: float | None
+    rounds: tuple[float, ...]
     repeats: int
     seed: int
     environment: Environment
@@ -98,12 +100,14 @@ def measure(
             reference_ms=None,
             candidate_ms=None,
             max_error=None,
+            rounds=(0.0,) * repeats,
             repeats=repeats,
             seed=seed,
             environment=environment(),
         )
     pairs = [pair for round_ in rounds for pair in round_]
-    speedup = interval([geometric_mean([ratio(pair) for pair in round_]) for round_ in rounds])
+    speedups = tuple(geometric_mean([ratio(pair) for pair in round_]) for round_ in rounds)
+    speedup = interval(speedups)
     reason = suspicion(speedup.median, [pair.candidate.cost for pair in pairs])
     return Measurement(
         problem=problem.name,
@@ -116,6 +120,7 @@ def measure(
         reference_ms=milliseconds([[pair.baseline.cost.cpu for pair in round_] for round_ in rounds]),
         candidate_ms=milliseconds([[pair.candidate.cost.cpu for pair in round_] for round_ in rounds]),
         max_error=max(pair.candidate.error for pair in pairs),
+        rounds=speedups,
         repeats=repeats,
         seed=seed,
         environment=environment(),

@@ -23,7 +23,7 @@ async def measure_kernel(work: Work, logged: ExecutionLogged) -> Sequence[Event]
     outputs = await load_tree(work.ports.blobs, logged.outputs)
     source = outputs.get(KERNEL, b"").decode(errors="replace")
     launch = work.ports.boxed or plain
-    found = await asyncio.to_thread(measure, source, PROBLEMS[task.kernel], launch=launch)
+    found = await asyncio.to_thread(measure, source, PROBLEMS[task.kernel], repeats=task.repeats, launch=launch)
     return [
         KernelMeasured(
             attempt=logged.attempt,
@@ -35,5 +35,6 @@ async def measure_kernel(work: Work, logged: ExecutionLogged) -> Sequence[Event]
             high=round(found.high or 0.0, 6),
             flagged=found.flagged,
             reason=found.reason[-500:],
+            rounds=tuple(round(speedup, 6) for speedup in found.rounds),
         )
     ]

@@ -74,13 +74,17 @@ class Engine:
 
 
 def _answer(jobs: list[_Job], work: Callable[[list[Any]], list[Any]]) -> None:
+    """A batch that fails is answered one by one: only whoever asked for what cannot be done gets the error."""
     if not jobs:
         return
     try:
         replies = work([job.ask for job in jobs])
-    except Exception as error:  # the requesters get it; the engine lives on for the next batch
+    except Exception as error:  # whoever asked gets it; the engine lives on for the next batch
+        if len(jobs) == 1:
+            jobs[0].reply.set_exception(error)
+            return
         for job in jobs:
-            job.reply.set_exception(error)
+            _answer([job], work)
         return
     for job, reply in zip(jobs, replies, strict=True):
         job.reply.set_result(reply)

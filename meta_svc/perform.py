@@ -67,6 +67,5 @@ async def _write(work: Work, told: TaskRegistered, started: RunStarted) -> Candi
         turns=settings.turns,
         seed=settings.seed,
     )
-    return await write_candidates(
-        brief, settings.candidates, 0, settings.backend, {told.reference: "the reference agent"}, work.ports
-    )
+    known = {told.reference: "the reference agent"}
+    return await write_candidates([(brief, settings.candidates)], 0, settings.backend, known, work)

@@ -20,7 +20,7 @@ from sia_events.model_gateway.patience import Patience, is_the_callers
 from sia_events.model_gateway.reading import Reading
 from sia_events.model_gateway.token import Claims
 from sia_events.model_gateway.wire import Ask, Body, Question, Refused, Wire
-from sia_events.shared.calls import AWAY, ModelCall, journal_key
+from sia_events.shared.calls import AWAY, GivenAgain, ModelCall, journal_key
 from sia_events.shared.failpoints import reach
 from sia_events.shared.ports import Clock, ModelFailed, Models
 from sia_events.shared.record import NAMESPACE
@@ -78,6 +78,7 @@ class Calls:
             assert known.reply is not None, "the journal gives out replies"
             reading.native = wire.native(known.reply)
             reading.end(known)
+            await self._note(claims, known.start, digest, n)
             return reading
         if key in self._under_way:
             reading, _ = self._under_way[key]
@@ -88,6 +89,7 @@ class Calls:
         else:
             self._begin(key, reading, self._read(wire, reading, digest, n, streamed))
         reading.if_unanswered(lambda: self._journal.give_back(claims.run, claims.start, digest, n))
+        await self._note(claims, reading.ask.claims.start, digest, n)
         return reading
 
     async def end(self, seconds: float) -> None:
@@ -121,6 +123,11 @@ class Calls:
                 reading.end(None, Refused(500, ENDING))
 
         task.add_done_callback(over)
+
+    async def _note(self, claims: Claims, asked_by: str, digest: str, n: int) -> None:
+        """Put on record that an agent is given the reply to a call that another start of it has made."""
+        if claims.role == "target" and asked_by != claims.start:
+            await self._journal.given_again(claims.run, claims.attempt, GivenAgain(claims.start, digest, n))
 
     def _refused(self, claims: Claims, recorded: int) -> Refused | None:
         """Why no new call is made: the gateway is ending, or the attempt has made all that it may make."""

@@ -18,12 +18,12 @@ from sia_events.model_gateway.reading import Reading
 from sia_events.model_gateway.responses_wire import RESPONSES
 from sia_events.model_gateway.token import Claims, TokenRefused, read_token
 from sia_events.model_gateway.wire import Refused, Wire
-from sia_events.shared.calls import ModelCall
+from sia_events.shared.calls import AWAY, ModelCall
 from sia_events.shared.ports import Clock
 
 MAX_BODY = 2_000_000
 BYTES_A_TOKEN = 4
-STATUS: Mapping[str, int] = {"budget": 402, "rate_limited": 429, "no_key": 503, "unavailable": 503, "timeout": 504}
+STATUS: Mapping[str, int] = {"budget": 402, **AWAY}
 """What a caller gets for a call that has no reply, by its fault; 502 for every other."""
 
 # What the SDKs of OpenAI and Anthropic send along: how often they have sent this request already.

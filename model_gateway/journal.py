@@ -5,7 +5,9 @@ from collections import OrderedDict, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from sia_events.shared.calls import ModelCall, decode_call, encode_call, journal_key
+import msgspec
+
+from sia_events.shared.calls import GivenAgain, ModelCall, decode_call, encode_call, journal_key
 from sia_events.shared.ports import Bus, Envelope
 
 LINES = 128
@@ -80,6 +82,10 @@ class Journal:
         if self._flusher is None or self._flusher.done():
             self._flusher = asyncio.create_task(self._flush())
         await done
+
+    async def given_again(self, run: str, attempt: str, told: GivenAgain) -> None:
+        """Returns when it is on disk, before the reply is given: whose outputs are judged is told apart by it."""
+        await self._bus.trace(Envelope(run, "step", journal_key(attempt), (msgspec.json.encode(told),)))
 
     async def close(self) -> None:
         """Returns when every call that was recorded so far is on disk."""

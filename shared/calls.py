@@ -1,13 +1,13 @@
 """One model call as it is recorded: a line of the trace stream, of a trajectory and of the table `model_calls`."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
 import msgspec
 
-# The faults that neither the agent nor another try at once would mend: the gateway has waited for the provider
-# already, or the provider does not take the key.
-AWAY = ("unavailable", "rate_limited", "no_key")
+AWAY: Mapping[str, int] = {"unavailable": 503, "rate_limited": 429, "timeout": 504, "no_key": 503}
+"""The faults that neither the agent nor another try at once would mend, and the HTTP status that a caller is told them
+by: the gateway has waited for the provider already, or the provider does not take the key."""
 
 
 class ModelCall(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -17,7 +17,8 @@ class ModelCall(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     log-probs. `fault` is the kind of an error (`FailedCall`, or "budget": refused by us). `usd` is None where nobody
     knows the model's price. `digest` is the SHA-256 of the request; with `n`, the how-manieth reply to it this is, it
     names the call in its attempt, which is how a repeated handler finds the recorded reply. `start` is the start of the
-    attempt's program that asked.
+    attempt's program that asked. In a trajectory, a call of `other_start` was made by one that broke off, and its reply
+    not given to the one whose outputs were taken.
     """
 
     call: str
@@ -41,6 +42,15 @@ class ModelCall(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     usd: float | None = 0.0
     seconds: float = 0.0
     time: str = ""
+    other_start: bool = False
+
+
+class GivenAgain(msgspec.Struct, frozen=True):
+    """That a `start` of an attempt's program was given the reply to a call of an earlier one, by that call's name."""
+
+    start: str
+    digest: str
+    n: int
 
 
 def spent(calls: Iterable[ModelCall]) -> dict[str, Any]:

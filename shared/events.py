@@ -6,6 +6,7 @@ from pydantic import BaseModel, ConfigDict, Field, JsonValue
 
 Lever = Literal["harness", "weights"]
 LeverPolicy = Literal["auto", "harness", "weights", "alternate", "random"]
+Search = Literal["line", "best-of-k", "archive"]
 Split = Literal["train", "dev", "gate", "test"]
 FailureKind = Literal["infrastructure", "budget", "timeout", "crash", "invalid_output", "empty_reply", "truncated"]
 BackendName = Literal["builtin", "direct", "agentic", "claude", "openhands"]
@@ -75,11 +76,17 @@ class Learning(Value):
     """How weights are learned from rollouts, whatever the algorithm; a field that an algorithm has no use for is idle.
 
     Credit: `terminal` gives every call of an attempt the advantage of the whole attempt; `per-step` compares calls that
-    were made in the same state, on what was rewarded from there on, `discount` a call. Reduction: the mean over each
+    were made in the same state, on what was rewarded from there on, `discount` a call; PPO's critic then values calls,
+    and no longer actions. Reduction: the mean over each
     sample's tokens (`sample`, GRPO's own), over all tokens of the batch (`token`, DAPO's) or a sum over a `constant`
     (Dr. GRPO's). `kl` weighs the distance from the base model, not from the last adapter, in nats. `kl_stop` ends
     learning at that mean distance from the policy that made the rollouts. `max_lag`: rollouts of up to so many adapters
     back are learned from too. A sample whose mean |log ratio| a token passes `max_ratio` is masked, and counted.
+
+    `backend`: whose trainer makes the update; what TRL has no way to learn is learned by ours, and said. `hold_out`: of
+    so many of the items nothing is learned; every `look_every` steps, and behind the last, their samples tell what
+    reward the new weights can expect. Once that was below its best for `patience` looks, learning ends; the weights of
+    the best look are the update.
     """
 
     lr: float = Field(default=5e-4, gt=0, le=1)
@@ -102,6 +109,10 @@ class Learning(Value):
     max_lag: int = Field(default=0, ge=0)
     max_ratio: float = Field(default=5.0, gt=0)
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    backend: Literal["ours", "trl"] = "ours"
+    hold_out: float = Field(default=0.0, ge=0, le=0.5)
+    look_every: int = Field(default=4, ge=1)
+    patience: int = Field(default=2, ge=1)
 
 
 class Probe(Value):
@@ -127,12 +138,33 @@ class RolloutSource(Value):
     lag: int = 0
 
 
+class Start(Value):
+    """An archived version that candidates, or groups of rollouts, start from, with the terms of PUCT that chose it.
+
+    `share` is how many of them do. `reward` is its own dev score, turned so that more is better, `value` that of its
+    best child where it has one; `visits` counts how often it or a descendant was started from, `expansions` how often
+    any version was. `scale` is the spread of rewards in the archive. `puct` follows from them
+    (feedback_svc/archive.py).
+    """
+
+    version: str
+    share: int = Field(ge=1)
+    reward: float
+    value: float
+    prior: float
+    visits: int
+    expansions: int
+    scale: float
+    puct: float
+
+
 class RunSettings(Value):
     """What a run was asked to do; a branch changes some of it."""
 
     generations: int = Field(default=3, ge=1, le=1000)
     candidates: int = Field(default=3, ge=1, le=26)
     lever: LeverPolicy = "auto"
+    search: Search = "line"
     seed: int = Field(default=0, ge=0, lt=2**31)
     target_model: str = "local/smollm2-135m-instruct"
     sandbox: Literal["bubblewrap", "process"] = "bubblewrap"
@@ -239,7 +271,10 @@ class AgentProposed(Event):
 
 
 class AttemptRequested(Event):
-    """A version is owed a run on a split, each item `samples` times; above one, replies are drawn at temperature 1."""
+    """A version is owed a run on a split, each item `samples` times; above one, replies are drawn at temperature 1.
+
+    In a search, rollouts of an item start from what one of the `starts` wrote, dealt round the items.
+    """
 
     type: Literal["AttemptRequested"] = "AttemptRequested"
     attempt: str
@@ -249,6 +284,7 @@ class AttemptRequested(Event):
     items: int | None = None
     samples: int = 1
     seed: int
+    starts: tuple[Start, ...] = ()
 
 
 class ExecutionLogged(Event):
@@ -289,7 +325,11 @@ class AttemptFailed(Event):
 
 
 class KernelMeasured(Event):
-    """A kernel was checked on fresh inputs and timed outside its own process."""
+    """A kernel was checked on fresh inputs and timed outside its own process.
+
+    `rounds` are the speed-ups of the repeats in their order, each 0 where the kernel is wrong; `speedup`, `low` and
+    `high` are their median and 20th and 80th percentile. `flagged`: in quarantine until a person has looked.
+    """
 
     type: Literal["KernelMeasured"] = "KernelMeasured"
     attempt: str
@@ -301,6 +341,7 @@ class KernelMeasured(Event):
     high: float
     flagged: bool
     reason: str
+    rounds: tuple[float, ...] = ()
 
 
 class Scored(Event):
@@ -369,13 +410,17 @@ class FeedbackGiven(Event):
 
 
 class HarnessPatchRequested(Event):
-    """The next generation changes the harness: K candidates are wanted."""
+    """The next generation changes the harness: K candidates are wanted.
+
+    They start from `parent`; where `starts` names archived versions, of which `parent` is the first, from those.
+    """
 
     type: Literal["HarnessPatchRequested"] = "HarnessPatchRequested"
     generation: int
     parent: str
     candidates: int
     seed: int
+    starts: tuple[Start, ...] = ()
 
 
 class HarnessPatched(Event):
@@ -412,7 +457,8 @@ class WeightsUpdated(Event):
     """A candidate with another adapter and its parent's harness.
 
     `counts` says what became of the rollouts: learned from, or left out and why. `manifest` is the digest of the
-    adapter's own: base, parent, algorithm, data, metrics.
+    adapter's own: base, parent, algorithm, data, metrics. `backend` names whose trainer made it: "trl 1.16.0", or
+    "ours" with the reason why it was not TRL's where that was asked for.
     """
 
     type: Literal["WeightsUpdated"] = "WeightsUpdated"
@@ -428,6 +474,7 @@ class WeightsUpdated(Event):
     counts: dict[str, int] = {}
     probe: Probe | None = None
     manifest: Digest | None = None
+    backend: str = "ours"
 
 
 class ProposalFailed(Event):
@@ -512,6 +559,15 @@ class ServiceFailed(Event):
     error: str
     payload: Digest
     tries: int
+
+
+class LetterDropped(Event):
+    """A person gave up what a dead letter is about: its service is not asked for an answer again."""
+
+    type: Literal["LetterDropped"] = "LetterDropped"
+    letter: str
+    by: str
+    reason: str
 
 
 class RunBranched(Event):

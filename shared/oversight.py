@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 
-from sia_events.shared.events import BudgetChanged, Event, RunResumed
+from sia_events.shared.events import BudgetChanged, Event, RunPaused, RunResumed
 from sia_events.shared.run import Run
 from sia_events.shared.service import Decide
 
@@ -23,7 +23,8 @@ def overseen(decides: Mapping[type[Event], Decide]) -> Mapping[type[Event], Deci
             if decide := decides.get(type(fact)):
                 # Facts decided on the same state call for the same things: two scores may each close the round.
                 found.extend(made for made in decide(run, fact) if made not in found)
-        return found
+        pauses = [made for made in found if isinstance(made, RunPaused)]
+        return [made for made in found if made not in pauses[1:]]
 
     return {
         **{kind: unless_held(decide) for kind, decide in decides.items()},

@@ -105,6 +105,86 @@ class Bus(Protocol):
         ...
 
 
+StreamName = Literal["SIA", "SIA_TRACE"]
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A message as it stands on a stream; `kind` is what its subject says: a record's type, or a trace's kind."""
+
+    sequence: int
+    run: str
+    kind: str
+    body: bytes
+
+
+@dataclass(frozen=True)
+class StreamSize:
+    """How full a stream is. `limit` is in bytes, None where it has none; `lag` is what the recorder has not copied."""
+
+    stream: str
+    messages: int
+    bytes: int
+    limit: int | None
+    lag: int | None
+
+
+@dataclass(frozen=True)
+class Consumer:
+    """Who is handed records of a run: how many wait, how many are out unanswered; `up` while somebody asks for more."""
+
+    name: str
+    waiting: int
+    out: int
+    up: bool
+
+
+class Streams(Protocol):
+    """The streams as they are kept, message by message, for those who verify them, mend them or carry a run elsewhere.
+
+    `stream` is one of the two that hold history.
+    """
+
+    async def runs(self) -> Sequence[str]:
+        """Every run that either stream names, whether or not anything of it can be read."""
+        ...
+
+    def messages(self, stream: StreamName, run: str) -> AsyncIterator[Stored]:
+        """What can be read of a run, in the stream's order. A message that its server finds damaged is left out."""
+        ...
+
+    def envelopes(self, run: str) -> AsyncIterator[tuple[int, "Envelope"]]:
+        """The run's envelopes that can be read, of every kind, with their sequences."""
+        ...
+
+    async def lost(self, stream: StreamName) -> tuple[int, Sequence[int]]:
+        """The stream's last sequence, and those up to it that nothing can be read of: nobody deletes a message."""
+        ...
+
+    async def sizes(self, feed: str) -> Sequence[StreamSize]:
+        """Every stream of ours, with how far the reader of `feed` is behind on those that it reads."""
+        ...
+
+    async def consumers(self) -> Sequence[Consumer]:
+        """Every consumer of the stream of records."""
+        ...
+
+    async def copied(self, stream: StreamName, feed: str) -> int:
+        """The sequence up to which the reader of `feed` has acked."""
+        ...
+
+    async def step_back(self, stream: StreamName, feed: str, sequence: int) -> None:
+        """Let `feed` go on behind `sequence`, the next time it is read, where it has come further."""
+        ...
+
+    async def restore(self, run: str, records: Sequence[Record]) -> int:
+        """Put the run's own records, from its first on, where they belong, byte for byte; those there are left alone.
+
+        Returns how many were missing. Raises RunExists where the run has another record at one of their positions.
+        """
+        ...
+
+
 class RunExists(Exception):
     """A run of that name was opened by somebody else."""
 
@@ -138,12 +218,15 @@ class Envelope:
 class Feed:
     """One batch for the recorder: `first`..`last` are stream sequences, the same on every redelivery of the batch."""
 
-    stream: Literal["SIA", "SIA_TRACE"]
+    stream: StreamName
     first: int
     last: int
     records: tuple[Record, ...]
     envelopes: tuple[tuple[int, Envelope], ...]
     ack: Callable[[], Awaitable[None]]
+
+
+Rows = Literal["JSONEachRow", "Parquet"]
 
 
 class Log(Protocol):
@@ -167,6 +250,10 @@ class Log(Protocol):
 
     async def query(self, sql: str, parameters: Mapping[str, Any] | None = None) -> Sequence[Mapping[str, Any]]:
         """Rows of a read-only statement, as mappings."""
+        ...
+
+    async def select(self, sql: str, form: Rows) -> bytes:
+        """What somebody's own SELECT finds, in that format; whatever else `sql` may be is refused before it is run."""
         ...
 
     async def clear(self) -> None:

@@ -88,6 +88,12 @@ def answers(run: str, cause: Record, producer: str, events: Sequence[Event]) -> 
     ]
 
 
+def opens_with(opened: Sequence[Record], record: Record) -> bool:
+    """Whether `record`, which comes behind the records that open a run, is one of these."""
+    first = opened[0]
+    return record.cause == first.id and record.id == derived_id(first.run, None, first.producer, len(opened))
+
+
 def place(draft: Draft, run: str, position: int, previous_chain: str, time: datetime) -> Record:
     """Put a draft at its position behind the record whose chain is `previous_chain`."""
     record = Record(

@@ -61,7 +61,7 @@ def requirements(task: Task) -> bytes | None:
     stated = task.path / "reference" / REQUIREMENTS
     if stated.is_file():
         return stated.read_bytes()
-    return None if task.splits else PLAIN_REQUIREMENTS
+    return None if task.splits or task.evaluator == "kernel" else PLAIN_REQUIREMENTS
 
 
 async def register(
@@ -86,7 +86,8 @@ async def register(
         dealt = plain_splits(task) or dict.fromkeys(("dev", "gate", "test"), (WHOLE,))
         datasets = dict.fromkeys(dealt, public_files(task, "whole"))
         right = {s: dict.fromkeys(ids, "") for s, ids in dealt.items()}
-        judge = await store_tree(private, {**judge_files(task), REQUIREMENTS: requirements(task) or b""})
+        files = {**judge_files(task), REQUIREMENTS: requirements(task) or b""} if evaluator_file(task) else None
+        judge = await store_tree(private, files) if files else None
     return TaskRegistered(
         task=task.name,
         title=task.title,
@@ -97,7 +98,7 @@ async def register(
         answers=await private.put(msgspec.json.encode(right)),
         judge=judge,
         reference=await store_tree(blobs, first),
-        sizes={s: len(labels) for s, labels in right.items()},
+        sizes=split_sizes(task) if task.evaluator == "kernel" else {s: len(labels) for s, labels in right.items()},
         floor=task.floor,
     )
 

@@ -1,18 +1,24 @@
 """Replay: every recorded cause is decided again with today's code and compared, both ways; nothing is called."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Container, Iterator, Sequence
+from dataclasses import dataclass, replace
 from uuid import UUID
 
 from sia_events.shared.events import (
     ApprovalGiven,
     ApprovalRefused,
+    AttemptFailed,
     BudgetChanged,
     BudgetExhausted,
     Event,
+    LetterDropped,
+    RunBranched,
     RunCancelled,
+    RunFinished,
     RunPaused,
     RunResumed,
+    RunStarted,
     RunSteered,
     ServiceFailed,
 )
@@ -22,13 +28,17 @@ from sia_events.shared.service import Lineage, Service
 
 @dataclass(frozen=True)
 class Divergence:
-    """The first place where today's code decides otherwise than the log records, or the log contradicts itself."""
+    """A place where today's code decides otherwise than the log records, or the log contradicts itself.
+
+    `code` is the release that opened the run in which it was recorded, where the log tells.
+    """
 
     cause: Record
     service: str
     recorded: tuple[Event, ...]
     decided: tuple[Event, ...]
     reason: str
+    code: str | None = None
 
 
 @dataclass(frozen=True)
@@ -39,31 +49,62 @@ class Replayed:
     decisions: int
     performed: int
     pending: int
-    divergence: Divergence | None
+    divergences: tuple[Divergence, ...] = ()
+
+    @property
+    def divergence(self) -> Divergence | None:
+        """The first of them."""
+        return self.divergences[0] if self.divergences else None
 
 
-def replay(records: Sequence[Record], services: Sequence[Service]) -> Replayed:
+def replay(
+    records: Sequence[Record],
+    services: Sequence[Service],
+    first: int = 1,
+    last: int | None = None,
+    keep_going: bool = False,
+) -> Replayed:
     """Decide again every cause in `records` (a whole lineage in position order) and compare with what they hold.
 
     Performed results are read from the records. Each record must have come from somewhere: an answer that no
-    service would give, a service's answer that is missing, and a broken hash chain are all divergences.
+    service would give, a service's answer that is missing, and a broken hash chain are all divergences. Only causes
+    and records at positions `first` to `last` are judged, on the state that the whole history before them gives.
+    It ends at the first divergence, unless it is to `keep_going`.
     """
+    found: list[Divergence] = []
+    last = len(records) if last is None else last
+    lineage, counts = Lineage(records), Counter[str]()
+    for divergence in _divergences(records, services, lineage, range(first, last + 1), counts):
+        found.append(replace(divergence, code=_code(lineage, divergence.cause)))
+        if not keep_going:
+            break
+    judged = sum(first <= record.position <= last for record in records)
+    return Replayed(judged, counts["decisions"], counts["performed"], counts["pending"], tuple(found))
+
+
+def _divergences(
+    records: Sequence[Record],
+    services: Sequence[Service],
+    lineage: Lineage,
+    judged: Container[int],
+    counts: Counter[str],
+) -> Iterator[Divergence]:
+    """Each divergence at the positions that are judged; `counts` learns of the rest."""
     if broken := broken_link(records, GENESIS):
-        event = (broken.event,)
-        return Replayed(len(records), 0, 0, 0, Divergence(broken, broken.producer, event, (), "hash chain broken"))
-    lineage = Lineage(records)
+        yield Divergence(broken, broken.producer, (broken.event,), (), "hash chain broken")
     over = lineage.latest.status == "finished"  # a cancelled run was broken off wherever it stood
-    decisions = performed = pending = 0
     accounted: set[UUID] = set()
     for cause in records:
         # Nothing of ours decided what was imported, and nothing answers it.
         for service in () if cause.producer == IMPORTED else services:
             given = lineage.given(service, cause)
+            accounted.update(record.id for record in given)
+            if cause.position not in judged:
+                continue
             recorded = tuple(record.event for record in given)
             run = given[0].run if given else records[-1].run
-            accounted.update(record.id for record in given)
             if type(cause.event) in service.performs:
-                performed += bool(given)
+                counts["performed"] += bool(given)
                 decided = recorded
             else:
                 decide = service.decides.get(type(cause.event))
@@ -71,23 +112,50 @@ def replay(records: Sequence[Record], services: Sequence[Service]) -> Replayed:
                 # The log of a run under way may end before an answer, or inside one that was written as a batch.
                 at_the_end = not given or given[-1] is records[-1]
                 if not over and at_the_end and len(recorded) < len(decided) and recorded == decided[: len(recorded)]:
-                    pending += 1
+                    counts["pending"] += 1
                     continue
-                decisions += bool(given)
+                counts["decisions"] += bool(given)
+                if not decided and _told_again(cause, given, records):
+                    decided = recorded
             ids = [draft.id for draft in answers(run, cause, service.name, decided)]
             if recorded != decided or [record.id for record in given] != ids:
-                found = Divergence(cause, service.name, recorded, decided, _difference(recorded, decided))
-                return Replayed(len(records), decisions, performed, pending, found)
+                yield Divergence(cause, service.name, recorded, decided, _difference(recorded, decided))
     for record in records:
-        if record.id not in accounted and not _from_outside(record) and not isinstance(record.event, ServiceFailed):
-            found = Divergence(record, record.producer, (record.event,), (), "nothing in the log gave rise to it")
-            return Replayed(len(records), decisions, performed, pending, found)
-    return Replayed(len(records), decisions, performed, pending, None)
+        if record.position not in judged or record.id in accounted or isinstance(record.event, ServiceFailed):
+            continue
+        if not _from_outside(record):
+            yield Divergence(record, record.producer, (record.event,), (), "nothing in the log gave rise to it")
+
+
+def _code(lineage: Lineage, cause: Record) -> str | None:
+    """The release that opened the run in which `cause` stands, as the log tells it."""
+    opened = [r.event.code for r in lineage.records[: cause.position] if isinstance(r.event, RunStarted | RunBranched)]
+    return opened[-1] if opened else None
+
+
+def _told_again(cause: Record, given: Sequence[Record], records: Sequence[Record]) -> bool:
+    """Whether this is the same end once more: earlier releases told it for each sealed attempt that failed."""
+    if not isinstance(cause.event, AttemptFailed) or cause.event.split != "test" or len(given) != 1:
+        return False
+    if not isinstance(again := given[0].event, RunFinished):
+        return False
+    before = (r.event for r in records[: given[0].position - 1] if r.run == given[0].run)
+    first = next((event for event in before if isinstance(event, RunFinished)), None)
+    return first is not None and (first.outcome, first.best, first.sealed) == (again.outcome, again.best, again.sealed)
 
 
 # What people say while a run is under way, and what the gateway says of its budget.
 _SAID: dict[str, tuple[type[Event], ...]] = {
-    "cli": (ApprovalGiven, ApprovalRefused, BudgetChanged, RunCancelled, RunPaused, RunResumed, RunSteered),
+    "cli": (
+        ApprovalGiven,
+        ApprovalRefused,
+        BudgetChanged,
+        LetterDropped,
+        RunCancelled,
+        RunPaused,
+        RunResumed,
+        RunSteered,
+    ),
     "model_gateway": (BudgetExhausted, RunPaused),
 }
 

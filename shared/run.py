@@ -32,6 +32,7 @@ from sia_events.shared.events import (
     RunSteered,
     Scored,
     ServiceFailed,
+    Start,
     TaskRegistered,
     VersionAccepted,
     VersionRejected,
@@ -63,7 +64,8 @@ class Run:
     """The state after some record. Mappings are replaced, never changed, so an earlier state stays what it was.
 
     `withheld` are the facts that came while the run was held, for whom nothing was decided yet; `released` are they in
-    the one state in which the run goes on again.
+    the one state in which the run goes on again. `expanded` names the versions that candidates or rollouts were to
+    start from, once a generation each.
     """
 
     name: str = ""
@@ -88,6 +90,7 @@ class Run:
     feedback: tuple[FeedbackGiven, ...] = ()
     barren: tuple[ProposalFailed, ...] = ()
     levers_pulled: frozenset[int] = frozenset()
+    expanded: tuple[str, ...] = ()
     service_failures: tuple[ServiceFailed, ...] = ()
     steering: tuple[str, ...] = ()
     finished: RunFinished | None = None
@@ -172,7 +175,9 @@ def _versioned(run: Run, event: AgentProposed | HarnessPatched | WeightsUpdated)
         edits=event.edits if isinstance(event, HarnessPatched) else (),
         reason=event.algorithm if isinstance(event, WeightsUpdated) else event.reason,
     )
-    return replace(run, versions={**run.versions, event.version: version})
+    # A candidate that a person enters opens its generation; every other comes behind the feedback that did.
+    generation = max(run.generation, version.generation)
+    return replace(run, generation=generation, versions={**run.versions, event.version: version})
 
 
 def _accepted(run: Run, event: VersionAccepted) -> Run:
@@ -180,8 +185,26 @@ def _accepted(run: Run, event: VersionAccepted) -> Run:
 
 
 def _requested(run: Run, event: AttemptRequested) -> Run:
-    pulled = run.levers_pulled | ({run.generation} if event.split == "train" else set())
-    return replace(run, attempts={**run.attempts, event.attempt: event}, levers_pulled=pulled)
+    run = replace(run, attempts={**run.attempts, event.attempt: event})
+    if event.split != "train":
+        return run
+    again = event.tries > 0
+    expanded = run.expanded if again else (*run.expanded, *_started_from(event.starts, event.version))
+    return replace(run, levers_pulled=run.levers_pulled | {run.generation}, expanded=expanded)
+
+
+def _patching(run: Run, event: HarnessPatchRequested) -> Run:
+    expanded = (*run.expanded, *_started_from(event.starts, event.parent))
+    return replace(run, levers_pulled=run.levers_pulled | {event.generation}, expanded=expanded)
+
+
+def _started_from(starts: tuple[Start, ...], otherwise: str) -> tuple[str, ...]:
+    return tuple(start.version for start in starts) or (otherwise,)
+
+
+def _advised(run: Run, event: FeedbackGiven) -> Run:
+    # Feedback that a person gives opens its generation; any other was asked for by what did.
+    return replace(run, generation=max(run.generation, event.generation), feedback=(*run.feedback, event))
 
 
 def _barren(run: Run, event: ProposalFailed) -> Run:
@@ -208,14 +231,14 @@ EVOLVE: dict[type[Event], Callable[[Run, Any], Run]] = {
     HarnessPatched: _versioned,
     WeightsUpdated: _versioned,
     AttemptRequested: _requested,
-    HarnessPatchRequested: lambda run, e: replace(run, levers_pulled=run.levers_pulled | {e.generation}),
+    HarnessPatchRequested: _patching,
     ExecutionLogged: lambda run, e: replace(run, executions={**run.executions, e.attempt: e}),
     AttemptFailed: _failed,
     Scored: lambda run, e: replace(run, scores={**run.scores, e.attempt: e}, failures_in_a_row=0),
     VersionAccepted: _accepted,
     VersionRejected: lambda run, e: replace(run, verdicts={**run.verdicts, e.version: e}),
     FeedbackRequested: lambda run, e: replace(run, generation=e.generation),
-    FeedbackGiven: lambda run, e: replace(run, feedback=(*run.feedback, e)),
+    FeedbackGiven: _advised,
     ProposalFailed: _barren,
     ServiceFailed: lambda run, e: replace(run, service_failures=(*run.service_failures, e)),
     ApprovalRequested: lambda run, e: replace(run, waiting=e),
@@ -227,5 +250,6 @@ EVOLVE: dict[type[Event], Callable[[Run, Any], Run]] = {
     BudgetChanged: lambda run, e: replace(run, exhausted=None, settings=_with_budget(run, e)),
     RunSteered: lambda run, e: replace(run, steering=(*run.steering, e.text)),
     RunCancelled: lambda run, e: replace(run, cancelled=e.reason),
-    RunFinished: lambda run, e: replace(run, finished=e),
+    # Earlier releases could record a second end behind the first.
+    RunFinished: lambda run, e: replace(run, finished=run.finished or e),
 }

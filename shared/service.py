@@ -12,13 +12,15 @@ from sia_events.shared.events import (
     Event,
     FeedbackRequested,
     HarnessPatchRequested,
+    LetterDropped,
     RunBranched,
     RunStarted,
     ServiceFailed,
 )
 from sia_events.shared.failpoints import reach
+from sia_events.shared.letters import letters
 from sia_events.shared.ports import BudgetSpent, Bus, Ports
-from sia_events.shared.record import IMPORTED, Record, answers
+from sia_events.shared.record import IMPORTED, Record, answers, opens_with
 from sia_events.shared.run import Run, evolve, fold
 
 KEPT_EVERY = 64
@@ -67,7 +69,8 @@ class Lineage:
     """The records of a run and the state after each, a branch's parents first; extended as records arrive.
 
     A decide sees the state up to and including its cause, never more. The one thing a branch adds to a state it
-    inherits is its own opening: its overrides hold for every cause it answers, also for its parent's.
+    inherits is its own opening: its overrides, and what was said with them, hold for every cause it answers, also for
+    its parent's.
     """
 
     def __init__(self, records: Sequence[Record] = ()) -> None:
@@ -77,7 +80,8 @@ class Lineage:
         self._kept = [self.latest]
         self._last = 0, self.latest
         self._given: dict[tuple[UUID | None, str], list[Record]] = {}
-        self._forks: dict[str, Record] = {}
+        # What opens a branch, by its name: where it leaves its parent, and what was said with that.
+        self._openings: dict[str, list[Record]] = {}
         # (position that held the run, position that let it go on): what lies between was decided at the latter.
         self._holds: list[tuple[int, int]] = []
         self._held_at = 0
@@ -98,7 +102,9 @@ class Lineage:
                 self._kept.append(self.latest)
             self._given.setdefault((record.cause, record.producer), []).append(record)
             if isinstance(record.event, RunBranched):
-                self._forks[record.run] = record
+                self._openings[record.run] = [record]
+            elif (opened := self._openings.get(record.run)) and opens_with(opened, record):
+                opened.append(record)
 
     def state(self, cause: Record, run: str) -> Run:
         """The fold on which `run` decides its answer to `cause`.
@@ -106,18 +112,18 @@ class Lineage:
         A hold that ended before the fork stays one for what it kept back: the record that ended it was answered for it.
         """
         state = self._after(cause.position)
-        fork = self._forks.get(run)
-        if fork is None or fork.position <= cause.position:
+        opened = self._openings.get(run)
+        if opened is None or opened[0].position <= cause.position:
             return state
-        forked = replace(evolve(state, fork), released=state.released)
-        if any(held < cause.position < going < fork.position for held, going in self._holds):
+        forked = replace(fold(opened, state), released=state.released)
+        if any(held < cause.position < going < opened[0].position for held, going in self._holds):
             return replace(forked, paused=state.paused, exhausted=state.exhausted, cancelled=state.cancelled)
         return forked
 
     def decided(self, decide: Decide, cause: Record, run: str) -> Sequence[Event]:
         """What `run` decides on `cause`. What a branch's parent answered with nothing, its settings do not reopen."""
-        fork = self._forks.get(run)
-        if fork is not None and cause.position < fork.position:
+        opened = self._openings.get(run)
+        if opened is not None and cause.position < opened[0].position:
             before = self._after(cause.position)
             if not before.held and not decide(before, cause.event):
                 return ()
@@ -136,6 +142,12 @@ class Lineage:
         """What the service answered to `cause`; a dead letter is no answer."""
         return [r for r in self._given.get((cause.id, service.name), []) if not isinstance(r.event, ServiceFailed)]
 
+    def is_dropped(self, service: Service, cause: Record) -> bool:
+        """Whether a person gave up on what the service would answer, behind its last dead letter about it."""
+        failed = [r for r in self._given.get((cause.id, service.name), []) if isinstance(r.event, ServiceFailed)]
+        said = self._given.get((failed[-1].id, "cli"), []) if failed else []
+        return any(isinstance(record.event, LetterDropped) for record in said)
+
     def inherited(self, service: Service, fork: Record) -> list[Record]:
         """Records before `fork` that the service handles and had not answered there."""
         handled = {*service.decides, *service.performs}
@@ -143,15 +155,8 @@ class Lineage:
 
 
 def gave_up(records: Iterable[Record]) -> set[str]:
-    """The services that gave up on one of the records and have not answered it since."""
-    failed: set[tuple[UUID | None, str]] = set()
-    answered: set[tuple[UUID | None, str]] = set()
-    for record in records:
-        if not isinstance(record.event, ServiceFailed):
-            answered.add((record.cause, record.producer))
-        elif record.event.failed:
-            failed.add((record.cause, record.producer))
-    return {service for _, service in failed - answered}
+    """The services that gave up on one of the records, and have not answered it since; nor has a person let them."""
+    return {each.record.producer for each in letters(records) if each.state == "open" and each.event.failed}
 
 
 async def answer(service: Service, lineage: Lineage, cause: Record, run: str, ports: Ports) -> None:
@@ -166,26 +171,26 @@ async def answer(service: Service, lineage: Lineage, cause: Record, run: str, po
     if type(cause.event) in {*service.decides, *service.performs}:
         causes.append(cause)
     for one in causes:
-        if lineage.given(service, one):
+        if lineage.given(service, one) or lineage.is_dropped(service, one):
             continue
         if decide := service.decides.get(type(one.event)):
             events = lineage.decided(decide, one, run)
         else:
-            events = await _performed(service, Work(lineage.state(one, run), one, ports))
+            events = await _performed(service, lineage, Work(lineage.state(one, run), one, ports))
         if events:
             reach(f"{service.name} before publishing on {one.type}")
             await ports.bus.append(run, answers(run, one, service.name, events))
             reach(f"{service.name} after publishing on {one.type}")
 
 
-async def _performed(service: Service, work: Work) -> Sequence[Event]:
+async def _performed(service: Service, lineage: Lineage, work: Work) -> Sequence[Event]:
     """What comes of performing; where the run's budget ends in the midst of it, once there is more.
 
     What begins something waits while the run is held. Of a cancelled run nothing more comes.
     """
     waits = isinstance(work.cause.event, BEGINNINGS)
     while True:
-        if waits and not await _goes_on(work):
+        if waits and not await _goes_on(lineage, work):
             return []
         try:
             return await service.performs[type(work.cause.event)](work, work.cause.event)
@@ -194,13 +199,15 @@ async def _performed(service: Service, work: Work) -> Sequence[Event]:
             waits = True
 
 
-async def _goes_on(work: Work) -> bool:
+async def _goes_on(lineage: Lineage, work: Work) -> bool:
     """Return when the run is not held; False when it is cancelled, and never will be."""
-    while (run := fold(await work.ports.bus.history(work.run.name))).held:
-        if run.cancelled is not None:
+    while True:
+        lineage.extend(await work.ports.bus.history(work.run.name))
+        if not lineage.latest.held:
+            return True
+        if lineage.latest.cancelled is not None:
             return False
         await asyncio.sleep(HELD_S)
-    return True
 
 
 async def serve(service: Service, bus: Bus, ports: Ports, run: str | None = None, at_once: int = 1) -> None:

@@ -42,7 +42,9 @@ class Task:
     "labels", which compares answers with labels; `floor` is the score of one constant answer. `ranking`: scores tell
     which of two attempts is better, and nothing by their size. `question`, `item` and `opening` word a prompt about one
     item and the start of its answer ("What kind of thing …?", "Definition", "Kind:"); `words` has plainer words for
-    labels.
+    labels. `kernel` names a problem of kernel_bench that the agent's kernel.py is measured on; for the evaluator
+    "kernel" the speed-up over `repeats` timings is the score: such a task is plain, and needs no private data, since
+    inputs are drawn anew each time.
     """
 
     path: Path
@@ -51,7 +53,7 @@ class Task:
     title: str
     metric: str = "accuracy"
     direction: Literal["maximize", "minimize"] = "maximize"
-    evaluator: Literal["labels", "evaluate.py"] = "evaluate.py"
+    evaluator: Literal["labels", "evaluate.py", "kernel"] = "evaluate.py"
     floor: float | None = None
     ranking: bool = False
     labels: tuple[str, ...] = ()
@@ -60,6 +62,7 @@ class Task:
     opening: str = "Answer:"
     words: Mapping[str, str] = field(default_factory=dict)
     kernel: str | None = None
+    repeats: Annotated[int, Field(ge=6, le=100)] = 15
     splits: Splits | None = None
     held_out: bool = True
     limits: Limits = Limits()
@@ -90,10 +93,10 @@ def load_task(path: Path) -> Task:
     description = path / "data/public/task.md"
     if not description.is_file():
         raise TaskError(f"{description}: missing. Write there what an agent has to do and which file it must write.")
-    private = path / "data/private"
-    if not (private.is_dir() and any(private.iterdir())):
-        raise TaskError(f"{private}: no private data. Put what the evaluator compares with there; no agent sees it.")
     task = _declared(path, description.read_text(encoding="utf-8"))
+    private = path / "data/private"
+    if task.evaluator != "kernel" and not (private.is_dir() and any(private.iterdir())):
+        raise TaskError(f"{private}: no private data. Put what the evaluator compares with there; no agent sees it.")
     if task.evaluator == "evaluate.py":
         _check_evaluator(task)
     if task.splits:
@@ -111,7 +114,9 @@ def split_names(task: Task) -> tuple[str, ...]:
 
 
 def split_sizes(task: Task) -> dict[str, int]:
-    """Items by split; empty where they cannot be told apart."""
+    """Items by split, or timings of a kernel; empty where they cannot be told apart."""
+    if task.evaluator == "kernel":
+        return dict.fromkeys(("dev", "gate", "test"), task.repeats)
     if task.splits:
         return {name: len(answers(task, name)) for name in ITEM_SPLITS}
     return {name: len(ids) for name, ids in plain_splits(task).items()}
@@ -144,8 +149,8 @@ def judge_files(task: Task) -> dict[str, bytes]:
 
 
 def evaluator_file(task: Task) -> Path | None:
-    """The task's own evaluator, in data/public or else at its root; None with the built-in one."""
-    if task.evaluator == "labels":
+    """The task's own evaluator, in data/public or else at its root; None with a built-in one."""
+    if task.evaluator != "evaluate.py":
         return None
     inner = task.path / "data/public/evaluate.py"
     return inner if inner.is_file() else task.path / "evaluate.py"
@@ -233,6 +238,8 @@ def _declared(path: Path, description: str) -> Task:
         raise TaskError(f"{file}: {place}: {problem['msg']}; it is {problem['input']!r}.") from error
     if task.evaluator == "labels" and not (task.labels and task.question and task.splits):
         raise TaskError(f'{file}: evaluator = "labels" needs labels, question and [splits] too.')
+    if task.evaluator == "kernel" and (task.kernel is None or task.splits or task.direction == "minimize"):
+        raise TaskError(f'{file}: evaluator = "kernel" needs kernel, and takes neither [splits] nor direction.')
     if task.evaluator == "labels" and task.direction == "minimize":
         raise TaskError(f'{file}: evaluator = "labels" counts right answers: leave direction out, more is better.')
     if strange := task.words.keys() - set(task.labels):

@@ -8,14 +8,19 @@ from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
-from sia_events.shared.calls import AWAY, ModelCall, decode_call, encode_call, journal_key, spent
+import msgspec
+from msgspec.structs import replace
+
+from sia_events.shared.calls import AWAY, GivenAgain, ModelCall, decode_call, encode_call, journal_key, spent
 from sia_events.shared.events import AttemptFailed, AttemptRequested, Event, ExecutionLogged, FailureKind
+from sia_events.shared.outage import fails_alone
 from sia_events.shared.packages import PACKAGES, PackagesMissing, environment
 from sia_events.shared.ports import Job, Limits, Outcome, ProviderAway
 from sia_events.shared.registration import ENTRY, REQUIREMENTS, decode_task, repeated
 from sia_events.shared.run import Run
 from sia_events.shared.service import Work
 from sia_events.shared.tree import TreeRefused, load_tree, read_tree, store_tree, write_tree
+from sia_events.target_runner.states import with_states
 
 DATA_LEFT_IN_WORK = 64_000_000
 TOKEN_MARGIN_S = 60.0  # a box takes time to start and to end
@@ -26,7 +31,8 @@ async def attempt(work: Work, asked: AttemptRequested) -> Sequence[Event]:
 
     The agent gets its harness and the split's public data read-only, one writable folder, the gateway and a token
     for this attempt. Nothing it says about itself is evidence: calls and exit are recorded by the platform. Raises
-    ProviderAway where a model was waited for in vain: that tells nothing of any version.
+    ProviderAway where a model was waited for in vain: that tells nothing of any version. Where that happens again and
+    the provider answers others, the attempt has failed.
     """
     run, ports = work.run, work.ports
     version, task = run.versions[asked.version], run.task
@@ -46,6 +52,7 @@ async def attempt(work: Work, asked: AttemptRequested) -> Sequence[Event]:
     data = await load_tree(ports.blobs, task.datasets[asked.split])
     if asked.samples > 1 or asked.items:
         data["items.jsonl"] = repeated(data["items.jsonl"], asked.samples, asked.items)
+    data = await with_states(work, asked, data)
     scratch = ports.home / "tmp"
     scratch.mkdir(parents=True, exist_ok=True)
     folder = Path(tempfile.mkdtemp(prefix="attempt-", dir=scratch))
@@ -65,7 +72,10 @@ async def attempt(work: Work, asked: AttemptRequested) -> Sequence[Event]:
         paid = [*calls, *_broken_off(recorded, calls)]
         unanswered = [call for call in calls if call.error and call.start == claims["start"]]
         if away := [call for call in unanswered if call.fault in AWAY]:
-            raise ProviderAway(f"{asked.attempt} had no answer from {away[0].model}: {away[0].error}")
+            gone = ProviderAway(f"{asked.attempt} had no answer from {away[0].model}: {away[0].error}")
+            if not await fails_alone(work, gone, claims):
+                raise gone
+            return [_failed(asked, "infrastructure", f"{gone}. Its provider answers others: it is given up", paid)]
         if trouble := _trouble(asked, outcome, unanswered, overslept):
             detail = await ports.blobs.put(outcome.stderr[-20_000:]) if outcome.stderr else None
             return [trouble.model_copy(update={"detail": detail, **spent(paid)})]
@@ -83,7 +93,7 @@ async def attempt(work: Work, asked: AttemptRequested) -> Sequence[Event]:
             version=asked.version,
             split=asked.split,
             outputs=await store_tree(ports.blobs, outputs),
-            trajectory=await ports.blobs.put(b"\n".join(encode_call(call) for call in calls if call.reply is not None)),
+            trajectory=await ports.blobs.put(await _trajectory(work, asked.attempt, claims["start"], calls)),
             **spent(paid),
             seconds=round(outcome.seconds, 3),
         )
@@ -96,6 +106,21 @@ async def recorded_calls(work: Work, attempt: str) -> list[ModelCall]:
     Each call is there once, whatever was recorded of it: with its last reply, or with its last error for want of one.
     """
     return _each_once(await _recorded(work, attempt))
+
+
+async def _trajectory(work: Work, attempt: str, start: str, calls: Sequence[ModelCall]) -> bytes:
+    """The answered calls, a line each; those whose replies this `start` was not given are marked.
+
+    A program that asks otherwise each time it is started (by a clock, say) has nothing of what another start was told.
+    """
+    answered = [call for call in calls if call.reply is not None]
+    given = {(call.digest, call.n) for call in answered if call.start == start}
+    if len(given) < len(answered):
+        envelopes = await work.ports.bus.traces(work.run.name, "step", journal_key(attempt))
+        told = (msgspec.json.decode(line, type=GivenAgain) for envelope in envelopes for line in envelope.lines)
+        given |= {(again.digest, again.n) for again in told if again.start == start}
+    marked = (replace(call, other_start=(call.digest, call.n) not in given) for call in answered)
+    return b"\n".join(map(encode_call, marked))
 
 
 async def _recorded(work: Work, attempt: str) -> list[ModelCall]:

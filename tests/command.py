@@ -87,21 +87,28 @@ def answered(home: Path, *words: object, **more: str) -> Any:
     return json.loads(done.stdout)
 
 
-def read(home: Path, *words: object) -> Any:
-    """`answered`, of a verb that only reads, in this process: a new one spends a second on imports."""
-    out, talk = StringIO(), StringIO()
+def told(home: Path, *words: object) -> tuple[int, str, str]:
+    """Exit status, stdout and stderr of the command in this process: a new one spends a second on imports."""
+    out, talk, status = StringIO(), StringIO(), 0
     before = dict(os.environ)
     os.environ.clear()
     os.environ.update(environment(home))
     try:
         with redirect_stdout(out), redirect_stderr(talk):
-            main([*map(str, words), "--json"])
+            main([*map(str, words)])
     except SystemExit as end:
-        assert not end.code, talk.getvalue()
+        status = int(end.code or 0)
     finally:
         os.environ.clear()
         os.environ.update(before)
-    return json.loads(out.getvalue())
+    return status, out.getvalue(), talk.getvalue()
+
+
+def read(home: Path, *words: object) -> Any:
+    """`answered`, of a verb that only reads, in this process."""
+    status, out, talk = told(home, *words, "--json")
+    assert not status, talk
+    return json.loads(out)
 
 
 def log(home: Path, run: str = "r1") -> list[Record]:

@@ -41,6 +41,7 @@ class Fault:
         "broken",
         "overloaded",
         "unauthorised",
+        "forbidden",
         "unknown_model",
         "bad_request",
         "hang",
@@ -74,6 +75,7 @@ STATUS = {
     "broken": (500, "api_error", "INTERNAL"),
     "overloaded": (529, "overloaded_error", "UNAVAILABLE"),
     "unauthorised": (401, "authentication_error", "UNAUTHENTICATED"),
+    "forbidden": (403, "permission_error", "PERMISSION_DENIED"),
     "unknown_model": (404, "not_found_error", "NOT_FOUND"),
     "bad_request": (400, "invalid_request_error", "INVALID_ARGUMENT"),
 }

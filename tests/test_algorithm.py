@@ -19,7 +19,7 @@ AUTO = RunSettings(algorithm="auto")
 NONE, SOME, FEW, MOST = [0.0] * 39 + [1.0], [0.0, 1.0] * 20, [0.0] * 35 + [1.0] * 5, [1.0] * 37 + [0.0] * 3
 
 
-def seen(rewards: list[float], calls: float = 1.0) -> Evidence:
+def seen(rewards: list[float], calls: float = 1.0, maximize: bool = True) -> Evidence:
     return Evidence(
         incumbent="g0a",
         dev_score=0.5,
@@ -30,7 +30,7 @@ def seen(rewards: list[float], calls: float = 1.0) -> Evidence:
         harness_tries=0,
         weights_tries=0,
         generations_left=1,
-        rewards=histogram(rewards),
+        rewards=histogram(rewards, maximize),
         reward_mean=sum(rewards) / len(rewards) if rewards else None,
         reward_skew=skewness(rewards),
         calls_an_item=calls,
@@ -64,6 +64,12 @@ def test_a_trigger_that_holds_picks_its_algorithm(
     assert picked.algorithm == algorithm and why in picked.reasons[0]
 
 
+def test_credit_a_call_is_said_to_be_idle_where_whole_attempts_are_compared():
+    for signal in (Signal(ranked=True), Signal(logprobs=False)):
+        assert "learning.credit is idle" in pick(STEPWISE, seen(SOME, 3), signal).reasons[-1]
+        assert len(pick(AUTO, seen(SOME, 3), signal).reasons) == 1
+
+
 @pytest.mark.parametrize("algorithm", get_args(Algorithm))
 def test_an_algorithm_that_is_set_wins_over_every_trigger(algorithm: Any):
     settings = RunSettings(algorithm=algorithm)
@@ -92,6 +98,18 @@ def test_a_histogram_has_ten_equal_bins_of_the_usual_range_or_of_what_there_is()
     assert histogram([10.0, 14.0, 20.0]) == (1, 0, 0, 0, 1, 0, 0, 0, 0, 1)
     assert histogram([1.0, 1.0]) == (0, 0, 0, 0, 0, 0, 0, 0, 0, 2)
     assert histogram([7.0, 7.0]) == histogram([]) == ()
+
+
+def test_a_histogram_of_scores_turned_round_has_its_best_at_nought():
+    perfect = [-0.0] * 20
+    assert histogram(perfect, maximize=False) == (0, 0, 0, 0, 0, 0, 0, 0, 0, 20)
+    assert pick(AUTO, seen(perfect, maximize=False), Signal()).algorithm == "reinforce", "and not cloning"
+    assert histogram([-1.0] * 20, maximize=False) == (20, 0, 0, 0, 0, 0, 0, 0, 0, 0)
+    assert histogram([-3.0, -2.0], maximize=False) == (1, 0, 0, 0, 0, 0, 0, 0, 0, 1)
+
+
+def test_a_score_between_two_bins_is_in_the_upper_one_however_it_is_rounded():
+    assert histogram([-0.9, -0.8, -0.7, -0.6, -0.4]) == (0, 1, 1, 1, 1, 0, 1, 0, 0, 0)
 
 
 @any_(st.lists(st.floats(-1e9, 1e9), min_size=1))
@@ -149,6 +167,15 @@ def test_where_less_is_better_rewards_are_the_scores_turned_round():
     records = recorded(*past)
     evidence = gather(fold(records), records)
     assert evidence.rewards == (3, 0, 0, 0, 0, 0, 0, 0, 0, 1) and evidence.reward_mean == -0.75
+
+
+def test_where_less_is_better_an_incumbent_without_errors_has_all_of_its_rewards_in_the_highest_tenth():
+    past = [record.event for record in later()]
+    past[0] = registered(maximize=False)
+    past[-2] = scored("g2a", "dev", "0000", failures={"wrong": 1, "invalid": 1, "unanswered": 1})
+    records = recorded(*past)
+    evidence = gather(fold(records), records)
+    assert evidence.rewards == (0, 0, 0, 0, 0, 0, 0, 0, 0, 4) and evidence.invalid_rate == 0.5
 
 
 def test_a_choice_of_the_weights_has_the_algorithm_and_its_reasons_and_the_harness_none():

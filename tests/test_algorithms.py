@@ -17,7 +17,7 @@ from sia_events.trainer.algorithms import ALGORITHMS, RewardRefused
 from sia_events.trainer.algorithms.cloning import UPLIFT, balanced
 from sia_events.trainer.algorithms.dpo import pairs
 from sia_events.trainer.algorithms.entropic import distance, tilted
-from sia_events.trainer.algorithms.ppo import gae, whitened
+from sia_events.trainer.algorithms.ppo import gae, gae_of_calls, whitened
 
 USUAL = Learning()
 EVERY = pytest.mark.parametrize("name", sorted(ALGORITHMS))
@@ -108,6 +108,20 @@ def test_gae_lies_between_the_one_step_error_and_the_whole_return(steps: list[tu
     assert gae(rewards, values, discount, 0.0)[0] == pytest.approx(
         [r + discount * b - v for r, v, b in zip(rewards, values, after, strict=True)]
     )
+
+
+def test_gae_of_calls_gives_every_action_of_a_call_what_the_call_was_worth() -> None:
+    # Two calls of 2 and 3 actions. γ = 0.5, λ = 0.5: δ = (-1 + 0.5·4 - 2, 8 - 4) = (-1, 4); A = (-1 + 0.25·4, 4).
+    rewards, values = [-0.5, -0.5, 0.0, 1.0, 7.0], [2.0, 9.0, 4.0, 9.0, 9.0]
+    advantages, targets = gae_of_calls(rewards, values, [2, 3], 0.5, 0.5)
+    assert (advantages, targets) == ((0.0, 0.0, 4.0, 4.0, 4.0), (2.0, 2.0, 8.0, 8.0, 8.0))
+
+
+@REPEATED
+@given(st.lists(st.tuples(st.floats(-9, 9), st.floats(-9, 9)), min_size=1, max_size=9), st.floats(0.1, 1))
+def test_calls_of_one_action_are_credited_as_actions(steps: list[tuple[float, float]], trace: float) -> None:
+    rewards, values = [reward for reward, _ in steps], [value for _, value in steps]
+    assert gae_of_calls(rewards, values, [1] * len(steps), 0.9, trace) == gae(rewards, values, 0.9, trace)
 
 
 def test_whitened_advantages_have_mean_zero_and_deviation_one() -> None:

@@ -26,16 +26,17 @@ VENDORS = {
     "clickhouse_connect": "infra/clickhouse",
     "chdb": "infra/chdb",
     "obstore": "infra/blobs",
-    "transformers": ("local_model/", "trainer/hugging_face", "src/sia_events/learning_bench"),
+    "transformers": ("local_model/", "trainer/hugging_face", "trainer/trl_loss", "src/sia_events/learning_bench"),
     "peft": ("trainer/hugging_face", "src/sia_events/learning_bench"),
-    "trl": "src/sia_events/learning_bench",
-    "tokenizers": "local_model/",
+    "trl": ("trainer/trl_loss", "src/sia_events/learning_bench"),
+    "tokenizers": ("local_model/", "trainer/trl_loss"),
     "itsdangerous": "model_gateway/token",
     "openai": "infra/providers/",
     "anthropic": "infra/providers/anthropic",
     "google": "infra/providers/google",
     "litellm": "infra/providers/litellm",
     "httpx2": "infra/providers/",
+    "aiohttp": "infra/providers/connections",
     "claude_agent_sdk": "infra/claude",
     "matplotlib": "src/sia_events/experiment",
 }
@@ -102,7 +103,8 @@ def test_one_file_knows_each_vendor(path: Path):
 
 def test_decisions_import_no_input_or_output():
     for path in sources():
-        pure = path.name in ("decide.py", "gate.py", "lever.py", "algorithm.py", "rollouts.py", "grade.py")
+        pure = path.name in ("decide.py", "gate.py", "lever.py", "algorithm.py", "search.py", "rollouts.py", "grade.py")
+        pure = pure or path.as_posix() == "feedback_svc/archive.py"
         if pure or "algorithms" in path.parts:
             roots = {name.split(".")[0] for name in imports(path)}
             assert not roots & {"asyncio", "os", "pathlib", "subprocess", "tempfile", "time", "httpx"}, path

@@ -186,6 +186,7 @@ def test_a_version_that_does_not_exist_is_answered_with_those_that_do(home: Path
         (("--set", "rollout_samples=1"), "setting rollout_samples"),
         (("--set", "alhpa=0.01"), "did you mean alpha"),
         (("--set", "no_such_thing=1"), "there are: generations"),
+        (("--set", "learning.backend=trl", "--set", "algorithm=ppo"), "TRL has grpo, rloo, dpo, and no ppo"),
         (("--set", "alpha"), "KEY=VALUE"),
         (("--set", "=1"), "KEY=VALUE"),
         (("--no-such-option",), "--no-such-option"),

@@ -197,8 +197,8 @@ def test_a_branch_goes_on_under_another_choice_and_compare_shows_both(
     assert went.returncode == 0 and json.loads(went.stdout)["run"] == "r2", went.stderr
     assert {row["run"] for row in read(home, "runs")} == {"r1", "b1", "r2"}
     compared = read(home, "compare", "r1", "b1")
-    assert [one["run"] for one in compared] == ["r1", "b1"]
-    assert compared[0]["shared_records"] == told["at"] == compared[1]["shared_records"]
+    assert [one["run"] for one in compared["runs"]] == ["r1", "b1"]
+    assert compared["shared_records"] == told["at"] == compared["fork"]["position"]
     assert "records are shared" in sia(home, "compare", "r1", "b1").stdout
     for run in ("b1", "r2"):
         assert not read(home, "replay", run)["diverged"]

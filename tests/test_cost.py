@@ -15,10 +15,11 @@ from llm_author import Author, reached
 from loopback import Loopback
 from story import ACCEPTED, FIRST, accepted, asked, fed_back, feedback_asked, patched, started
 
-from sia_events.cost import CALLS, Calls, generations_of, told
+from sia_events.cost import CALLS, Calls, cost, generations_of, summary, told
 from sia_events.estimate import Earlier, Estimate, Habit, estimate, hosted
 from sia_events.infra.clickhouse import connect
 from sia_events.infra.providers.prices import pricing
+from sia_events.log_here import open_log
 from sia_events.shared.calls import ModelCall, encode_call, journal_key
 from sia_events.shared.events import Budget, Event, HarnessPatchRequested, RunBranched, RunSettings
 from sia_events.shared.ports import Envelope
@@ -155,6 +156,37 @@ def test_the_log_counts_what_was_paid_for_and_knows_a_price_of_0_from_an_unknown
 
     (row,) = asyncio.run(counted())
     assert Calls(*row.values()) == Calls("r1", "target", "a/b", "g0a.dev", 4, 10, 3, 0.75, 1)
+
+
+def test_a_summary_counts_what_cost_counts_an_adapters_probes_too(tmp_path: Path):
+    settings, records = Settings(home=tmp_path), history(*SECOND)
+
+    def made(role: str, key: str) -> Envelope:
+        call = ModelCall(
+            call=key,
+            attempt=key,
+            version="g1a",
+            role=role,
+            kind="chat",
+            model="a/b",
+            digest=key,
+            n=0,
+            seed=0,
+            request={},
+            reply={},
+            prompt_tokens=5,
+        )
+        return Envelope("r1", "model_call", key, (encode_call(call),))
+
+    async def told_of_both() -> tuple[dict[str, Any], dict[str, Any]]:
+        async with open_log(settings) as log:
+            await log.append(records, "records")
+            await log.append_traces([(1, made("target", "g0a.dev")), (2, made("trainer", "trainer.g1"))], "calls")
+        return (await summary(settings, records))["cost"], (await cost(settings, "r1"))["own"]["total"]
+
+    found, total = asyncio.run(told_of_both())
+    assert (found["model_calls"], found["tokens"]) == (2, 10)
+    assert found["model_calls"] == total["calls"] and found["usd"] == total["usd"]
 
 
 # ---- before the run

@@ -16,7 +16,8 @@ from command import assert_none_left, read, sia, start
 from given import recorded
 from story import ACCEPTED, SECOND, accepted, fed_back, feedback_asked, registered, scored, started, trained
 
-from sia_events.experiment import draw, planned, write
+from sia_events.estimate import Estimate, Line
+from sia_events.experiment import announced, draw, planned, write
 from sia_events.experiment_figures import Interval, Outcome, crossed, difference, outcome, score
 from sia_events.experiment_report import curves, report, shown
 from sia_events.shared.events import Comparison, RunFinished, RunSettings, Sealed
@@ -194,6 +195,29 @@ def test_the_curves_are_a_picture_where_matplotlib_is_there(tmp_path: Path):
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_an_experiment_is_announced_with_its_runs_and_what_those_to_come_cost_about():
+    plan = planned("x", ("auto", "harness"), 2, RunSettings())
+    costs = {
+        "auto": Line("target", "a/m", 10, 1, 1, 2.0, "guessed"),
+        "harness": Line("target", "a/m", 5, 1, 1, 0.5, "g"),
+    }
+    foreseen: dict[str | None, Estimate] = {
+        each.name: Estimate((costs[each.settings.lever],), "It rests on guesses") for each in plan[1:]
+    }
+    head, *each = announced("x", plan, {"x-auto-00"}, foreseen)
+    assert head == "x: 4 runs, 1 of them over already. Those not begun, 3, cost about 3.00 USD:"
+    assert [line.split(". ")[0] for line in each] == [
+        "  a run of harness: estimate: about 0.50 USD",
+        "  a run of auto: estimate: about 2.00 USD",
+    ]
+    foreseen["x-auto-01"] = Estimate((replace(costs["auto"], usd=None),), "")
+    assert "cost about 1.00 USD and what is unknown:" in announced("x", plan, (), foreseen)[0]
+    free: dict[str | None, Estimate] = dict.fromkeys((each.name for each in plan), Estimate((), ""))
+    assert announced("x", plan, (), free) == [
+        "x: 4 runs, 0 of them over already. estimate: 0.00 USD: no hosted model plays a role"
+    ]
+
+
 # Real runs, of the instant model on the small task.
 
 SMALL = ("--generations", "1", "--set", "target_model=instant/first", "--set", "candidates=1")
@@ -219,6 +243,7 @@ def test_an_experiment_reports_real_runs_goes_on_after_a_kill_and_has_no_run_twi
     done = sia(home, *words, "--json")
     assert done.returncode == 0, done.stderr
     told = json.loads(done.stdout)
+    assert "levers-taste: 2 runs, 1 of them over already. estimate: 0.00 USD: no hosted model" in done.stderr
     assert "levers-taste-weights-00: run 1 of 2 is over already" in done.stderr
     assert read(home, "show", "levers-taste-weights-00") == before
     assert told["shows"][0].startswith("`weights` is better than none of them; is worse than `harness`")
@@ -241,6 +266,7 @@ def test_an_experiment_reports_real_runs_goes_on_after_a_kill_and_has_no_run_twi
         (("--policies", "auto,auto"), "each policy once"),
         (("--set", "lever=weights"), "--policies and --generations say it here"),
         (("--set", "learning.lrr=1"), "did you mean learning.lr"),
+        (("--set", "target_model=ollama/m"), "--lever weights would train ollama/m, whose weights are not ours"),
     ],
 )
 def test_what_cannot_be_an_experiment_is_told_before_anything_is_run(

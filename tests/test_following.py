@@ -23,6 +23,6 @@ async def test_who_only_follows_waits_for_the_log_once_and_says_once_that_it_is_
     monkeypatch.setattr(following, "CATCH_UP_S", 0.0)
     monkeypatch.setattr(following, "_until_over", over)
     nothing = cast(Any, None)
-    node = app.Node(settings=nothing, bus=cast(Any, Behind()), blobs=nothing, private=nothing)
+    node = app.Node(settings=nothing, bus=cast(Any, Behind()), blobs=nothing, private=nothing, streams=nothing)
     assert cast(Any, await following._followed(node, "r1", True)) == "the end"
     assert capsys.readouterr().err.count("the log is behind the stream") == 1

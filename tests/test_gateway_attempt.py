@@ -106,7 +106,9 @@ async def test_an_agent_may_name_its_own_model_or_any_where_the_run_says_so(
     assert agent.statuses == [200] and isinstance(event, ExecutionLogged)
 
 
-@pytest.mark.parametrize(("status", "kind"), [(503, "unavailable"), (429, "rate_limited"), (401, "no_key")])
+@pytest.mark.parametrize(
+    ("status", "kind"), [(503, "unavailable"), (429, "rate_limited"), (504, "timeout"), (401, "no_key")]
+)
 async def test_a_provider_that_is_away_fails_no_version_and_its_attempt_is_made_again_from_where_it_was(
     tmp_path: Path, status: int, kind: FailedCall
 ):

@@ -192,7 +192,7 @@ def test_the_program_prints_a_line_a_step_and_says_what_is_wrong(tiny: Path, tmp
 
     (tmp_path / "rollouts.jsonl").write_text("{}\n")
     failed = run(settings, tmp_path)
-    assert failed.returncode == 1
+    assert failed.returncode == os.EX_DATAERR
     assert "rollouts.jsonl, line 1" in failed.stderr
 
 

@@ -31,7 +31,8 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def kept(tiny: Path, folder: Path, lines: list[dict[str, Any]], **options: Any) -> Spec:
     """A spec with a checkpoint."""
-    return spec(tiny, folder, lines, checkpoint=str(folder / "checkpoint"), epochs=1, batch_prompts=6, **options)
+    options = {"epochs": 1, "batch_prompts": 6} | options
+    return spec(tiny, folder, lines, checkpoint=str(folder / "checkpoint"), **options)
 
 
 def written(folder: Path) -> list[bytes]:
@@ -65,6 +66,8 @@ def test_a_killed_learner_goes_on_to_the_same_bytes(tiny: Path, tmp_path: Path, 
         {"algorithm": "dpo"},
         {"algorithm": "cloning"},
         {"algorithm": "entropic", "kl_stop": 0.02},
+        {"algorithm": "grpo", "hold_out": 0.3, "look_every": 1},
+        {"algorithm": "grpo", "hold_out": 0.3, "look_every": 1, "patience": 1, "lr": 0.3, "batch_prompts": 2},
     ],
     ids=str,
 )

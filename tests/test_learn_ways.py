@@ -6,13 +6,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from lessons import CHOICES, accuracy, choice_lines, completion_lines, levelled, logprobs, policy, spec, trained
 from tiny import make_model, stirred
 
 from sia_events.local_model import adapter, network, weights
 from sia_events.local_model.policy import ChoiceRequest
 from sia_events.trainer.algorithms import ALGORITHMS
+from sia_events.trainer.engines import OwnEngine
+from sia_events.trainer.groups import read
 from sia_events.trainer.learn import learn
+from sia_events.trainer.preparing import Method, prepare
 
 
 @pytest.fixture(scope="module")
@@ -102,6 +106,22 @@ def test_a_step_whose_samples_are_all_masked_moves_nothing_and_is_told(
     assert len(steps) == last["steps"] and all(step["loss"] == 0 for step in steps if "value_loss" not in step)
 
 
+@pytest.mark.parametrize(("algorithm", "figures"), [("cloning", ("nll",)), ("dpo", ("margin", "accuracy"))])
+def test_figures_of_a_step_are_the_same_however_it_is_cut_into_parts(
+    tiny: Path, tmp_path: Path, algorithm: str, figures: tuple[str, ...]
+) -> None:
+    """They are means over what they tell of: tokens that are imitated, or pairs; parts have few or many of these."""
+    start = stirred(network.load(tiny), seed=5)
+    adapter.write(start, tmp_path / "start", "tiny", weights.opened(tiny).digest)
+    seen = []
+    for name, prompts in (("whole", 12), ("cut", 1)):
+        lines = completion_lines(tiny, count=12)
+        options = {"algorithm": algorithm, "adapter_in": str(tmp_path / "start"), "micro_prompts": prompts}
+        seen.append(next(iter(learn(spec(tiny, tmp_path / name, lines, max_ratio=50.0, **options)))))
+    for figure in figures:
+        assert seen[0][figure] == pytest.approx(seen[1][figure], abs=1e-4)
+
+
 def alike(lines: list[dict[str, Any]]) -> set[str]:
     rewards: dict[str, set[float]] = {}
     for line in lines:
@@ -113,8 +133,11 @@ def turns(at: int) -> tuple[tuple[int, ...], ...]:
     return (1, 23, 30 + at % 10, 2), (1, 20 + at % 3, 30 + at % 10, 2)
 
 
+@pytest.mark.parametrize("algorithm", ["grpo", "ppo"])
 @pytest.mark.parametrize("credit", ["terminal", "per-step"])
-def test_attempts_of_several_calls_learn_each_of_their_turns(tiny: Path, tmp_path: Path, credit: str) -> None:
+def test_attempts_of_several_calls_learn_each_of_their_turns(
+    tiny: Path, tmp_path: Path, algorithm: str, credit: str
+) -> None:
     """Two choices in a row, of which only the second earns the reward that both share."""
     model, _ = policy(tiny)
     bias, tries = levelled(tiny), [(at, number) for at in range(24) for number in range(8)]
@@ -133,12 +156,30 @@ def test_attempts_of_several_calls_learn_each_of_their_turns(tiny: Path, tmp_pat
             steps.append({"kind": "choice", "prompt_ids": prompt, "choice_ids": CHOICES, **told})
         right = steps[-1]["index"] == at % 3
         lines.append({"group": str(at), "item": f"{at}#{number}", "reward": float(right), "steps": steps})
-    options = {"credit": credit, "algorithm": "grpo", "max_ratio": 50.0}
+    options = {"credit": credit, "algorithm": algorithm, "max_ratio": 50.0}
     *_, last = learn(spec(tiny, tmp_path, lines, **options))
     assert last["counts"]["samples"] > 100
     model, name = policy(tiny, trained(tiny, tmp_path / "adapter"))
     held = [ChoiceRequest(name, turns(at)[1], CHOICES, bias, 0.0, 0) for at in range(24)]
     assert sum(reply.index == at % 3 for at, reply in enumerate(model.choose(held))) >= 22
+
+
+@pytest.mark.parametrize(("credit", "returns"), [("terminal", [0.25, 0.5, 1.0]), ("per-step", [0.5, 0.5, 1.0])])
+def test_ppo_s_critic_counts_in_actions_or_in_calls(
+    tiny: Path, tmp_path: Path, credit: str, returns: list[float]
+) -> None:
+    """Two calls, of two tokens and of one; a critic that values nothing yet, and half of what is ahead trusted."""
+    calls = [{"prompt_ids": (1, 20), "completion_ids": (5, 6)}, {"prompt_ids": (1, 21), "completion_ids": (7,)}]
+    steps = [{"kind": "completion", **said, "logprobs": logprobs(tiny, None, said)} for said in calls]
+    lines = [{"group": "a", "item": f"a#{at}", "reward": 1.0 - at, "steps": steps} for at in range(2)]
+    settings = spec(tiny, tmp_path, lines, algorithm="ppo", credit=credit, trace=0.5)
+    groups, _ = read(Path(settings.rollouts))
+    engine = OwnEngine(weights.opened(tiny), settings)
+    head = torch.nn.Linear(engine.width, 1)
+    torch.nn.init.zeros_(head.weight)
+    torch.nn.init.zeros_(head.bias)
+    prepared = prepare(engine, Method(ALGORITHMS["ppo"], settings.learning, head), groups, scenes=8)
+    assert prepared.returns == [returns, [0.0, 0.0, 0.0]]
 
 
 def test_the_last_line_has_texts_to_prove_the_adapter_by(tiny: Path, tmp_path: Path) -> None:

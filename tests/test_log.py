@@ -15,6 +15,7 @@ import clickhouse_connect
 import pytest
 from store_owner import owner
 
+from sia_events.infra import clickhouse
 from sia_events.infra.clickhouse import (
     ClickHouseLog,
     LogFull,
@@ -281,12 +282,21 @@ def test_several_may_open_a_store_at_once(tmp_path: Path, found: str):
                     statement(running.dsn, sql)
             assert list(pool.map(look, [running.dsn] * many)) == [[0] * len(VIEWS)] * many
             with closing(connect(running.dsn)) as log:
-                [last] = asyncio.run(log.query("SELECT max(version) AS version FROM schema_version"))
+                [last] = asyncio.run(log.query("SELECT max(version) AS version, count() AS n FROM schema_version"))
                 [table] = asyncio.run(log.query("SHOW CREATE TABLE events"))
-            assert last["version"] == len(migrations())
+            assert last["version"] == last["n"] == len(migrations()), "each migration is applied by one of them"
             assert "old_parts_lifetime = 0" in table["statement"]
             for name in (*VIEWS, "events", "model_calls", "trace", "schema_version"):
                 statement(running.dsn, f"DROP TABLE {name}")
+
+
+def test_a_migration_that_was_begun_by_somebody_who_died_is_taken_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(clickhouse, "UPGRADE_S", 0.0)
+    with owner(tmp_path / "log") as running:
+        statement(running.dsn, "CREATE TABLE upgrading (nothing UInt8) ENGINE = Null")
+        with closing(connect(running.dsn)) as log:
+            assert asyncio.run(log.query("SELECT count() AS n FROM costs"))[0]["n"] == 0
+            assert not asyncio.run(log.query("SHOW TABLES LIKE 'upgrading'"))
 
 
 async def test_a_table_without_its_durability_is_refused(tmp_path: Path):

@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 from given import altered
 
-from sia_events.driver import fork_point
 from sia_events.evaluator.service import evaluator
 from sia_events.feedback_svc.service import feedback_svc
+from sia_events.forks import at_generation
 from sia_events.infra.memory import MemoryBlobs, MemoryBus, SystemTime
 from sia_events.meta_svc.service import meta_svc
 from sia_events.run_settings import merged
@@ -268,7 +268,8 @@ async def test_a_run_cut_anywhere_goes_on_to_the_same_end(finished: tuple[World,
 
 async def test_a_branch_shares_its_parents_past_and_goes_its_own_way(finished: tuple[World, list[Record]]):
     world, records = finished
-    position, state = fork_point(records, 0)
+    fork = at_generation(records, 0)
+    position, state = fork.at, fork.state
     settings = merged(state.settings, {"candidates": 1, "generations": 1})
     opened = RunBranched(
         parent="r1", at=position, generation=0, overrides={"candidates": 1}, settings=settings, code="test"
@@ -288,7 +289,8 @@ async def test_a_branch_of_a_branch_replays_too(finished: tuple[World, list[Reco
     world, _ = finished
     parent = "r1"
     for name, changes in (("c1", {"candidates": 2}), ("c2", {"seed": 5})):
-        position, state = fork_point(await world.bus.history(parent), 1)
+        fork = at_generation(await world.bus.history(parent), 1)
+        position, state = fork.at, fork.state
         settings = merged(state.settings, changes)
         opened = RunBranched(
             parent=parent, at=position, generation=1, overrides=dict(changes), settings=settings, code="test"

@@ -207,7 +207,7 @@ def test_likelihood_is_the_weighted_log_prob() -> None:
     weighed = replace(actions(now), advantage=tensor(2, 0, 0, 1, 1, 1))
     loss, figures = likelihood(weighed, LEARNING, "constant")
     assert loss.item() == pytest.approx((2 * 0.95 + 0.7 + 1.25) / 3)
-    assert figures["nll"] == pytest.approx((0.95 + 0.7 + 1.25) / 3)
+    assert figures == {"nll": pytest.approx((0.95 + 0.7 + 1.25) / 3), "actions": 3}, "those that are imitated"
 
 
 def test_preference_is_the_log_odds_of_the_better_from_the_base() -> None:

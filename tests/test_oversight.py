@@ -147,6 +147,25 @@ def test_many_failures_in_a_row_hold_the_run():
     assert isinstance(paused, RunPaused) and "2 attempts failed in a row" in paused.reason
 
 
+@pytest.mark.parametrize("limit", [1, 2])
+def test_failures_that_came_while_the_budget_was_out_hold_the_run_once(limit: int):
+    settings = started().settings.model_copy(update={"pause_after_failures": limit})
+    opening = [e.model_copy(update={"settings": settings}) if e.type == "RunStarted" else e for e in SECOND]
+    first, last = failed("g1a", "dev"), failed("g1b", "dev").model_copy(update={"message": "the last one"})
+    decided = given(feedback_svc, *opening, SPENT, first, last).when(MORE).decided
+    (pause,) = [event for event in decided if isinstance(event, RunPaused)]
+    assert pause is decided[0] and pause.reason == "2 attempts failed in a row, the last: the last one"
+
+
+def test_a_pause_for_two_reasons_at_once_is_one_pause():
+    settings = started().settings.model_copy(update={"pause_on_gain": 0.3, "pause_after_failures": 1})
+    past = [e.model_copy(update={"settings": settings}) if e.type == "RunStarted" else e for e in SECOND]
+    past = [*past, scored("g1a", "dev", "1100"), scored("g1b", "dev", "1000"), asked("g1a", "gate"), SPENT]
+    past = [*past, scored("g1a", "gate", "1" * 8), failed("g1b", "dev")]
+    decided = given(feedback_svc, *past).when(MORE).decided
+    assert [event.type for event in decided].count("RunPaused") == 1
+
+
 def test_a_gain_beyond_belief_is_accepted_into_a_held_run():
     verdict = accepted("g1a")
     settings = started().settings.model_copy(update={"pause_on_gain": 0.3})

@@ -3,13 +3,14 @@
 `sia log RUN --json > tests/runs/NAME.jsonl` adds one.
 """
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from given import altered
 
 from sia_events.app import SERVICES
-from sia_events.shared.events import RunFinished, VersionAccepted, WeightsUpdated
+from sia_events.shared.events import AgentProposed, RunFinished, RunStarted, VersionAccepted, WeightsUpdated
 from sia_events.shared.record import Record, broken_link, parse_record, to_wire
 from sia_events.shared.replay import replay
 from sia_events.shared.run import fold
@@ -57,3 +58,29 @@ def test_a_record_left_out_is_found():
     records = read(RUNS[0])
     for i in range(1, len(records) - 1):
         assert replay([*records[:i], *records[i + 1 :]], tuple(SERVICES.values())).divergence is not None
+
+
+def test_each_decision_that_is_another_one_now_is_told_with_the_release_that_recorded_it():
+    records = read(RUNS[0])
+    services = tuple(SERVICES.values())
+    changed = tuple(replace(s, decides={**s.decides, AgentProposed: lambda run, event: []}) for s in services)
+    first, every = replay(records, changed), replay(records, changed, keep_going=True)
+    proposed = [record.position for record in records if isinstance(record.event, AgentProposed)]
+    assert [found.cause.position for found in first.divergences] == proposed[:1]
+    assert [found.cause.position for found in every.divergences] == proposed
+    assert {found.reason for found in every.divergences} == {"no longer decided"}
+    started = next(record.event for record in records if isinstance(record.event, RunStarted))
+    assert {found.code for found in every.divergences} == {started.code}
+
+
+def test_a_stretch_is_judged_on_the_state_that_the_whole_history_gives():
+    records, services = read(RUNS[0]), tuple(SERVICES.values())
+    whole = replay(records, services)
+    half = len(records) // 2
+    parts = replay(records, services, last=half), replay(records, services, first=half + 1)
+    for part in parts:
+        assert part.divergence is None and part.pending == 0
+    for count in ("records", "decisions", "performed"):
+        assert sum(getattr(part, count) for part in parts) == getattr(whole, count) > 0
+    stray = replace(records[-1], id=records[-1].correlation, position=len(records) + 1)
+    assert replay([*records, stray], services, last=half).divergence is not None  # the chain is checked whole

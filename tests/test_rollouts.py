@@ -75,9 +75,10 @@ def test_rollouts_of_other_weights_make_groups_of_their_own_up_to_a_lag():
     assert counts == {"stale": 2}
 
 
-def test_an_attempt_with_a_call_that_had_no_answer_is_not_learned_from():
-    calls = [call("i1#0"), call("i1#0", n=1, reply=None, error="no provider")]
-    assert left_out(*calls) == {"unanswered": 1}
+def test_what_only_a_start_that_broke_off_was_told_has_no_part_in_the_reward():
+    calls = [call("i1#0"), call("i1#0", "chat", n=1, other_start=True), call("i2#0", other_start=True)]
+    found, counts = gather([source(*calls)])
+    assert [(one.item, len(one.steps)) for one in found] == [("i1#0", 1)] and counts == {"other_start": 2}
 
 
 def test_a_call_that_is_unfit_leaves_the_rest_of_its_attempt():

@@ -1,6 +1,7 @@
 """The learning process as its parent sees it: started, heard line by line, and never left behind."""
 
 import asyncio
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -15,10 +16,15 @@ class LearningFailed(Exception):
     """The learning process ended without an adapter; the message is its last words. Its checkpoint is kept."""
 
 
+class LearningRefused(Exception):
+    """The learning process takes no such rollouts or adapter, whenever it is asked; the message is why."""
+
+
 async def run_learner(spec: Path, ports: Ports, run: str, key: str) -> dict[str, Any]:
     """Run the learner on a spec file, which lies beside its checkpoint, and return its last line.
 
-    Its lines go to the trace as they come. It ends with us: it watches its standard input.
+    Its lines go to the trace as they come. It ends with us: it watches its standard input. Raises LearningFailed, and
+    LearningRefused where another try would end so too.
     """
     threads = str(ports.threads)
     env = {**plain(), "OMP_NUM_THREADS": threads, "OMP_WAIT_POLICY": "PASSIVE", "TOKENIZERS_PARALLELISM": "false"}
@@ -48,6 +54,8 @@ async def run_learner(spec: Path, ports: Ports, run: str, key: str) -> dict[str,
             f"learning was killed by signal {-code}{', which is how a machine without memory ends it' * (code == -9)}; "
             f"it goes on behind step {last.get('step', 0)} or the one before. {said}"
         )
+    if code == os.EX_DATAERR:
+        raise LearningRefused(said.rpartition("learn: ")[2])
     if code or not last.get("done"):
         raise LearningFailed(said or f"learning ended with exit status {code}, without an adapter and without a word")
     return last

@@ -49,18 +49,18 @@ class HuggingFaceEngine:
             target_modules=list(start.factors),
             task_type="CAUSAL_LM",
         )
-        self._model = get_peft_model(model, config)
+        self.model = get_peft_model(model, config)
         self.adapter = lora.Adapter(_set(model, start.factors), start.rank, start.alpha)
         self.width: int = model.config.get_text_config().hidden_size
         self.device = next(model.parameters()).device
         self._keeps = "logits_to_keep" in inspect.signature(model.forward).parameters
         size = sum(parameter.numel() for parameter in model.parameters())
-        self._model.eval()
+        self.model.eval()
         if size >= LARGE if spec.recompute is None else spec.recompute:
             model.activation_checkpointing_enable({"use_reentrant": False})
             # Layers are computed anew in training mode only, in which nothing may be dropped: rollouts were not.
-            self._model.train()
-            for module in self._model.modules():
+            self.model.train()
+            for module in self.model.modules():
                 if isinstance(module, torch.nn.Dropout):
                     module.p = 0.0
                 if hasattr(module, "attention_dropout"):
@@ -75,7 +75,7 @@ class HuggingFaceEngine:
             for tokens in scene.continuations:
                 rows.setdefault((*scene.prompt, *tokens[:-1]), len(rows))
         longest = max(len(tokens) for scene in scenes for tokens in scene.continuations)
-        with nullcontext() if adapted else self._model.disable_adapter():
+        with nullcontext() if adapted else self.model.disable_adapter():
             logits, states = self._forward(list(rows), longest, hidden)
         temperature = 1.0 if scenes[0].choice else scenes[0].temperature
         logprobs = torch.log_softmax(logits.float() / temperature, dim=-1)
@@ -98,7 +98,7 @@ class HuggingFaceEngine:
         width = max(map(len, rows))
         tokens = torch.tensor([[*[0] * (width - len(row)), *row] for row in rows], device=self.device)
         seen = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=self.device)
-        out = self._model(
+        out = self.model(
             input_ids=tokens,
             attention_mask=seen,
             position_ids=(seen.cumsum(dim=1) - 1).clamp(min=0),

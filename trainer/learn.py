@@ -6,11 +6,13 @@ the last step that it kept, and ends with the same adapter, byte for byte.
 
 import argparse
 import json
+import os
 import random
 import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,16 +23,19 @@ from safetensors import SafetensorError
 from sia_events.local_model import adapter as lora
 from sia_events.local_model import parent, weights
 from sia_events.shared.failpoints import reach
-from sia_events.trainer.algorithms import ALGORITHMS
+from sia_events.trainer.algorithms import ALGORITHMS, RewardRefused
+from sia_events.trainer.backends import named, why_not_trl
 from sia_events.trainer.batches import batches
 from sia_events.trainer.checkpoints import SavingFailed
 from sia_events.trainer.credit import teaching
-from sia_events.trainer.engines import Engine, OutOfMemory
+from sia_events.trainer.engines import Engine, OutOfMemory, TargetsRefused
 from sia_events.trainer.groups import RolloutGroup, RolloutsRefused, read
+from sia_events.trainer.holding import divided
 from sia_events.trainer.learner import Learner
 from sia_events.trainer.observing import collapsed
 from sia_events.trainer.opening import opened
 from sia_events.trainer.spec import Spec, from_json
+from sia_events.trainer.updating import PartLoss
 
 PROBE_TEXTS = 4
 
@@ -40,30 +45,44 @@ Line = dict[str, Any]
 def learn(spec: Spec, open_engine: Callable[[Spec], tuple[Engine, weights.ModelFolder]] = opened) -> Iterator[Line]:
     """Train and write the adapter; yields a line a step and at last {"done": true, "stopped": why, ...}.
 
-    `stopped` is "end", "kl", "collapse", "time", or "no signal" when no group's samples could be told apart: then, as
-    when it stops before its first step, no adapter is written. The last line has `counts` of what was learned from or
-    left out, and `probe`: a few texts with their log-probs under the finished adapter, at temperature 1. Bad input
-    raises RolloutsRefused, RewardRefused, AdapterRefused, TargetsRefused or ModelNotReady before anything is trained;
-    later OutOfMemory and SavingFailed.
+    `stopped` is "end", "kl", "collapse", "time", "held out" when what is expected of held-out items fell, or
+    "no signal" when no group's samples could be told apart: then, as when no step was better than none, no adapter is
+    written. The last line has `counts` of what was learned from or left out, the `backend` that was used, and `probe`:
+    a few texts with their log-probs under the finished adapter, at temperature 1. Bad input raises RolloutsRefused,
+    RewardRefused, AdapterRefused, TargetsRefused or ModelNotReady before anything is trained; later OutOfMemory and
+    SavingFailed.
     """
     started = time.monotonic()
     torch.set_num_threads(spec.threads)
     torch.use_deterministic_algorithms(True)
     algorithm, learning = ALGORITHMS[spec.algorithm], spec.learning
-    groups, counts = read(Path(spec.rollouts), algorithm.needs_logprobs)
+    groups, counts = read(Path(spec.rollouts), algorithm.needs_logprobs or learning.hold_out > 0)
+    groups, held = divided(groups, learning.hold_out, spec.seed)
     groups, alike = teaching(groups, algorithm, learning)
     counts.update(equal_rewards=alike, groups=len(groups), samples=sum(len(group.samples) for group in groups))
+    if held:
+        counts["held_out"] = len(held)
     if not groups:
         yield {"done": True, "stopped": "no signal", "adapter": None, "steps": 0, "counts": dict(counts)}
         return
+    why_not = why_not_trl(groups, spec.algorithm, learning)
+    by_trl = learning.backend == "trl" and why_not is None
+    if by_trl:
+        spec = replace(spec, engine="transformers")
     engine, folder = open_engine(spec)
     plan = list(batches(groups, learning.batch_prompts, spec.epochs, spec.seed))
-    learner = Learner(engine, spec, len(plan) * learning.updates)
-    stopped = "end"
+    theirs = _trl_loss(engine, spec, groups) if by_trl else None
+    learner = Learner(engine, spec, len(plan) * learning.updates, theirs)
+    stopped, begun = "end", time.monotonic()
+    if held and learner.progress.looks is None:
+        learner.look(held)
     for step in range(learner.progress.step + 1, learner.steps + 1):
+        if learner.fell():
+            stopped = "held out"
+            break
         at, update = divmod(step - 1, learning.updates)
         tally = learner.gradients(plan[at], fresh=update == 0)
-        yield learner.told(step, tally, time.monotonic() - started)
+        yield learner.told(step, tally, time.monotonic() - begun)
         if learning.kl_stop is not None and tally.kl / tally.scenes > learning.kl_stop:
             stopped = "kl"
         elif step > spec.warmup and collapsed(learner.progress.recent):
@@ -71,6 +90,8 @@ def learn(spec: Spec, open_engine: Callable[[Spec], tuple[Engine, weights.ModelF
         if stopped != "end":
             break
         learner.take(step)
+        if held and step % learning.look_every == 0:
+            learner.look(held)
         reach(f"learner before keeping step {step}")
         learner.keep()
         reach(f"learner behind keeping step {step}")
@@ -78,7 +99,11 @@ def learn(spec: Spec, open_engine: Callable[[Spec], tuple[Engine, weights.ModelF
             stopped = "time"
             break
     counts["masked"] = len(learner.progress.masked)
-    if not learner.progress.step:
+    best = learner.progress.step
+    if held and best:
+        best = learner.take_best(held)
+        stopped = stopped if best else "held out"
+    if not best:
         yield {"done": True, "stopped": stopped, "adapter": None, "steps": 0, "counts": dict(counts)}
         return
     _write(engine.adapter, Path(spec.adapter_out), folder)
@@ -89,11 +114,20 @@ def learn(spec: Spec, open_engine: Callable[[Spec], tuple[Engine, weights.ModelF
         "stopped": stopped,
         "adapter": spec.adapter_out,
         "counts": dict(counts),
+        "backend": named(learning.backend, why_not),
         "base": folder.digest,
         "probe": _probe(engine, groups, spec.seed),
         "seconds": round(time.monotonic() - started, 3),
         "cpu_seconds": round(time.process_time(), 3),
     }
+
+
+def _trl_loss(engine: Engine, spec: Spec, groups: Sequence[RolloutGroup]) -> PartLoss:
+    from sia_events.trainer.hugging_face import HuggingFaceEngine
+    from sia_events.trainer.trl_loss import trl_loss
+
+    assert isinstance(engine, HuggingFaceEngine), "TRL computes with transformers"
+    return trl_loss(engine, spec, groups[0].scenes[0].temperature)
 
 
 def _write(adapter: lora.Adapter, to: Path, folder: weights.ModelFolder) -> None:
@@ -135,10 +169,10 @@ def main() -> None:
         with FileLock(given.spec.with_suffix(".lock")):
             for line in learn(from_json(given.spec.read_bytes())):
                 print(json.dumps(line), flush=True)
-    except (
-        *(RolloutsRefused, lora.AdapterRefused, weights.ModelNotReady, OutOfMemory, SavingFailed),
-        *(ValueError, TypeError, KeyError),
-    ) as error:
+    except (RolloutsRefused, RewardRefused, lora.AdapterRefused, TargetsRefused) as refused:
+        print(f"learn: {refused}", file=sys.stderr)
+        sys.exit(os.EX_DATAERR)  # which no other try would change
+    except (weights.ModelNotReady, OutOfMemory, SavingFailed, ValueError, TypeError, KeyError) as error:
         sys.exit(f"learn: {error}")
 
 

@@ -14,10 +14,11 @@ from sia_events.trainer.batches import parts
 from sia_events.trainer.checkpoints import Checkpoint, load_checkpoint, save_checkpoint
 from sia_events.trainer.engines import Engine, OutOfMemory, out_of_memory
 from sia_events.trainer.groups import RolloutGroup
+from sia_events.trainer.holding import Looks, expected_reward
 from sia_events.trainer.observing import COLLAPSE_WINDOW, Answers, Tally
 from sia_events.trainer.preparing import Method, Prepared, prepare
 from sia_events.trainer.spec import Spec
-from sia_events.trainer.updating import Part, part_loss, totals
+from sia_events.trainer.updating import Part, PartLoss, part_loss, totals
 from sia_events.trainer.views import view
 
 
@@ -31,14 +32,20 @@ class Progress:
     masked: set[str] = field(default_factory=set)
     recent: deque[Answers] = field(default_factory=lambda: deque(maxlen=COLLAPSE_WINDOW))
     prepared: Prepared | None = None
+    looks: Looks | None = None
     line: dict[str, Any] = field(default_factory=dict)
 
 
 class Learner:
-    """One update under way. It goes on from the spec's checkpoint where there is one of the same update."""
+    """One update under way. It goes on from the spec's checkpoint where there is one of the same update.
 
-    def __init__(self, engine: Engine, spec: Spec, steps: int) -> None:
+    With `theirs` the loss is TRL's; what is told of a step is computed as ever.
+    """
+
+    def __init__(self, engine: Engine, spec: Spec, steps: int, theirs: PartLoss | None = None) -> None:
         self.steps = steps
+        self._theirs = theirs
+        self._best: list[Tensor] = []
         self.progress = Progress(scenes=spec.micro_prompts)
         self._engine, self._spec = engine, spec
         algorithm = ALGORITHMS[spec.algorithm]
@@ -86,9 +93,12 @@ class Learner:
         whole, tally, first = totals(self._method, batch), Tally(), 0
         samples = [f"{group.name}#{number}" for group in batch for number in range(len(group.samples))]
         for groups in parts(batch, progress.scenes):
-            views = view(engine, groups, entropy=learning.entropy > 0, hidden=self._method.head is not None)
-            part = Part(groups, views, first)
-            loss, figures, masked = part_loss(self._method, part, progress.prepared, whole)
+            with torch.set_grad_enabled(self._theirs is None):
+                views = view(engine, groups, entropy=learning.entropy > 0, hidden=self._method.head is not None)
+                part = Part(groups, views, first)
+                loss, figures, masked = part_loss(self._method, part, progress.prepared, whole)
+            if self._theirs is not None:
+                loss = self._theirs(part, progress.prepared, whole, masked)
             tally.add(groups, views, loss.item(), figures)
             loss.backward()
             progress.masked |= {samples[at] for at in masked}
@@ -105,6 +115,7 @@ class Learner:
             **{"step": step, "steps": self.steps, "lr": self._spec.learning.lr * self._schedule(step)},
             **tally.means(),
             **progress.prepared.figures,
+            **self._looked(),
             **{"masked": len(progress.masked), "tokens": progress.tokens},
         }
         # What was learned from before the checkpoint took seconds of another process.
@@ -119,6 +130,40 @@ class Learner:
             setting["lr"] = self._spec.learning.lr * self._schedule(step)
         self._optimiser.step()
         self.progress.step = step
+
+    def look(self, held: Sequence[RolloutGroup]) -> None:
+        """See what reward the weights can expect of the groups that are held out; the best weights are kept."""
+        progress = self.progress
+        expected = expected_reward(self._engine, held, progress.scenes)
+        if progress.looks is None:
+            progress.looks = Looks(expected, expected, expected)
+            return
+        progress.looks.add(progress.step, expected)
+        if progress.looks.best_step == progress.step:
+            self._best = [factor.detach().clone() for factor in self._policy]
+        progress.line |= self._looked()
+
+    def fell(self) -> bool:
+        """Whether the last looks were below the best before them, as many as patience is had for."""
+        looks = self.progress.looks
+        return looks is not None and looks.below >= self._spec.learning.patience
+
+    def take_best(self, held: Sequence[RolloutGroup]) -> int:
+        """Put the weights of the best look, the last step's too, in the place of the last step's.
+
+        Returns the best look's step; 0 where that is the first, before any step, which leaves the weights as they are.
+        """
+        looks = self.progress.looks
+        assert looks is not None, "it was looked before the first step"
+        if looks.step < self.progress.step:
+            self.look(held)
+        with torch.no_grad():
+            for factor, best in zip(self._policy, self._best, strict=bool(looks.best_step)):
+                factor.copy_(best)
+        return looks.best_step
+
+    def _looked(self) -> dict[str, float]:
+        return {} if self.progress.looks is None else self.progress.looks.figures()
 
     def _schedule(self, step: int) -> float:
         """Share of the full learning rate: up over `warmup` steps, then down in a line to a tenth at the end."""
@@ -138,11 +183,13 @@ class Learner:
             "masked": sorted(progress.masked),
             "recent": [asdict(answers) for answers in progress.recent],
             "prepared": asdict(progress.prepared) if within and progress.prepared else None,
+            "looks": asdict(progress.looks) if progress.looks else None,
         }
         save_checkpoint(Path(self._spec.checkpoint), Checkpoint(self._identity, progress.step, state, self._tensors()))
 
     def _tensors(self) -> dict[str, Tensor]:
         tensors = {f"parameter.{at}": value.detach() for at, value in enumerate(self._policy + self._critic)}
+        tensors |= {f"best.{at}": value for at, value in enumerate(self._best)}
         for at, moments in self._optimiser.state_dict()["state"].items():
             tensors |= {f"optimiser.{at}.{name}": value for name, value in moments.items()}
         return tensors
@@ -154,21 +201,25 @@ class Learner:
         state = dict(found.state)
         recent = [Answers(**{name: [tuple(a) for a in said] for name, said in row.items()}) for row in state["recent"]]
         prepared = None if state["prepared"] is None else Prepared(**state["prepared"])
+        looks = None if state["looks"] is None else Looks(**state["looks"])
         self.progress = Progress(
             **state
             | {
                 "masked": set(state["masked"]),
                 "recent": deque(recent, maxlen=COLLAPSE_WINDOW),
                 "prepared": prepared,
+                "looks": looks,
             }
         )
+        if looks is not None and looks.best_step:
+            self._best = [found.tensors[f"best.{at}"] for at in range(len(self._policy))]
         moments: dict[int, dict[str, Tensor]] = {}
         with torch.no_grad():
             for name, tensor in found.tensors.items():
                 kind, at, *rest = name.split(".")
                 if kind == "parameter":
                     (self._policy + self._critic)[int(at)].copy_(tensor)
-                else:
+                elif kind == "optimiser":
                     moments.setdefault(int(at), {})[rest[0]] = tensor
         settings = self._optimiser.state_dict()["param_groups"]
         self._optimiser.load_state_dict({"state": moments, "param_groups": settings})

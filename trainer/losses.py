@@ -89,10 +89,15 @@ def surrogate(
 
 
 def likelihood(actions: Actions, learning: Learning, reduction: Reduction | None = None) -> tuple[Tensor, Figures]:
-    """Weighted negative log-likelihood: a term is -A log π_θ, added up by `shares`."""
+    """Weighted negative log-likelihood: a term is -A log π_θ, added up by `shares`.
+
+    Figures: `nll` is the mean of -log π_θ over the `actions` that are imitated (A > 0), each counted once: a token, not
+    a sample, whatever it weighs in the loss.
+    """
     actions = replace(actions, share=_share(actions, reduction or learning.reduction))
     now, weight = actions.now[actions.kept], actions.advantage[actions.kept]
-    return _total(-weight * now, actions), {"actions": float(len(now)), "nll": -_mean(now[weight > 0])}
+    imitated = now[weight > 0]
+    return _total(-weight * now, actions), {"actions": float(len(imitated)), "nll": -_mean(imitated)}
 
 
 def preference(

@@ -20,13 +20,14 @@ def manifest(
     metrics: Mapping[str, float],
     seed: int,
     code: str,
+    backend: str,
     probe: Probe | None = None,
 ) -> bytes:
     """The manifest of the adapter in `weights`: JSON, the same bytes for the same arguments.
 
     `base` is the SHA-256 of the base model's weights; `parent` are the weights that learning started from;
     `trajectories` and `rewards` are digests, in the order in which they were learned from; `code` is the version of
-    what learned.
+    what learned, `backend` whose trainer it was.
     """
     told = {
         "adapter": weights.adapter,
@@ -40,5 +41,6 @@ def manifest(
         "probe": None if probe is None else probe.model_dump(),
         "seed": seed,
         "code": code,
+        "backend": backend,
     }
     return msgspec.json.format(msgspec.json.encode(told, order="sorted"), indent=1) + b"\n"

@@ -14,14 +14,17 @@ import msgspec
 from sia_events.local_model.weights import prepare
 from sia_events.shared.calls import decode_call
 from sia_events.shared.events import Event, ProposalFailed, Weights, WeightsUpdated, WeightUpdateRequested
-from sia_events.shared.ports import Ports
+from sia_events.shared.outage import fails_alone
+from sia_events.shared.ports import Ports, ProviderAway
 from sia_events.shared.run import Version
 from sia_events.shared.service import Work
 from sia_events.shared.tree import load_tree, read_tree, store_tree, write_tree
 from sia_events.trainer.algorithms import ALGORITHMS
-from sia_events.trainer.child import run_learner
+from sia_events.trainer.algorithms.weighing import LARGEST
+from sia_events.trainer.base_model import base_folder, lacks
+from sia_events.trainer.child import LearningRefused, run_learner
 from sia_events.trainer.manifest import manifest
-from sia_events.trainer.probe import probe
+from sia_events.trainer.probe import claims, probe
 from sia_events.trainer.rollouts import Source, gather, to_lines
 
 STORED = "updated.json"
@@ -63,7 +66,7 @@ async def _update(work: Work, asked: WeightUpdateRequested, folder: Path) -> Wei
         sources,
         max_lag=asked.learning.max_lag,
         context=json.loads((model / "config.json").read_text()).get("max_position_embeddings"),
-        needs_logprobs=algorithm.needs_logprobs,
+        needs_logprobs=algorithm.needs_logprobs or asked.learning.hold_out > 0,
     )
     if not found:
         raise Barren(_why_nothing(counts, asked.algorithm))
@@ -83,20 +86,34 @@ async def _update(work: Work, asked: WeightUpdateRequested, folder: Path) -> Wei
     }
     (folder / "spec.json").write_bytes(msgspec.json.encode(spec))
     key = f"g{asked.generation}"
-    last = await run_learner(folder / "spec.json", ports, work.run.name, key)
+    try:
+        last = await run_learner(folder / "spec.json", ports, work.run.name, key)
+    except LearningRefused as refused:
+        raise Barren(
+            f"{asked.algorithm} was not begun: {refused} {parent.name} stays as it is, its rollouts are on record. The "
+            "same would be refused again: mend what is named, then sia branch "
+            f"{work.run.name} --at {asked.generation - 1}"
+        ) from refused
     counts.update(last["counts"])
     if last["adapter"] is None:
         why = f"none can be told from its siblings by its reward ({_told(counts)})"
         if last["stopped"] == "kl":
             why = "the weights are further from what made them than learning.kl_stop before the first step"
+        if last["stopped"] == "held out":
+            why = "no step made the reward that is expected of the held-out items higher than it was"
         raise Barren(f"nothing to learn from {len(found)} samples: {why}")
     files = read_tree(folder / "adapter", max_bytes=LARGEST_ADAPTER)
     weights = Weights(model=parent.weights.model, adapter=await store_tree(ports.blobs, files))
-    proof = await probe(
-        *(ports, work.run.name, key, weights, parent.weights),
-        [(tuple(text["prompt_ids"]), tuple(text["completion_ids"])) for text in last["probe"]],
-        [text["logprobs"] for text in last["probe"]],
-    )
+    try:
+        proof = await probe(
+            *(ports, work.run.name, key, weights, parent.weights),
+            [(tuple(text["prompt_ids"]), tuple(text["completion_ids"])) for text in last["probe"]],
+            [text["logprobs"] for text in last["probe"]],
+        )
+    except ProviderAway as away:
+        if not await fails_alone(work, away, claims(work.run.name, key, weights)):
+            raise
+        raise Barren(f"given up, since what serves {weights.model} answers others: {away}") from away
     metrics = {name: round(float(value), 6) for name, value in last.items() if type(value) in (int, float)}
     left = {name: count for name, count in sorted(counts.items()) if count}
     about = manifest(
@@ -111,6 +128,7 @@ async def _update(work: Work, asked: WeightUpdateRequested, folder: Path) -> Wei
         metrics=metrics,
         seed=asked.seed,
         code=version("sia-events"),
+        backend=last["backend"],
         probe=proof,
     )
     return WeightsUpdated(
@@ -126,6 +144,7 @@ async def _update(work: Work, asked: WeightUpdateRequested, folder: Path) -> Wei
         counts=left,
         probe=proof,
         manifest=await ports.blobs.put(about),
+        backend=last["backend"],
     )
 
 
@@ -136,16 +155,11 @@ def _require_known(asked: WeightUpdateRequested) -> None:
 
 async def _base_model(ports: Ports, weights: Weights) -> Path:
     """The folder of the base model's weights: the embedded model's own, or one that was put under `models`."""
-    provider, _, name = weights.model.partition("/")
-    if provider == "local":
+    if weights.model.startswith("local/"):
         return (await asyncio.to_thread(prepare, ports.home)).path
-    folder = ports.home / "models" / name
-    if not (folder / "config.json").is_file():
-        raise Barren(
-            f"{weights.model} is not ours to train: its weights are not here. Put its Hugging Face folder (or a link "
-            f"to it) at {folder}"
-        )
-    return folder
+    if lacking := lacks(ports.home, weights.model):
+        raise Barren(f"{weights.model} is not ours to train: {lacking}")
+    return base_folder(ports.home, weights.model)
 
 
 async def _sources(work: Work, asked: WeightUpdateRequested, parent: Version) -> list[Source]:
@@ -158,10 +172,15 @@ async def _sources(work: Work, asked: WeightUpdateRequested, parent: Version) ->
     for attempt, made, trajectory, rewards, lag in places:
         calls = [decode_call(line) for line in (await work.ports.blobs.get(trajectory)).splitlines()]
         earned = msgspec.json.decode(await work.ports.blobs.get(rewards), type=dict[str, float | None])
-        # JSON has no infinities and no NaN: they are told as null.
-        if unknown := [item for item, reward in earned.items() if reward is None]:
-            raise Barren(f"the reward of {unknown[0]} in {attempt} is not a finite number: nothing was trained")
-        known = {item: reward for item, reward in earned.items() if reward is not None}
+        known = {item: reward for item, reward in earned.items() if reward is not None and abs(reward) <= LARGEST}
+        if unusable := sorted(earned.keys() - known.keys()):
+            # JSON has no infinities and no NaN: they are told as null.
+            told = earned[unusable[0]]
+            raise Barren(
+                f"the reward of {unusable[0]} in {attempt} is {'not a finite number' if told is None else told}: only "
+                f"finite ones of at most {LARGEST:g} are learned from. Nothing was trained, {asked.parent} stays as it "
+                "is. Mend the task's evaluator, then start a run with it"
+            )
         sources.append(Source(attempt, calls, known, made.weights.adapter, made.harness, lag))
     return sources
 
@@ -169,9 +188,10 @@ async def _sources(work: Work, asked: WeightUpdateRequested, parent: Version) ->
 def _why_nothing(counts: Mapping[str, int], algorithm: str) -> str:
     if counts.get("no_logprobs"):
         able = ", ".join(name for name, other in ALGORITHMS.items() if not other.needs_logprobs)
+        who = algorithm if ALGORITHMS[algorithm].needs_logprobs else "learning.hold_out"
         return (
-            f"{algorithm} needs the log-probs of what was sampled, and {counts['no_logprobs']} calls have none: the "
-            f"model's server tells none. Algorithms that do without: {able}"
+            f"{who} needs the log-probs of what was sampled, and {counts['no_logprobs']} calls have none: the "
+            f"model's server tells none. Algorithms that do without, where nothing is held out: {able}"
         )
     if not counts.keys() - {"no_item", "no_calls"}:
         return "nothing to learn from: none of the parent's model calls names its item"

@@ -12,7 +12,7 @@ from torch import Tensor
 from sia_events.shared.events import Learning
 from sia_events.trainer.algorithms import Algorithm
 from sia_events.trainer.algorithms.cloning import balanced
-from sia_events.trainer.algorithms.ppo import gae, whitened
+from sia_events.trainer.algorithms.ppo import gae, gae_of_calls, whitened
 from sia_events.trainer.batches import parts
 from sia_events.trainer.credit import credit
 from sia_events.trainer.engines import Engine
@@ -63,13 +63,17 @@ def prepare(engine: Engine, method: Method, batch: Sequence[RolloutGroup], scene
 def _by_critic(
     batch: Sequence[RolloutGroup], values: Numbers, base: Numbers | None, off: Numbers | None, learning: Learning
 ) -> Prepared:
-    """GAE over each sample's actions, its calls end to end: the reward comes at the last of them."""
+    """GAE over each sample's actions, or under `per-step` over its calls: the reward comes at the last of them."""
     advantages, returns = [], []
-    rewards = [sample.reward for group in batch for sample in group.samples]
-    for at, row in enumerate(values):
+    made = [(group, sample) for group in batch for sample in group.samples]
+    for at, (row, (group, sample)) in enumerate(zip(values, made, strict=True)):
         earned = [-part for part in off[at]] if off else [0.0] * len(row)
-        earned[-1] += rewards[at]
-        advantage, target = gae(earned, row, learning.discount, learning.trace)
+        earned[-1] += sample.reward
+        if learning.credit == "per-step":
+            lengths = [group.actions(act) for act in sample.acts]
+            advantage, target = gae_of_calls(earned, row, lengths, learning.discount, learning.trace)
+        else:
+            advantage, target = gae(earned, row, learning.discount, learning.trace)
         advantages.append(advantage)
         returns.append(list(target))
     white = iter(whitened(list(chain.from_iterable(advantages))))

@@ -9,6 +9,7 @@ from typing import Any
 
 import httpx
 
+from sia_events.shared.calls import AWAY
 from sia_events.shared.events import Probe, Weights
 from sia_events.shared.ports import BudgetSpent, Ports, ProviderAway
 
@@ -18,7 +19,6 @@ Scores = Sequence[Sequence[float]]
 EXACT, ROUGH = (1e-3, 1e-4), (0.25, 0.25)
 """Nats a token by which server and learner may differ, and those that rounding makes of nothing: less has not moved.
 The embedded model is float32 on both sides; another server's numbers may be bfloat16."""
-AWAY = (HTTPStatus.TOO_MANY_REQUESTS, HTTPStatus.SERVICE_UNAVAILABLE, HTTPStatus.GATEWAY_TIMEOUT)
 CALL_S = 600.0
 
 
@@ -70,22 +70,26 @@ def _furthest(one: Scores, other: Scores) -> float:
     return max((value if value == value else float("inf") for value in apart), default=0.0)
 
 
-async def _scored(ports: Ports, run: str, key: str, weights: Weights, texts: Sequence[Text]) -> Scores:
-    start = secrets.token_hex(8)
-    claims = {
+def claims(run: str, key: str, weights: Weights) -> dict[str, Any]:
+    """What a token for probes says, but for their start and when they have to be over."""
+    return {
         "run": run,
         "attempt": f"trainer.{key}",
-        "start": start,
         "version": key,
         "role": "trainer",
         "model": weights.model,
         "adapter": weights.adapter,
         "sample": False,
         "seed": 0,
-        "expires": (ports.clock.now() + timedelta(seconds=CALL_S)).timestamp(),
     }
+
+
+async def _scored(ports: Ports, run: str, key: str, weights: Weights, texts: Sequence[Text]) -> Scores:
+    start = secrets.token_hex(8)
+    expires = ports.clock.now() + timedelta(seconds=CALL_S)
+    told = {**claims(run, key, weights), "start": start, "expires": expires.timestamp()}
     transport = httpx.AsyncHTTPTransport(uds=str(ports.door.socket))
-    token = {"Authorization": f"Bearer {ports.door.token(claims)}"}
+    token = {"Authorization": f"Bearer {ports.door.token(told)}"}
     async with httpx.AsyncClient(transport=transport, base_url="http://gateway", timeout=CALL_S, headers=token) as http:
 
         async def score(text: Text) -> Sequence[float]:
@@ -108,4 +112,4 @@ def _read(response: httpx.Response, weights: Weights) -> Sequence[float]:
     said = f"{said} ({response.status_code}): {reply['error']['message']}"
     if response.status_code == HTTPStatus.PAYMENT_REQUIRED:
         raise BudgetSpent(said)
-    raise ProviderAway(said) if response.status_code in AWAY else AdapterNotServed(said)
+    raise ProviderAway(said) if response.status_code in AWAY.values() else AdapterNotServed(said)

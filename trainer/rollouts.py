@@ -62,17 +62,20 @@ def gather(
 ) -> tuple[list[Sample], Counter[str]]:
     """The samples to learn from, in the log's order, and how many calls or samples were left out, by reason.
 
-    Calls: `no_item` is the harness's own business (calibration, say), `unrewarded` names an unknown item, the others
-    are unfit: `other_weights`, `temperature_0` (an arg-max is no sample), `top_p` (cut off, so not what is learned),
-    `no_token_ids`, `no_logprobs`, `empty`, `too_long` (over `context` tokens). Samples: `unanswered` had a call that
-    failed, `stale` are more than `max_lag` adapters behind, `no_calls` had none that is fit.
+    Calls: `other_start` was made by a start of the program that broke off, and is no part of what was rewarded;
+    `no_item` is the harness's own business (calibration, say), `unrewarded` names an unknown item, the others are
+    unfit: `other_weights`, `temperature_0` (an arg-max is no sample), `top_p` (cut off, so not what is learned),
+    `no_token_ids`, `no_logprobs`, `empty`, `too_long` (over `context` tokens). Samples: `stale` are more than `max_lag`
+    adapters behind, `no_calls` had none that is fit.
     """
     found: list[Sample] = []
     counts: Counter[str] = Counter()
     for source in sources:
         tries: dict[str, list[ModelCall]] = {}
         for call in source.calls:
-            if call.item is None or call.item not in source.rewards:
+            if call.other_start:
+                counts["other_start"] += 1
+            elif call.item is None or call.item not in source.rewards:
                 counts["no_item" if call.item is None else "unrewarded"] += 1
             else:
                 tries.setdefault(call.item, []).append(call)
@@ -80,9 +83,6 @@ def gather(
             counts["stale"] += len(tries)
             continue
         for item, calls in tries.items():
-            if any(call.reply is None for call in calls):
-                counts["unanswered"] += 1
-                continue
             steps = []
             for call in sorted(calls, key=lambda call: (call.time, call.digest, call.n)):
                 step = _step(call)
@@ -104,7 +104,7 @@ def to_lines(found: Sequence[Sample]) -> bytes:
 
 
 def _step(call: ModelCall) -> Step:
-    assert call.reply is not None, "an unanswered call is no step"
+    assert call.reply is not None, "a trajectory has calls with a reply only"
     temperature, top_p = _sampling(call)
     prompt = tuple(call.reply.get("prompt_token_ids") or ())
     if call.kind == "choice":

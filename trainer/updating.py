@@ -1,6 +1,6 @@
 """The loss of a part of a batch, from the views that the policy has of it."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -30,6 +30,7 @@ class Totals:
     """Of a whole batch, so that the losses of its parts add up to its own; `shares` [actions] are weights in it."""
 
     actions: int
+    calls: int
     pairs: int
     shares: Tensor
 
@@ -48,6 +49,10 @@ class Part:
         return [(group, views, sample) for group, views in told for sample in group.samples]
 
 
+PartLoss = Callable[[Part, Prepared, Totals, Collection[int]], Tensor]
+"""What somebody else says that a part adds; the last are the numbers of the batch's samples that are masked."""
+
+
 def totals(method: Method, batch: Sequence[RolloutGroup]) -> Totals:
     """Samples that are masked later count here too: masking one weighs no other."""
     lengths = [sum(group.actions(act) for act in sample.acts) for group in batch for sample in group.samples]
@@ -55,7 +60,8 @@ def totals(method: Method, batch: Sequence[RolloutGroup]) -> Totals:
     reduction = method.algorithm.reduction or method.learning.reduction
     share = shares(sample, len(lengths), torch.ones(len(sample), dtype=torch.bool), reduction)
     found = sum(len(_pairs(method, group)) for group in batch) if method.algorithm.objective == "preference" else 0
-    return Totals(len(sample), found, share.float())
+    calls = sum(len(sample.acts) for group in batch for sample in group.samples)
+    return Totals(len(sample), calls, found, share.float())
 
 
 def part_loss(method: Method, part: Part, prepared: Prepared, whole: Totals) -> tuple[Tensor, Figures, list[int]]:
@@ -114,7 +120,7 @@ def _preferred(method: Method, part: Part, actions: Actions, whole: Totals) -> t
     assert actions.base is not None, "preferences are measured from the base model"
     now, base = per_sample(actions.now, actions), per_sample(actions.base, actions)
     loss, figures = preference(now[better], now[worse], base[better], base[worse], method.learning.beta)
-    return loss * len(better) / whole.pairs, figures | {"actions": float(len(actions.now))}
+    return loss * len(better) / whole.pairs, figures | {"actions": float(len(better))}
 
 
 def _pairs(method: Method, group: RolloutGroup) -> tuple[tuple[int, int], ...]:

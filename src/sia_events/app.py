@@ -13,7 +13,7 @@ from sia_events.agents.direct import Direct
 from sia_events.evaluator.service import evaluator
 from sia_events.feedback_svc.service import feedback_svc
 from sia_events.home import at_work, door_socket, hold, own_nats_url
-from sia_events.infra.blobs import open_blobs
+from sia_events.infra.blobs import StoredBlobs, open_blobs
 from sia_events.infra.box import kernel_box
 from sia_events.infra.claude_agent import ClaudeAgent, find_program
 from sia_events.infra.clock import SystemClock
@@ -24,7 +24,7 @@ from sia_events.kernel_bench.service import kernel_bench
 from sia_events.local_model.weights import prepare
 from sia_events.meta_svc.service import meta_svc
 from sia_events.model_gateway.token import TokenDoor, keep_secret
-from sia_events.shared.ports import Backend, Blobs, Bus, Ports, Sandbox, SandboxUnavailable
+from sia_events.shared.ports import Backend, Bus, Ports, Sandbox, SandboxUnavailable, Streams
 from sia_events.shared.record import Record
 from sia_events.shared.service import Service, serve
 from sia_events.shared.settings import Settings
@@ -47,8 +47,9 @@ class Node:
 
     settings: Settings
     bus: Bus
-    blobs: Blobs
-    private: Blobs
+    blobs: StoredBlobs
+    private: StoredBlobs
+    streams: Streams
     names: tuple[str, ...] = ()
     sandbox: str = "bubblewrap"
     local_model: bool = True
@@ -93,13 +94,13 @@ class Node:
 @asynccontextmanager
 async def stores(settings: Settings) -> AsyncIterator[Node]:
     """Bus and blobs without any service; a bus server of our own is started when none is named."""
-    blobs, private = open_public_blobs(settings), open_blobs(str(settings.home / "private"))
+    blobs, private = open_public_blobs(settings), open_private_blobs(settings)
     async with AsyncExitStack() as stack:
         url = settings.nats_url
         if url is None:
             url = await stack.enter_async_context(nats_running(settings.home / "nats"))
         bus = await stack.enter_async_context(connect(url, blobs, SystemClock()))
-        yield Node(settings, bus, blobs, private)
+        yield Node(settings, bus, blobs, private, bus.streams)
 
 
 @asynccontextmanager
@@ -125,8 +126,13 @@ def as_asked(node: Node, sandbox: str, local_model: bool) -> Node:
     return replace(node, sandbox=sandbox, local_model=local_model)
 
 
-def open_public_blobs(settings: Settings) -> Blobs:
+def open_public_blobs(settings: Settings) -> StoredBlobs:
     return open_blobs(settings.blobs_url or str(settings.home / "blobs"))
+
+
+def open_private_blobs(settings: Settings) -> StoredBlobs:
+    """Answers and judges, which the evaluator alone is handed."""
+    return open_blobs(str(settings.home / "private"))
 
 
 async def ready(settings: Settings, sandbox: str, local_model: bool = True) -> None:

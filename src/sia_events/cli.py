@@ -8,7 +8,22 @@ from typing import Any, NoReturn
 import typer
 
 from sia_events import sia_spelling, terminal
-from sia_events.verbs import adapters, bench, experiment, inventory, oversight, reading, running, serving
+from sia_events.verbs import (
+    adapters,
+    asking,
+    bench,
+    branching,
+    comparing,
+    experiment,
+    integrity,
+    inventory,
+    letters,
+    oversight,
+    reading,
+    replaying,
+    running,
+    serving,
+)
 
 VERBS: Mapping[str, Callable[..., None]] = {
     "run": running.run,
@@ -25,19 +40,33 @@ VERBS: Mapping[str, Callable[..., None]] = {
     "adapters": adapters.adapters,
     "log": reading.log,
     "diff": reading.diff,
-    "replay": reading.replay,
-    "branch": running.branch,
+    "state": replaying.state,
+    "replay": replaying.replay,
+    "branch": branching.branch,
+    "sql": asking.sql,
     "export": reading.export,
     "import": running.import_,
-    "compare": reading.compare,
+    "tree": comparing.tree,
+    "compare": comparing.compare,
     "serve": serving.serve,
     "up": serving.up,
     "down": serving.down,
     "rebuild": serving.rebuild,
+    "verify": integrity.verify,
+    "archive": integrity.archive,
+    "restore": integrity.restore,
+    "gc": integrity.gc,
+    "status": integrity.status,
     "schema": inventory.schema,
     "doctor": inventory.doctor,
 }
 TASKS = {"list": inventory.tasks_list, "check": inventory.tasks_check}
+LETTERS = {
+    "list": letters.letters_list,
+    "show": letters.letters_show,
+    "retry": letters.letters_retry,
+    "drop": letters.letters_drop,
+}
 BENCHES = {"kernels": bench.kernels, "loop": bench.loop, "gateway": bench.gateway, "learn": bench.learn}
 
 EXPERIMENTS = {"levers": experiment.levers}
@@ -61,6 +90,7 @@ cli = _typed(
     "Every step is an event: nothing is lost, every run replays.",
 )
 cli.add_typer(_typed(TASKS, help="The tasks there are, and whether a folder is one."), name="tasks")
+cli.add_typer(_typed(LETTERS, help="Dead letters: what a service gave up on."), name="dlq")
 cli.add_typer(_typed(BENCHES, help="Figures, each beside what it is compared with, in one run."), name="bench")
 cli.add_typer(
     _typed(EXPERIMENTS, help="Many runs under one question, and a report of what they show."), name="experiment"

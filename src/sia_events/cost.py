@@ -12,7 +12,7 @@ from sia_events.reading import lineage, look, resolve
 from sia_events.shared.calls import journal_key
 from sia_events.shared.events import AttemptRequested, FeedbackRequested, RunStarted, WeightUpdateRequested
 from sia_events.shared.ports import Log
-from sia_events.shared.record import Record
+from sia_events.shared.record import IMPORTED, Record
 from sia_events.shared.run import fold
 from sia_events.shared.settings import Settings
 from sia_events.shared.summary import whole
@@ -99,17 +99,21 @@ def told(history: Sequence[Record], calls: Iterable[Calls], now: datetime) -> di
 
 
 async def summary(settings: Settings, history: Sequence[Record]) -> dict[str, Any]:
-    """`whole`, with what LLM agents cost by the calls themselves: a candidate that was left out is in no record."""
+    """`whole`, with the cost by the calls themselves, as `cost` has it.
+
+    A candidate that was left out and an adapter's probes are in no record. Of an imported run only records are known.
+    """
     found = whole(history)
-    if fold(history).settings.backend != "builtin":
-        paid = await cost(settings, history[-1].run)
-        parts = [part["total"] for part in (paid["own"], paid["inherited"]) if part]
-        dollars = [part["usd"] for part in parts]
-        found["cost"] |= {
-            "model_calls": sum(part["calls"] for part in parts),
-            "tokens": sum(part["prompt_tokens"] + part["completion_tokens"] for part in parts),
-            "usd": None if None in dollars else round(sum(dollars), 6),
-        }
+    if history[0].producer == IMPORTED:
+        return found
+    paid = await cost(settings, history[-1].run)
+    parts = [part["total"] for part in (paid["own"], paid["inherited"]) if part]
+    dollars = [part["usd"] for part in parts]
+    found["cost"] |= {
+        "model_calls": sum(part["calls"] for part in parts),
+        "tokens": sum(part["prompt_tokens"] + part["completion_tokens"] for part in parts),
+        "usd": None if None in dollars else round(sum(dollars), 6),
+    }
     return found
 
 

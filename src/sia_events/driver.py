@@ -1,7 +1,6 @@
-"""The verbs that give a run: started or gone on with, branched, imported. Each is checked first, then followed."""
+"""The verbs that give a run: started or gone on with, imported. Each is checked first, then followed."""
 
 import asyncio
-import json
 import re
 import sys
 from collections.abc import AsyncIterator, Mapping, Sequence
@@ -16,16 +15,15 @@ from sia_events.errors import Unusable
 from sia_events.evaluator.trial import require_loadable
 from sia_events.following import follow, is_untold
 from sia_events.importing import facts, read_run
-from sia_events.reading import records
 from sia_events.roles import is_local, require_askable
-from sia_events.run_settings import differences, merged
-from sia_events.shared.events import RunBranched, RunSettings, RunStarted, RunSteered
-from sia_events.shared.record import IMPORTED, Record, opening
+from sia_events.run_settings import differences
+from sia_events.shared.events import RunSettings, RunStarted, RunSteered
+from sia_events.shared.record import IMPORTED, opening
 from sia_events.shared.registration import REQUIREMENTS, register, requirements
-from sia_events.shared.run import Run, fold
+from sia_events.shared.run import fold
 from sia_events.shared.settings import Settings
 from sia_events.shared.task import Task, find_task
-from sia_events.starting import first_agent, lay_down, suited
+from sia_events.starting import first_agent, lay_down, require_backend, require_learnable, suited
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
 
@@ -53,15 +51,17 @@ async def run(
         first = first_agent(chosen, *reference)
         wanted, notes = suited(chosen, wanted)
         print(*notes, sep="\n", end="\n" if notes else "", file=sys.stderr, flush=True)
+        require_learnable(settings, wanted)
         if not settings.nats_url:
             require_askable(settings, wanted)
+            require_backend(wanted)
         await app.ready(settings, wanted.sandbox, is_local(settings, wanted))
         await lay_down(settings.home, first.get(REQUIREMENTS))
         packages = await lay_down(settings.home, None if chosen.splits else requirements(chosen))
         await require_loadable(chosen, app.sandbox_named(wanted.sandbox, settings), packages)
-    async with _stores(settings, f"run {name or ''}".strip()) as node:
+    async with open_stores(settings, f"run {name or ''}".strip()) as node:
         known = await node.bus.runs()
-        name = name or _free_name(known)
+        name = name or free_name(known)
         if name not in known:
             if chosen is None:
                 raise Unusable(f"no run {name!r} to resume; sia runs lists them")
@@ -83,45 +83,13 @@ async def run(
         return await follow(node, settings, name, as_json)
 
 
-async def branch(
-    settings: Settings, parent: str, at: int, overrides: Mapping[str, Any], name: str | None, go: bool, as_json: bool
-) -> int:
-    """Open a branch of `parent` behind the verdict of generation `at`, and go on with it."""
-    history = await records(settings, parent)
-    parent = history[-1].run
-    if history[0].producer == IMPORTED:
-        raise Unusable(f"run {parent} was imported: SIA keeps no data to go on with; start one with its agent: sia run")
-    position, state = fork_point(history, at)
-    changed = merged(state.settings, overrides)
-    if at >= changed.generations:
-        changed = merged(changed, {"generations": at + 1})
-    await app.ready(settings, changed.sandbox, is_local(settings, changed))
-    async with _stores(settings, f"branch {name or ''}".strip()) as node:
-        known = await node.bus.runs()
-        name = name or _free_name(known)
-        if name in known or not NAME.fullmatch(name):
-            raise Unusable(f"run {name} exists or is no name for a run; take another with --run")
-        opened = RunBranched(
-            parent=parent, at=position, generation=at, overrides=dict(overrides), settings=changed, code=_code()
-        )
-        await node.bus.append(name, opening(name, [opened]))
-        if not go:
-            print(
-                json.dumps({"run": name, "parent": parent, "at": position})
-                if as_json
-                else f"{name}: sia run --resume {name} goes on"
-            )
-            return 0
-        return await follow(node, settings, name, as_json)
-
-
 async def import_run(settings: Settings, folder: Path, name: str | None) -> dict[str, Any]:
     """Read a run folder of SIA's into the log, as a run that is over; returns {run, records, versions}."""
     read = await asyncio.to_thread(read_run, folder)
     name = name or read.name
     if not NAME.fullmatch(name):
         raise Unusable(f"a run's name is letters, digits, - and _, 64 at most, not {name!r}; give one with --run")
-    async with _stores(settings, f"import {name}") as node:
+    async with open_stores(settings, f"import {name}") as node:
         if name in await node.bus.runs():
             raise Unusable(f"run {name} exists; nothing was written. Give another name with --run")
         told = await facts(read, node.blobs, node.private)
@@ -129,38 +97,16 @@ async def import_run(settings: Settings, folder: Path, name: str | None) -> dict
     return {"run": name, "records": len(records), "versions": len(read.generations)}
 
 
-def fork_point(history: Sequence[Record], generation: int) -> tuple[int, Run]:
-    """The position of the verdict that closed `generation`, and the state there. Raises Unusable."""
-    run, found, closed = Run(), None, -1
-    for record in history:
-        run = fold([record], run)
-        versions = run.of_generation(run.generation)
-        barren = any(failed.generation == run.generation for failed in run.barren)
-        if (
-            run.incumbent
-            and run.generation > closed
-            and (barren or versions)
-            and all(v.name in run.verdicts for v in versions)
-        ):
-            closed = run.generation
-            if closed == generation:
-                found = record.position, run
-    if found is None:
-        have = f"0 to {closed}" if closed >= 0 else "none yet"
-        raise Unusable(f"run {run.name} has no closed generation {generation}; there are: {have}")
-    return found
-
-
 async def _open(
     node: app.Node, name: str, task: Task, wanted: RunSettings, first: Mapping[str, bytes], steer: str | None
 ) -> None:
     registered = await register(task, node.blobs, node.private, wanted.rollout_items, first)
     said = [RunSteered(text=steer)] if steer else []
-    await node.bus.append(name, opening(name, [registered, *said, RunStarted(settings=wanted, code=_code())]))
+    await node.bus.append(name, opening(name, [registered, *said, RunStarted(settings=wanted, code=code())]))
 
 
 @asynccontextmanager
-async def _stores(settings: Settings, purpose: str) -> AsyncIterator[app.Node]:
+async def open_stores(settings: Settings, purpose: str) -> AsyncIterator[app.Node]:
     """Bus and blobs to drive a run on: those of services that are up, or our own, with every service to start."""
     running = await settled(settings)
     serving = running is not None and running.get("purpose") == "serve"
@@ -169,12 +115,12 @@ async def _stores(settings: Settings, purpose: str) -> AsyncIterator[app.Node]:
         yield app.with_services(node, (*app.SERVICES, *app.LOOPS)) if ours else node
 
 
-def _free_name(known: Sequence[str]) -> str:
+def free_name(known: Sequence[str]) -> str:
     number = 1
     while f"r{number}" in known:
         number += 1
     return f"r{number}"
 
 
-def _code() -> str:
+def code() -> str:
     return f"sia-events {installed('sia-events')}"

@@ -2,6 +2,7 @@
 
 from filelock import Timeout
 
+from sia_events.infra.archive import ArchiveUnusable
 from sia_events.infra.blobs import BlobsUnavailable
 from sia_events.infra.child import ChildFailed
 from sia_events.infra.clickhouse import LogFull, LogUnavailable, QueryRefused, StoreTooNew, StoreUnsafe
@@ -46,5 +47,6 @@ MENDABLE: tuple[type[Exception], ...] = (
     BlobMissing,
     BlobCorrupt,
     ChildFailed,
+    ArchiveUnusable,
     Timeout,
 )

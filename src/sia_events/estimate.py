@@ -16,7 +16,7 @@ from sia_events.shared.ports import Log
 from sia_events.shared.providers import FREE, split_model
 from sia_events.shared.settings import Settings
 from sia_events.shared.task import Task, find_task, split_sizes
-from sia_events.starting import suited
+from sia_events.starting import require_learnable, suited
 
 Price = Callable[[str, Mapping[str, Any]], float | None]
 
@@ -91,16 +91,27 @@ async def before(settings: Settings, task: str, name: str | None, wanted: RunSet
 
     Raises what starting the run would: TaskError for what is no task, Unusable for settings that cannot be had.
     """
+    return (await before_each(settings, task, {name: wanted})).get(name)
+
+
+async def before_each(
+    settings: Settings, task: str, wanted: Mapping[str | None, RunSettings]
+) -> Mapping[str | None, Estimate]:
+    """As `before` for several runs of one task, by name; without those that are there already."""
     found = find_task(task)
-    wanted, _ = suited(found, wanted)
-    if not settings.nats_url:
-        require_askable(settings, wanted)
-    roles = hosted(settings, wanted)
-    known, earlier = await _earlier(settings, found.name) if roles else ((), Earlier())
-    if name in known:
-        return None
-    price = pricing(settings.providers, settings.prices)
-    return estimate(wanted, roles, items_asked(found) if roles else {}, earlier, price)
+    asked = {name: suited(found, each)[0] for name, each in wanted.items()}
+    for each in asked.values():
+        require_learnable(settings, each)
+        if not settings.nats_url:
+            require_askable(settings, each)
+    roles = {name: hosted(settings, each) for name, each in asked.items()}
+    if not any(roles.values()):
+        return dict.fromkeys(asked, Estimate((), ""))
+    known, earlier = await _earlier(settings, found.name)
+    items, price = items_asked(found), pricing(settings.providers, settings.prices)
+    return {
+        name: estimate(each, roles[name], items, earlier, price) for name, each in asked.items() if name not in known
+    }
 
 
 def estimate(

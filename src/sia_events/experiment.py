@@ -7,7 +7,7 @@ import os
 import platform
 import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import redirect_stdout
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError
@@ -21,6 +21,7 @@ import psutil
 
 from sia_events import driver, reading
 from sia_events.errors import Unusable
+from sia_events.estimate import Estimate, before_each
 from sia_events.experiment_figures import Outcome, outcome
 from sia_events.experiment_report import curves, report, scores_csv, shown
 from sia_events.run_settings import differences
@@ -29,6 +30,7 @@ from sia_events.shared.run import fold
 from sia_events.shared.settings import Settings
 from sia_events.shared.task import Task, find_task
 from sia_events.starting import suited
+from sia_events.views.costs import dollars, estimate_text
 
 VERSIONS = ("sia-events", "torch", "numpy", "scipy")
 
@@ -53,8 +55,9 @@ async def levers(
 ) -> dict[str, Any]:
     """Have every run there is to be, one after another, and write the report; returns where and what it shows.
 
-    A run that is over is not had again, one that was cut short goes on: the same command goes on with an experiment.
-    Raises Unusable where a run of a planned name was asked for otherwise.
+    How many there are and what they cost about is told before the first. A run that is over is not had again, one that
+    was cut short goes on: the same command goes on with an experiment. Raises Unusable where a run of a planned name
+    was asked for otherwise, or one of them could not be had: then none is.
     """
     chosen = find_task(task)
     named = prefix or re.sub(r"[^A-Za-z0-9_-]", "-", f"levers-{chosen.name}")[:40]
@@ -62,7 +65,9 @@ async def levers(
     for each in plan:
         if suited(chosen, each.settings)[0] != each.settings:
             raise Unusable(f"{chosen.path}: without items of its own a task has one lever: nothing to compare")
+    foreseen = await before_each(settings, task, {each.name: each.settings for each in plan})
     over = await _over(settings, plan)
+    print(*announced(named, plan, over, foreseen), sep="\n", file=sys.stderr, flush=True)
     for number, each in enumerate(plan, start=1):
         already = " is over already" if each.name in over else ""
         print(f"{each.name}: run {number} of {len(plan)}{already}", file=sys.stderr, flush=True)
@@ -88,6 +93,23 @@ def planned(prefix: str, policies: Sequence[LeverPolicy], seeds: int, wanted: Ru
         )
         for seed in range(seeds)
         for policy in policies
+    ]
+
+
+def announced(
+    named: str, plan: Sequence[Planned], over: Collection[str], foreseen: Mapping[str | None, Estimate]
+) -> list[str]:
+    """How many runs there will be, and what those that are not there yet cost about: together, and one of a policy."""
+    head = f"{named}: {len(plan)} runs, {len(over)} of them over already"
+    fresh = {each.name: foreseen[each.name] for each in plan if each.name in foreseen and each.name not in over}
+    if not any(each.lines for each in fresh.values()):
+        return [f"{head}. {estimate_text(Estimate((), ''))}"]
+    costs = [each.usd for each in fresh.values()]
+    known = f"about {dollars(sum(cost or 0.0 for cost in costs))} USD{' and what is unknown' if None in costs else ''}"
+    of_policy = {each.settings.lever: fresh[each.name] for each in plan if each.name in fresh}
+    return [
+        f"{head}. Those not begun, {len(fresh)}, cost {known}:",
+        *(f"  a run of {policy}: {estimate_text(each)}" for policy, each in of_policy.items()),
     ]
 
 

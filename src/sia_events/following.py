@@ -5,22 +5,27 @@ import json
 import signal
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
+
+import msgspec
 
 from sia_events import app, cost
 from sia_events.event_log import recorder
 from sia_events.roles import is_local
-from sia_events.shared.events import RunFinished, ServiceFailed
+from sia_events.shared.events import RunFinished, ServiceFailed, WeightUpdateRequested
 from sia_events.shared.failpoints import reach
+from sia_events.shared.ports import Bus
 from sia_events.shared.record import Record
 from sia_events.shared.run import Run, fold
 from sia_events.shared.service import gave_up
 from sia_events.shared.settings import Settings
-from sia_events.views.progress import Tell, progress
+from sia_events.views.progress import LEARNED, Screen, Step, progress
 from sia_events.views.summaries import ending_text, stopped_text
 
 CATCH_UP_S = 30.0
 SILENCE_S = 5.0
+STEPS_S = 1.0
 
 
 async def follow(node: app.Node, settings: Settings, name: str, as_json: bool) -> int:
@@ -90,10 +95,10 @@ async def _ready(node: app.Node, settings: Settings, name: str) -> app.Node:
 
 async def _followed(node: app.Node, name: str, quiet: bool) -> RunFinished | ServiceFailed | Run:
     """What the run came to, once the log has all of it; whoever interrupts waits for the log too."""
-    with progress(name, quiet) as tell:
+    with progress(name, quiet) as screen:
         async with node.answering(name):
             try:
-                end = await node.guard(_until_over(node, name, tell))
+                end = await node.guard(_until_over(node, name, screen))
             except asyncio.CancelledError:
                 if node.names:
                     await node.stop(but="recorder")
@@ -108,15 +113,21 @@ async def _followed(node: app.Node, name: str, quiet: bool) -> RunFinished | Ser
     return end
 
 
-async def _until_over(node: app.Node, name: str, tell: Tell) -> RunFinished | ServiceFailed | Run:
+async def _until_over(node: app.Node, name: str, screen: Screen) -> RunFinished | ServiceFailed | Run:
     """Follow the run until it is over, until a service gives up on it, or until it waits for a person."""
     state = Run()
     known = await node.bus.history(name)
     silence = asyncio.get_running_loop().call_later(SILENCE_S, _tell_of_silence, known[-1])
+    learning: asyncio.Task[None] | None = None
     try:
         async for record in app.follow(node.bus, name):
             state = fold([record], state)
-            tell(record, state)
+            screen.tell(record, state)
+            if isinstance(record.event, WeightUpdateRequested):
+                key = f"g{record.event.generation}"
+                learning = asyncio.create_task(_tell_steps(node.bus, record.run, key, screen.step))
+            elif learning is not None and isinstance(record.event, LEARNED):
+                learning.cancel()
             news = record.position > len(known)
             if news or node.names:
                 silence.cancel()
@@ -128,7 +139,22 @@ async def _until_over(node: app.Node, name: str, tell: Tell) -> RunFinished | Se
                 return state
     finally:
         silence.cancel()
+        if learning is not None:
+            learning.cancel()
     raise AssertionError("a run is followed to its end")
+
+
+async def _tell_steps(bus: Bus, run: str, key: str, tell: Callable[[Step], None]) -> None:
+    """Tell each newest step of a learner that the trace has, until cancelled."""
+    seen = 0
+    while True:
+        envelopes = await bus.traces(run, "training", key)
+        if len(envelopes) > seen:
+            step = msgspec.json.decode(envelopes[-1].lines[-1])
+            if not step.get("done"):
+                tell(step)
+        seen = len(envelopes)
+        await asyncio.sleep(STEPS_S)
 
 
 def _tell_of_silence(last: Record) -> None:

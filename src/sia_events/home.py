@@ -114,6 +114,17 @@ def only_one(name: str, settings: Settings) -> Iterator[None]:
         lock.release()
 
 
+def is_taken(name: str, settings: Settings) -> bool:
+    """Whether some process is this home's one gateway or recorder."""
+    lock = FileLock(settings.home / f"{name}.lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        return True
+    lock.release()
+    return False
+
+
 def socket_folder(settings: Settings) -> Path:
     """A folder of ours for unix sockets, whose names must stay under 108 bytes however deep the home lies."""
     folder = socket_place(settings)

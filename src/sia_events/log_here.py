@@ -10,7 +10,7 @@ from sia_events.home import make_home, only_one
 from sia_events.infra import clickhouse, nats_disk
 from sia_events.infra.child import Child
 from sia_events.infra.store_lock import owner
-from sia_events.shared.ports import Bus, BusUnreachable, Log
+from sia_events.shared.ports import Bus, BusUnreachable
 from sia_events.shared.settings import Settings
 
 NAME = "recorder"
@@ -21,7 +21,7 @@ OWNER_S = 0.5
 
 
 @asynccontextmanager
-async def open_log(settings: Settings) -> AsyncIterator[Log]:
+async def open_log(settings: Settings) -> AsyncIterator[clickhouse.ClickHouseLog]:
     """The log, for reading: the embedded store's owner is asked when there is one, else the store is opened here."""
     make_home(settings)
     dsn = settings.log_dsn or f"chdb://{settings.home / 'log'}"

@@ -3,7 +3,7 @@
 import asyncio
 import difflib
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
@@ -17,7 +17,7 @@ from sia_events.infra.store_lock import StoreHeld
 from sia_events.log_here import open_log
 from sia_events.shared.events import RunBranched, Split
 from sia_events.shared.ports import Log
-from sia_events.shared.record import Record
+from sia_events.shared.record import NewerRecord, Record, UnreadableRecord
 from sia_events.shared.run import fold
 from sia_events.shared.settings import Settings
 from sia_events.shared.summary import row, whole
@@ -95,12 +95,18 @@ async def diff(settings: Settings, run: str, before: str, after: str) -> dict[st
             raise Unusable(f"run {state.name} has no version {name!r}; there are: {', '.join(state.versions)}")
     blobs = app.open_public_blobs(settings)
     old, new = [await load_tree(blobs, state.versions[name].harness) for name in (before, after)]
+    files = file_diffs(old, new, before, after)
+    return {**changes(history, before, after), "files": files}
+
+
+def file_diffs(old: Mapping[str, bytes], new: Mapping[str, bytes], before: str, after: str) -> dict[str, str]:
+    """A unified diff of every file that differs between two trees, by path."""
     files: dict[str, str] = {}
     for path in sorted(old.keys() | new.keys()):
         was, now = (tree.get(path, b"").decode(errors="replace").splitlines() for tree in (old, new))
         if was != now:
             files[path] = "\n".join(difflib.unified_diff(was, now, f"{before}/{path}", f"{after}/{path}", lineterm=""))
-    return {**changes(history, before, after), "files": files}
+    return files
 
 
 def changes(history: Sequence[Record], before: str, after: str) -> dict[str, Any]:
@@ -129,22 +135,6 @@ async def export(settings: Settings, run: str, into: Path) -> Path:
     return await exporting.export(await records(settings, run), app.open_public_blobs(settings), into)
 
 
-async def compare(settings: Settings, names: Sequence[str]) -> list[dict[str, Any]]:
-    """A summary a run, in the order asked for; those with a common parent say where they part."""
-    histories = [await records(settings, name) for name in names]
-    shared = _common(histories) if len(histories) > 1 else 0
-    return [{**whole(history), "shared_records": shared} for history in histories]
-
-
-def _common(histories: Sequence[Sequence[Record]]) -> int:
-    count = 0
-    for column in zip(*histories, strict=False):
-        if len({record.id for record in column}) > 1:
-            break
-        count += 1
-    return count
-
-
 async def resolve(log: Log, given: str) -> str:
     """The run of that name, or the one whose name begins so. Raises Unusable when there is none, or more than one."""
     names = await log.runs()
@@ -159,8 +149,15 @@ async def resolve(log: Log, given: str) -> str:
 
 
 async def lineage(log: Log, run: str) -> list[Record]:
-    """A run's records behind those of its parents up to the fork."""
-    own = list(await log.records(run))
+    """A run's records behind those of its parents up to the fork. Raises NewerRecord and Unusable."""
+    try:
+        own = list(await log.records(run))
+    except NewerRecord:
+        raise
+    except UnreadableRecord as error:
+        raise Unusable(
+            f"run {run} cannot be read: {error}. Nothing was changed; the release that wrote it can"
+        ) from error
     if own and isinstance(own[0].event, RunBranched):
         fork = own[0].event
         return [*(await lineage(log, fork.parent))[: fork.at], *own]

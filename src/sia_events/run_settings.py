@@ -8,12 +8,13 @@ from pydantic import BaseModel, ValidationError
 
 from sia_events.errors import Unusable
 from sia_events.shared.events import RunSettings
+from sia_events.trainer.backends import TRL_HAS
 
 
 def merged(settings: RunSettings, changes: Mapping[str, Any]) -> RunSettings:
     """`settings` with some changed, by name; "learning.lr" is the field `lr` of the setting `learning`.
 
-    Raises Unusable naming the setting that is unknown or out of range.
+    Raises Unusable naming the setting that is unknown, out of range or at odds with another.
     """
     values = settings.model_dump()
     known = _names(RunSettings)
@@ -22,10 +23,21 @@ def merged(settings: RunSettings, changes: Mapping[str, Any]) -> RunSettings:
             raise Unusable(f"no setting {name!r}; {_nearest(name, known)}")
         values = _with(values, name.split("."), value)
     try:
-        return RunSettings.model_validate(values, strict=True)
+        made = RunSettings.model_validate(values, strict=True)
     except ValidationError as error:
         first = error.errors()[0]
         raise Unusable(f"setting {'.'.join(map(str, first['loc']))}: {first['msg']}, not {first['input']!r}") from error
+    if made.learning.backend == "trl" and made.algorithm not in ("auto", *TRL_HAS):
+        raise Unusable(
+            f"learning.backend=trl: TRL has {', '.join(TRL_HAS)}, and no {made.algorithm}. Take one of these with "
+            "--set algorithm=NAME, or auto, under which what TRL lacks is learned by ours"
+        )
+    if made.algorithm == "dpo" and made.learning.credit == "per-step":
+        raise Unusable(
+            "learning.credit=per-step: dpo compares whole attempts, so no call is credited for itself. Leave it at "
+            "terminal, or take another --set algorithm=NAME"
+        )
+    return made
 
 
 def differences(one: RunSettings, other: RunSettings) -> list[str]:

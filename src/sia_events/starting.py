@@ -7,14 +7,18 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping
+from importlib.util import find_spec
 from pathlib import Path
 
 from sia_events.errors import Unusable
 from sia_events.shared.events import RunSettings
 from sia_events.shared.packages import folder, listed
+from sia_events.shared.providers import FREE, TRAINED, split_model, trainable
 from sia_events.shared.registration import ENTRY, reference_files, requirements
+from sia_events.shared.settings import Settings
 from sia_events.shared.task import Task, split_sizes
 from sia_events.shared.tree import TreeRefused, read_tree
+from sia_events.trainer.base_model import lacks
 
 REFERENCE = "reference_target_agent.py"
 TALK_CHARACTERS = 600
@@ -61,7 +65,10 @@ def suited(task: Task, wanted: RunSettings) -> tuple[RunSettings, tuple[str, ...
             "none. State items and [splits] in a task.toml (docs/coming-from-sia.md), or take --lever harness."
         )
     sizes = split_sizes(task)
-    if sizes:
+    if task.evaluator == "kernel":
+        _require_bench(task)
+        held = f"{task.name}: every attempt's kernel is measured anew, on inputs that are drawn then"
+    elif sizes:
         counts = ", ".join(f"{name} {size}" for name, size in sizes.items())
         held = f"{task.name}: a plain task folder; every attempt answers all items, of which count: {counts}"
     else:
@@ -71,6 +78,46 @@ def suited(task: Task, wanted: RunSettings) -> tuple[RunSettings, tuple[str, ...
             "docs/coming-from-sia.md says what to add"
         )
     return wanted.model_copy(update={"lever": "harness"}), (f"{held}; only the harness can change",)
+
+
+def require_learnable(settings: Settings, wanted: RunSettings) -> None:
+    """Raises Unusable where the weights lever may be pulled on a model that could not be learned on.
+
+    Its rollouts would be paid for first. Under `auto` the weights of a model that somebody else hosts are left alone;
+    under a control they are not.
+    """
+    model = wanted.target_model
+    provider = settings.providers.get(split_model(model)[0])
+    if wanted.lever == "harness" or provider is None or provider.kind in FREE:
+        return
+    if not trainable(model):
+        if wanted.lever != "auto":
+            raise Unusable(
+                f"--lever {wanted.lever} would train {model}, whose weights are not ours: who hosts it takes no "
+                "adapters and tells no token ids, without which not even cloning or dpo can learn. Nothing was "
+                f"written. Take --lever harness, or a --target-model of {' or '.join(f'{name}/' for name in TRAINED)}"
+            )
+    elif not settings.nats_url and (lacking := lacks(settings.home, model)):
+        raise Unusable(
+            f"--lever {wanted.lever} trains {model}, and {lacking}; or take --lever harness. Nothing was written"
+        )
+
+
+def require_backend(wanted: RunSettings) -> None:
+    """Raises Unusable where TRL is to learn, and is not installed beside us."""
+    if wanted.learning.backend == "trl" and find_spec("trl") is None:
+        raise Unusable("learning.backend=trl needs TRL, which is not installed: pip install 'sia-events[trl]'")
+
+
+def _require_bench(task: Task) -> None:
+    """Raises Unusable where the task's kernels could not be measured on this machine."""
+    from sia_events.kernel_bench.problems import PROBLEMS  # numpy is slow to import, and few tasks come here
+
+    if task.kernel not in PROBLEMS:
+        there = ", ".join(PROBLEMS)
+        raise Unusable(f"{task.path / 'task.toml'}: no kernel problem {task.kernel!r}; there are: {there}")
+    if sys.platform != "linux" or find_spec("torch") is None:
+        raise Unusable(f"{task.name}: kernels are measured on Linux, with torch: pip install 'sia-events[model]'")
 
 
 async def lay_down(home: Path, asked: bytes | None) -> Path | None:

@@ -1,14 +1,20 @@
 """PPO with generalised advantage estimation over a value head.
 
     δ_t = r_t + γ V(s_{t+1}) - V(s_t),  A_t = Σ_l (γλ)^l δ_{t+l},  target of V: A_t + V(s_t)
-    r_t is -kl · (log π_b(y_t) - log π_0(y_t)), with the task's reward added at the last action
+    r_t is -kl · (log π_b(y_t) - log π_0(y_t)), with the task's reward added at the last step
 
 Schulman et al. 2016, arXiv 1506.02438, and 2017, arXiv 1707.06347. γ is `discount`, λ is `trace`; V behind the last
-action is 0. Advantages are whitened over a batch. A critic could learn from a lone sample too; groups without a
-difference are left out here as everywhere, so that the counts of all algorithms mean the same.
+step is 0. Under `credit=terminal` a step is an action: a token, or a choice. Under `per-step` it is a whole call, as
+for the critic of utterances in ArCHer (Zhou et al. 2024, arXiv 2402.19446): V(s_t) is the value before its first
+action, r_t the sum over its actions, and each of these has the call's advantage and target. So γ and λ tell calls
+apart, and how long each of them is does not matter.
+
+Advantages are whitened over a batch. A critic could learn from a lone sample too; groups without a difference are left
+out here as everywhere, so that the counts of all algorithms mean the same.
 """
 
 from collections.abc import Sequence
+from itertools import accumulate
 from statistics import fmean, pstdev
 
 from sia_events.shared.events import Learning
@@ -23,7 +29,7 @@ def weigh(rewards: Sequence[float], _: Learning) -> Weighed:
 def gae(
     rewards: Sequence[float], values: Sequence[float], discount: float, trace: float
 ) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Advantages and the critic's targets, an action each, of one trajectory that ended after its last action."""
+    """Advantages and the critic's targets, a step each, of one trajectory that ended after its last step."""
     advantages: list[float] = []
     advantage = after = 0.0
     for reward, value in zip(reversed(rewards), reversed(values), strict=True):
@@ -32,6 +38,18 @@ def gae(
         after = value
     advantages.reverse()
     return tuple(advantages), tuple(a + v for a, v in zip(advantages, values, strict=True))
+
+
+def gae_of_calls(
+    rewards: Sequence[float], values: Sequence[float], lengths: Sequence[int], discount: float, trace: float
+) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """As `gae`, an action each, where a step is a call of so many actions as `lengths` says."""
+    ends = list(accumulate(lengths))
+    spans = [slice(end - length, end) for length, end in zip(lengths, ends, strict=True)]
+    earned, before = [sum(rewards[span]) for span in spans], [values[span.start] for span in spans]
+    advantages, targets = gae(earned, before, discount, trace)
+    calls = [call for call, length in enumerate(lengths) for _ in range(length)]
+    return tuple(advantages[call] for call in calls), tuple(targets[call] for call in calls)
 
 
 def whitened(advantages: Sequence[float]) -> tuple[float, ...]:

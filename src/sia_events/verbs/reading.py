@@ -1,12 +1,11 @@
-"""The verbs that read the log: runs, one of them, several side by side. They change nothing."""
+"""The verbs that read the log: all runs, or one of them. They change nothing."""
 
-import json
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from sia_events.terminal import DONE, FAILED, Json, RunName, say, settings, tell, wait_for
+from sia_events.terminal import Json, RunName, say, settings, tell, wait_for
 
 
 def runs(as_json: Json = False) -> None:
@@ -63,17 +62,6 @@ def diff(run: RunName, before: str, after: str, as_json: Json = False) -> None:
     tell(wait_for(reading.diff(settings(), run, before, after)), as_json, summaries.diff_text)
 
 
-def replay(run: RunName, as_json: Json = False) -> None:
-    """Decide everything again with today's code and compare. Calls no model and starts no sandbox."""
-    from sia_events import app, reading
-    from sia_events.shared.replay import replay as replayed
-    from sia_events.views import replays
-
-    found = replayed(wait_for(reading.records(settings(), run)), tuple(app.SERVICES.values()))
-    say(json.dumps(replays.replay_summary(found)) if as_json else replays.replay_text(found))
-    raise typer.Exit(FAILED if found.divergence else DONE)
-
-
 def export(
     run: RunName,
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="Where run_N is made; it must not be there.")],
@@ -84,11 +72,3 @@ def export(
 
     made = wait_for(reading.export(settings(), run, folder))
     tell({"folder": str(made)}, as_json, lambda told: told["folder"])
-
-
-def compare(runs: Annotated[list[str], typer.Argument(metavar="RUN...")], as_json: Json = False) -> None:
-    """Runs side by side: levers, gate scores by generation, sealed scores, cost; branches aligned at their fork."""
-    from sia_events import reading
-    from sia_events.views import summaries
-
-    tell(wait_for(reading.compare(settings(), runs)), as_json, summaries.compare_text)

@@ -1,4 +1,4 @@
-"""The verbs that give a run: a new one, one to go on with, a branch, one of SIA's."""
+"""The verbs that give a run: a new one, one to go on with, one of SIA's."""
 
 import json
 import sys
@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from sia_events.terminal import DONE, Json, RunName, Wrong, pairs, say, settings, tell, wait_for
+from sia_events.terminal import DONE, Json, Wrong, pairs, say, settings, tell, wait_for
 
 if TYPE_CHECKING:
     from sia_events.shared.events import RunSettings
@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 Backend = Literal["builtin", "direct", "agentic", "claude", "openhands"]
 Autonomy = Literal["full", "approve-weights", "approve-each"]
 Lever = Literal["auto", "harness", "weights", "alternate", "random"]
+Search = Literal["line", "best-of-k", "archive"]
 
 
 def run(
@@ -28,6 +29,7 @@ def run(
     generations: Annotated[int, typer.Option(min=1, max=1000, help="Generations after the first agent.")] = 3,
     candidates: Annotated[int, typer.Option(min=1, max=26, help="Harness candidates a generation, side by side.")] = 3,
     lever: Annotated[Lever, typer.Option(help="What a generation may change; all but auto are controls.")] = "auto",
+    search: Annotated[Search, typer.Option(help="Which version each harness candidate starts from.")] = "line",
     seed: Annotated[int, typer.Option(min=0, max=2**31 - 1, help="Seed of everything that is drawn.")] = 0,
     target_model: Annotated[
         str | None, typer.Option(metavar="M", help="The agent's model, provider/name; the embedded one if left out.")
@@ -68,7 +70,7 @@ def run(
     from sia_events.run_settings import merged
     from sia_events.shared.events import RunSettings
 
-    asked = {"generations": generations, "candidates": candidates, "lever": lever, "seed": seed}
+    asked = {"generations": generations, "candidates": candidates, "lever": lever, "search": search, "seed": seed}
     limits = {"usd": budget_usd, "minutes": budget_minutes, "tokens": budget_tokens, "calls": budget_calls}
     named = {"target_model": target_model, "meta_model": meta_model, "feedback_model": feedback_model}
     chosen = {**roles.cast(settings(), named, backend), "sandbox": sandbox, "autonomy": autonomy}
@@ -82,25 +84,6 @@ def run(
     first = (reference, entry)
     work = driver.run(settings(), task, resume or name, wanted, resume is not None, as_json, first, steer)
     raise typer.Exit(wait_for(work))
-
-
-def branch(
-    run: RunName,
-    at: Annotated[int, typer.Option(min=0, metavar="GEN", help="Go on behind this generation's verdict.")],
-    set_: Annotated[
-        list[str] | None,
-        typer.Option("--set", metavar="KEY=VALUE", help="What is different in the branch, e.g. lever=weights."),
-    ] = None,
-    name: Annotated[str | None, typer.Option("--run", metavar="NAME", help="The branch's name.")] = None,
-    no_go: Annotated[
-        bool, typer.Option("--no-go", help="Only open the branch; sia run --resume NAME goes on with it.")
-    ] = False,
-    as_json: Json = False,
-) -> None:
-    """A new run that shares RUN's history up to a generation and goes on with something changed. Nothing is copied."""
-    from sia_events import driver
-
-    raise typer.Exit(wait_for(driver.branch(settings(), run, at, pairs(set_), name, not no_go, as_json)))
 
 
 def import_(

@@ -26,10 +26,10 @@ def cost_text(cost: Mapping[str, Any]) -> str:
 def usd(cost: Mapping[str, Any]) -> str:
     """A sum in US dollars; where some calls have no price, that of the others, and how many have none."""
     if cost["usd"] is not None:
-        return _dollars(cost["usd"])
+        return dollars(cost["usd"])
     if cost["unpriced_calls"] == cost["calls"]:
         return "unknown"
-    return f"{_dollars(cost['priced_usd'])} + {cost['unpriced_calls']:,} calls unknown"
+    return f"{dollars(cost['priced_usd'])} + {cost['unpriced_calls']:,} calls unknown"
 
 
 def estimate_text(estimate: Estimate) -> str:
@@ -38,7 +38,7 @@ def estimate_text(estimate: Estimate) -> str:
         return "estimate: 0.00 USD: no hosted model plays a role"
     known = sum(line.usd or 0.0 for line in estimate.lines)
     unknown = sorted({line.model for line in estimate.lines if line.usd is None})
-    head = f"about {_dollars(known)} USD"
+    head = f"about {dollars(known)} USD"
     if unknown:
         head = f"{f'{head} + ' if known else ''}unknown, as nobody here knows the price of {', '.join(unknown)}"
     over = f"; over the limit of {estimate.limit:g} USD, where the run pauses" if estimate.passes_limit else ""
@@ -47,7 +47,7 @@ def estimate_text(estimate: Estimate) -> str:
 
 def _line(line: Line) -> str:
     tokens = line.prompt_tokens + line.completion_tokens
-    price = "price unknown" if line.usd is None else f"{_dollars(line.usd)} USD"
+    price = "price unknown" if line.usd is None else f"{dollars(line.usd)} USD"
     return f"{line.role} {line.model}: {line.calls:,} calls, {tokens:,} tokens ({line.basis}), {price}"
 
 
@@ -74,6 +74,6 @@ def _limit(name: str, held: Mapping[str, float]) -> str:
     return f"{held['spent']:,g} of {held['allowed']:,g} {name}, {held['left']:,g} left"
 
 
-def _dollars(amount: float) -> str:
+def dollars(amount: float) -> str:
     """Cents, and more places below ten cents, where calls of small models are."""
     return f"{amount:.2f}" if amount >= 0.1 or amount == 0 else f"{amount:.4f}"

@@ -8,6 +8,8 @@ from sia_events.shared.events import (
     ExecutionLogged,
     FeedbackGiven,
     HarnessPatched,
+    HarnessPatchRequested,
+    KernelMeasured,
     ProposalFailed,
     RunBranched,
     RunFinished,
@@ -50,16 +52,18 @@ def news(event: Event) -> str:
             return f"started: {plan}, {s.target_model}"
         case RunBranched():
             return (
-                f"branch of {event.parent} behind generation {event.generation}: {event.overrides or 'nothing changed'}"
+                f"branch of {event.parent} at position {event.at}, generation {event.generation}: "
+                f"{event.overrides or 'no other settings'}"
             )
         case AgentProposed():
             return f"{event.version}: {event.reason}"
         case HarnessPatched():
-            return f"{event.version} from {event.parent}: {' + '.join(event.edits)}"
+            return f"{event.version} from {event.parent}: {' + '.join(event.edits) or event.reason}"
         case WeightUpdateRequested():
             return f"learning from {event.parent}'s rollouts ({event.algorithm})"
         case WeightsUpdated():
-            learned = f"adapter learned on {event.rollouts} rollouts, {event.seconds:.0f} s"
+            backend = "" if event.backend == "ours" else f" by {event.backend}"
+            learned = f"adapter learned on {event.rollouts} rollouts{backend}, {event.seconds:.0f} s"
             return f"{event.version} from {event.parent}: {learned}"
         case Scored():
             return f"{event.version} on {event.split}: {shown(event.score)}"
@@ -85,6 +89,13 @@ def _rest(event: Event) -> str:
     match event:
         case AttemptRequested():
             return f"{event.attempt}" + (f", {event.samples} samples an item" if event.samples > 1 else "")
+        case HarnessPatchRequested():
+            starts = [f"{s.version} (PUCT {s.puct:.3f})" for s in event.starts] or [event.parent]
+            return f"generation {event.generation}: {event.candidates} candidates from {', '.join(starts)}"
+        case KernelMeasured():
+            said = f"{event.speedup:.3f} times as fast" if event.correct else "refused"
+            why = event.reason.rstrip().rpartition("\n")[2]
+            return f"{event.attempt}: {said}" + (f": {why}" if why else "")
         case ExecutionLogged():
             tokens = event.prompt_tokens + event.completion_tokens
             return f"{event.attempt}: {event.calls} calls, {tokens} tokens, {event.seconds:.1f} s"

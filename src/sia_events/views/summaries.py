@@ -1,6 +1,6 @@
-"""Runs as people see them: how one ended, one whole, several side by side, two versions of one."""
+"""Runs as people see them: how one ended, one whole, two versions of one."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -114,45 +114,6 @@ def summary_text(summary: Mapping[str, Any]) -> str:
     for failure in summary["service_failures"]:
         lines += [f"{failure['service']} gave up: {failure['error']} (payload {failure['payload'][:12]})"]
     return clean("\n".join([*lines, "", _spent(summary["cost"])]))
-
-
-def compare_text(compared: Sequence[Mapping[str, Any]]) -> str:
-    """`sia compare` for people: a row a run, then the incumbent's gate score by generation."""
-    cells = [
-        (
-            s["run"],
-            s["lever"],
-            s["status"],
-            s["best"],
-            *(
-                (shown(s["sealed"]["first"]), shown(s["sealed"]["final"]), f"{s['sealed']['p_value']:.2g}")
-                if s["sealed"]
-                else ("", "", "")
-            ),
-            f"{s['cost']['model_calls']:,}",
-            f"{s['cost']['seconds']:.0f}",
-        )
-        for s in compared
-    ]
-    sides = table(("run", "lever", "status", "best", "first, sealed", "final, sealed", "p", "calls", "seconds"), cells)
-    paths = [_path(s) for s in compared]
-    depth = max((len(path) for path in paths), default=0)
-    rows = [(g, *(path[g] if g < len(path) else "" for path in paths)) for g in range(depth)]
-    by_generation = table(("gen", *(str(s["run"]) for s in compared)), rows)
-    shared = compared[0]["shared_records"]
-    note = f"the first {shared} records are shared" if shared else "nothing is shared: these are separate runs"
-    return f"{sides}\n\naccepted version and its gate score, by generation; {note}\n{by_generation}"
-
-
-def _path(summary: Mapping[str, Any]) -> list[str]:
-    path: list[str] = []
-    for version in summary["generations"]:
-        while len(path) <= version["generation"]:
-            path.append(path[-1] if path else "")
-        if version["accepted"]:
-            lever = f" {version['lever']}" if version["lever"] else ""
-            path[version["generation"]] = f"{version['version']}{lever} {_score(version, 'gate')}"
-    return path
 
 
 def diff_text(changes: Mapping[str, Any]) -> str:

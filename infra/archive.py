@@ -1,0 +1,131 @@
+"""An archive file: members in a tar under Zstandard, the first says what it is, the last what all of them have to be.
+
+docs/archive.md describes the format. Whoever reads one has read it to its end and checked it before anything is used.
+"""
+
+import hashlib
+import io
+import json
+import os
+import tarfile
+from collections.abc import AsyncIterator, Iterator, Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from sia_events.infra.zstd import zstd
+
+FORMAT, VERSION = "sia-archive", 1
+HEAD, MANIFEST = "archive.json", "manifest.json"
+LEVEL = 9
+
+
+class ArchiveUnusable(Exception):
+    """The file is no archive, or not whole, or of a later release; nothing was written."""
+
+
+async def write(file: Path, head: Mapping[str, Any], members: AsyncIterator[tuple[str, bytes]]) -> None:
+    """Write an archive, its owner's alone to read. The file is there once it is whole.
+
+    Equal members make equal files: no time and no owner goes in.
+    """
+    made: dict[str, dict[str, Any]] = {}
+    draft = file.with_name(f"{file.name}.{os.getpid()}.part")
+    try:
+        with os.fdopen(os.open(draft, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600), "wb") as raw:
+            with zstd.ZstdFile(raw, "wb", options=_OPTIONS) as packed, tarfile.open(fileobj=packed, mode="w|") as tar:
+                _add(tar, HEAD, _json({"format": FORMAT, "version": VERSION, **head}), made)
+                async for name, body in members:
+                    _add(tar, name, body, made)
+                _add(tar, MANIFEST, _json({"members": made}), {})
+            raw.flush()
+            os.fsync(raw.fileno())
+        draft.rename(file)
+    finally:
+        draft.unlink(missing_ok=True)
+
+
+def read(file: Path) -> Iterator[tuple[str, bytes]]:
+    """The archive's members between head and manifest, in order; the head is checked first, the manifest at the end.
+
+    Raises ArchiveUnusable, maybe behind the last member.
+    """
+    seen: dict[str, dict[str, Any]] = {}
+    listed: Any = None
+    for name, body in _members(file):
+        if listed is not None:
+            raise ArchiveUnusable(f"{file} has more behind its end; nothing was written")
+        if not seen:
+            check_head(file, name, body)
+        if name == MANIFEST:
+            listed = _parsed(file, body).get("members")
+            continue
+        if name in seen:
+            raise ArchiveUnusable(f"{file} has two members {name!r}; nothing was written")
+        seen[name] = _entry(body)
+        if name != HEAD:
+            yield name, body
+    if listed is None:
+        raise ArchiveUnusable(f"{file} is cut short: its manifest is missing; nothing was written. Copy it again.")
+    if wrong := sorted(name for name in {*seen, *listed} if seen.get(name) != listed.get(name)):
+        raise ArchiveUnusable(f"{file} was altered: {wrong[0]} is not what its manifest says; nothing was written")
+
+
+def read_head(file: Path) -> Mapping[str, Any]:
+    """What the archive says it is. Raises ArchiveUnusable."""
+    for name, body in _members(file):
+        return check_head(file, name, body)
+    raise ArchiveUnusable(f"{file} is empty; nothing was written")
+
+
+def check_head(file: Path, name: str, body: bytes) -> Mapping[str, Any]:
+    """Raises ArchiveUnusable for what is no archive of ours, and for one that only a later release can read."""
+    head = _parsed(file, body) if name == HEAD else {}
+    if head.get("format") != FORMAT:
+        raise ArchiveUnusable(f"{file} is no archive of a run (sia archive RUN makes one); nothing was written")
+    if not isinstance(head.get("version"), int) or head["version"] > VERSION:
+        said = f"of version {head.get('version')}; this release reads up to {VERSION}"
+        raise ArchiveUnusable(f"{file} is an archive {said}. Nothing was written. Use a later release.")
+    return head
+
+
+def _members(file: Path) -> Iterator[tuple[str, bytes]]:
+    try:
+        with zstd.ZstdFile(file, "rb") as packed, tarfile.open(fileobj=packed, mode="r|") as tar:
+            for entry in tar:
+                body = tar.extractfile(entry) if entry.isreg() else None
+                if body is None:
+                    raise ArchiveUnusable(f"{file} has a member that is no plain file; nothing was written")
+                yield entry.name, body.read()
+    except (tarfile.TarError, zstd.ZstdError, EOFError) as error:
+        raise ArchiveUnusable(f"{file} is cut short or altered: {error}; nothing was written") from error
+    except OSError as error:
+        raise ArchiveUnusable(f"{file} cannot be read: {error}; nothing was written") from error
+
+
+def _add(tar: tarfile.TarFile, name: str, body: bytes, made: dict[str, dict[str, Any]]) -> None:
+    entry = tarfile.TarInfo(name)
+    entry.size, entry.mode = len(body), 0o600
+    tar.addfile(entry, io.BytesIO(body))
+    made[name] = _entry(body)
+
+
+def _entry(body: bytes) -> dict[str, Any]:
+    return {"size": len(body), "sha256": hashlib.sha256(body).hexdigest()}
+
+
+def _json(value: Mapping[str, Any]) -> bytes:
+    return json.dumps(value, sort_keys=True, indent=1).encode()
+
+
+def _parsed(file: Path, body: bytes) -> dict[str, Any]:
+    with suppress(ValueError):
+        if isinstance(found := json.loads(body), dict):
+            return found
+    raise ArchiveUnusable(f"{file} was altered: its head or manifest is no JSON object; nothing was written")
+
+
+_OPTIONS: Mapping[int, int] = {
+    zstd.CompressionParameter.compression_level: LEVEL,
+    zstd.CompressionParameter.checksum_flag: 1,
+}

@@ -1,0 +1,240 @@
+"""`sia archive` and `sia restore`: a run as one file, and back on another home with the same ids and the same chain."""
+
+import asyncio
+import hashlib
+import os
+import re
+from collections.abc import AsyncIterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from sia_events import app
+from sia_events.catching_up import settled
+from sia_events.errors import Unusable
+from sia_events.event_log.references import members, mentioned, named
+from sia_events.infra import archive
+from sia_events.infra.archive import ArchiveUnusable
+from sia_events.shared.events import RunBranched
+from sia_events.shared.ports import Envelope
+from sia_events.shared.record import GENESIS, NewerRecord, Record, UnreadableRecord, broken_link, parse_record, to_wire
+from sia_events.shared.settings import Settings
+
+ENVELOPES = 500  # in one member, so that neither side holds a run's traces as a whole
+MEMBER = re.compile(
+    r"(?P<kind>records)/(?P<run>[A-Za-z0-9][\w-]{0,63})\.jsonl"
+    r"|(?P<traces>traces)/(?P<of>[A-Za-z0-9][\w-]{0,63})/\d+\.jsonl"
+    r"|(?P<blobs>blobs|private)/(?P<digest>[0-9a-f]{64})"
+)
+
+
+class _Traced(msgspec.Struct):
+    """A line of a traces member: one envelope."""
+
+    kind: str
+    key: str
+    lines: list[str]
+
+
+_encode = msgspec.json.Encoder().encode
+_decode = msgspec.json.Decoder(_Traced).decode
+
+
+@dataclass
+class Contents:
+    """What an archive holds, checked: records by run, parents first; how many envelopes of each, and the blobs."""
+
+    records: dict[str, list[Record]] = field(default_factory=dict)
+    envelopes: dict[str, int] = field(default_factory=dict)
+    blobs: int = 0
+
+
+async def archive_run(settings: Settings, run: str, into: Path | None, answers: bool) -> dict[str, Any]:
+    """Write the run and the parents of its lineage, as they are now, to one file.
+
+    {file, bytes, runs, records, blobs, missing}: `missing` are blobs that records name and nobody has. Without
+    `answers` the private blobs stay here. Raises Unusable.
+    """
+    running = await settled(settings)
+    async with app.stores_of_home(settings, "archive", running is not None) as node:
+        known = await node.streams.runs()
+        found = [run] if run in known else [name for name in known if name.startswith(run)]
+        if len(found) != 1:
+            raise Unusable(f"{'no run' if not found else 'several runs begin with'} {run!r}; sia runs lists them")
+        file = into or Path(f"{found[0]}.sia.tar.zst")
+        if file.exists():
+            raise Unusable(f"{file} is there already; nothing was written. Name another file.")
+        runs = await _lineage(node, found[0])
+        told: dict[str, Any] = {"blobs": 0, "missing": []}
+        head = {
+            "run": found[0],
+            "runs": list(runs),
+            "schema": max(record.schema for records in runs.values() for record in records),
+            "answers": answers,
+        }
+        await archive.write(file, head, _members(node, runs, answers, told))
+    count = sum(len(records) for records in runs.values())
+    size = await asyncio.to_thread(os.path.getsize, file)
+    return {"file": str(file), "bytes": size, "runs": list(runs), "records": count, **told}
+
+
+async def restore(settings: Settings, file: Path) -> dict[str, Any]:
+    """Put what an archive holds where it belongs; what is there already is left alone. {runs, records, blobs}.
+
+    Everything is read and checked before the first byte is written. Raises ArchiveUnusable, Unusable, NewerRecord.
+    """
+    contents = _checked(file)
+    running = await settled(settings)
+    async with app.stores_of_home(settings, "restore", running is not None) as node:
+        for run, records in contents.records.items():
+            await _check_free(node, run, records)
+        before = {run: [_mark(e) async for _, e in node.streams.envelopes(run)] for run in contents.records}
+        await _check_traces(file, before)
+        # Blobs first and records last: whoever finds a record finds what it names, and a run is there when it is whole.
+        seen = dict.fromkeys(contents.records, 0)
+        for name, body in archive.read(file):
+            match = _match(file, name)
+            if match["blobs"]:
+                await (node.private if match["blobs"] == "private" else node.blobs).put(body)
+            elif match["traces"]:
+                for envelope in _envelopes(match["of"], body):
+                    if seen[envelope.run] >= len(before[envelope.run]):
+                        await node.bus.trace(envelope)
+                    seen[envelope.run] += 1
+        put = sum([await node.streams.restore(run, records) for run, records in contents.records.items()])
+    return {"runs": list(contents.records), "records": put, "blobs": contents.blobs}
+
+
+async def _lineage(node: app.Node, run: str) -> dict[str, list[Record]]:
+    """The run's own records and those of its parents, each run whole, parents first. Raises Unusable."""
+    history = await node.bus.history(run)
+    own = [record for record in history if record.run == run]
+    if not own or broken_link(history):
+        raise Unusable(f"the records of run {run} are not whole; nothing was written. sia verify {run} --repair")
+    first = own[0].event
+    before = await _lineage(node, first.parent) if isinstance(first, RunBranched) else {}
+    return {**before, run: own}
+
+
+async def _members(
+    node: app.Node, runs: Mapping[str, Sequence[Record]], answers: bool, told: dict[str, Any]
+) -> AsyncIterator[tuple[str, bytes]]:
+    public, private = set[str](), set[str]()
+    for run, records in runs.items():
+        yield f"records/{run}.jsonl", b"".join(to_wire(record) + b"\n" for record in records)
+        for record in records:
+            for digest, answer in named(record):
+                (private if answer else public).add(digest)
+    wanted = set(public)
+    for run in runs:
+        envelopes: list[bytes] = []
+        number = 0
+        async for _, envelope in node.streams.envelopes(run):
+            lines = [line.decode() for line in envelope.lines]
+            envelopes.append(_encode(_Traced(envelope.kind, envelope.key, lines)) + b"\n")
+            wanted |= mentioned(envelopes[-1])
+            if len(envelopes) == ENVELOPES:
+                yield f"traces/{run}/{number:06}.jsonl", b"".join(envelopes)
+                envelopes, number = [], number + 1
+        if envelopes:
+            yield f"traces/{run}/{number:06}.jsonl", b"".join(envelopes)
+    if not answers:
+        private.clear()
+    for folder, store, listed, first in (
+        ("blobs", node.blobs, public, wanted),
+        ("private", node.private, private, private),
+    ):
+        there = {kept.digest async for kept in store.listed()}
+        told["missing"] += sorted(listed - there)
+        queue, done = sorted(first & there), set[str]()
+        while queue:
+            if (digest := queue.pop()) in done:
+                continue
+            done.add(digest)
+            body = await store.get(digest)
+            queue += [each for each in sorted({*members(body), *mentioned(body)}) if each in there and each not in done]
+            told["blobs"] += 1
+            yield f"{folder}/{digest}", body
+
+
+def _checked(file: Path) -> Contents:
+    """What the archive holds, every byte of it read. Raises ArchiveUnusable, NewerRecord."""
+    head = archive.read_head(file)
+    contents = Contents()
+    for name, body in archive.read(file):
+        match = _match(file, name)
+        try:
+            if match["kind"]:
+                contents.records[match["run"]] = [parse_record(line) for line in body.splitlines()]
+            elif match["traces"]:
+                count = sum(1 for _ in _envelopes(match["of"], body))
+                contents.envelopes[match["of"]] = contents.envelopes.get(match["of"], 0) + count
+        except NewerRecord:
+            raise
+        except (UnreadableRecord, msgspec.DecodeError) as error:
+            raise ArchiveUnusable(f"{file} was altered: {name}: {error}; nothing was written") from error
+        if match["blobs"]:
+            contents.blobs += 1
+            if hashlib.sha256(body).hexdigest() != match["digest"]:
+                raise ArchiveUnusable(f"{file} was altered: {name} is another blob; nothing was written")
+    _check_chains(file, contents.records)
+    if list(contents.records) != head.get("runs") or not contents.envelopes.keys() <= contents.records.keys():
+        raise ArchiveUnusable(f"{file} was altered: it does not hold the runs it names; nothing was written")
+    return contents
+
+
+def _check_chains(file: Path, runs: Mapping[str, Sequence[Record]]) -> None:
+    """Whether every run follows from its first record, or from where it branched. Raises ArchiveUnusable."""
+    for run, records in runs.items():
+        chain, position = GENESIS, 0
+        first = records[0].event if records else None
+        if isinstance(first, RunBranched):
+            fork = next((r for r in _known(runs, first.parent) if r.position == first.at), None)
+            chain, position = (fork.chain, fork.position) if fork else ("", 0)
+        numbered = [record.position for record in records] == list(range(position + 1, position + 1 + len(records)))
+        if not records or not numbered or any(r.run != run for r in records) or broken_link(records, chain):
+            raise ArchiveUnusable(f"{file} was altered: the hash chain of run {run} is broken; nothing was written")
+
+
+def _known(runs: Mapping[str, Sequence[Record]], run: str) -> list[Record]:
+    own = list(runs.get(run, ()))
+    if own and isinstance(own[0].event, RunBranched):
+        return [*_known(runs, own[0].event.parent)[: own[0].event.at], *own]
+    return own
+
+
+async def _check_free(node: app.Node, run: str, records: Sequence[Record]) -> None:
+    """Whether what is there of the run is of this run. Raises Unusable."""
+    there = [record.wire for record in await node.bus.history(run) if record.run == run]
+    if any(one != other.wire for one, other in zip(there, records, strict=False)):
+        raise Unusable(f"there is another run {run} here; nothing was written. Restore under another SIA_HOME.")
+
+
+async def _check_traces(file: Path, before: Mapping[str, Sequence[str]]) -> None:
+    """Whether what is there of a run's traces is what the archive begins with. Raises Unusable."""
+    seen = dict.fromkeys(before, 0)
+    for name, body in archive.read(file):
+        if (match := _match(file, name))["traces"]:
+            for envelope in _envelopes(match["of"], body):
+                there = before[envelope.run]
+                if seen[envelope.run] < len(there) and there[seen[envelope.run]] != _mark(envelope):
+                    raise Unusable(f"run {envelope.run} has other traces here; nothing was written")
+                seen[envelope.run] += 1
+
+
+def _envelopes(run: str, body: bytes) -> list[Envelope]:
+    traced = [_decode(line) for line in body.splitlines()]
+    # What stands on a stream under another kind than ours is nobody's, and is carried all the same.
+    return [Envelope(run, each.kind, each.key, tuple(line.encode() for line in each.lines)) for each in traced]  # pyright: ignore[reportArgumentType]
+
+
+def _mark(envelope: Envelope) -> str:
+    return hashlib.sha256(repr((envelope.kind, envelope.key, envelope.lines)).encode()).hexdigest()
+
+
+def _match(file: Path, name: str) -> "re.Match[str]":
+    if match := MEMBER.fullmatch(name):
+        return match
+    raise ArchiveUnusable(f"{file} has a member {name!r} that no archive has; nothing was written")

@@ -1,0 +1,265 @@
+"""`sia verify`: what was recorded, held against what can be read of it in every place; and mended from the others."""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from sia_events import app, log_here
+from sia_events.catching_up import settled
+from sia_events.errors import Unusable
+from sia_events.event_log import recorder
+from sia_events.event_log.reconciling import Finding, Reconciled, Start, reconcile, reconcile_lines
+from sia_events.event_log.references import members, named
+from sia_events.home import describe
+from sia_events.infra.blobs import open_blobs
+from sia_events.infra.clickhouse import ClickHouseLog, QueryRefused
+from sia_events.log_here import open_log
+from sia_events.shared.events import RunBranched
+from sia_events.shared.ports import BlobCorrupt, BlobMissing, RunExists, StreamName
+from sia_events.shared.record import NewerRecord, Record, UnreadableRecord, parse_record
+from sia_events.shared.settings import Settings
+
+STREAMS: tuple[StreamName, ...] = ("SIA", "SIA_TRACE")
+Copied = dict[StreamName, int]
+
+
+@dataclass
+class Looked:
+    """What one look found, and what mending it needs; `private` where the evaluator's blobs are kept here.
+
+    `lines` has a run's trace sequences whose rows are wrong, and those that only the tables have; `ends` the last
+    sequence of each stream; `blobs` who named each, by digest and whether it is private.
+    """
+
+    all: bool
+    runs: dict[str, Reconciled] = field(default_factory=dict)
+    lines: dict[str, tuple[frozenset[int], frozenset[int]]] = field(default_factory=dict)
+    ends: dict[StreamName, int] = field(default_factory=dict)
+    torn: bool = False
+    private: bool = True
+    findings: list[Finding] = field(default_factory=list)
+    blobs: dict[tuple[str, bool], str | None] = field(default_factory=dict)
+    counted: int = 0
+
+    @property
+    def open(self) -> list[Finding]:
+        return [finding for finding in self.findings if not finding.harmless]
+
+
+async def verify(settings: Settings, run: str | None, repair: bool, source: str | None) -> dict[str, Any]:
+    """Hold the stream, the tables and the blobs of `run`, or of everything, against each other.
+
+    {runs, records, lines, blobs, findings, mended, left}: a finding is {kind, store, run, place, detail, harmless};
+    `mended` are those that a repair has taken away, `left` those that somebody has to look at. Raises Unusable.
+    """
+    running = await settled(settings)
+    if repair and running:
+        raise Unusable(f"{describe(running, settings.home)}; nothing is mended under it. Stop it first: sia down")
+    async with app.stores_of_home(settings, "verify", running is not None) as node, open_log(settings) as log:
+        names = await _names(node, log, run)
+        first = await _look(settings, node, log, names, run is None)
+        last = first
+        if repair and first.open:
+            refused = await _mend(settings, node, log, first, source)
+            last = await _look(settings, node, log, names, run is None)
+            last.findings = [Finding(**{**asdict(f), "detail": _why(f, refused)}) for f in last.findings]
+    left = [asdict(finding) for finding in last.open]
+    still = {(f.kind, f.store, f.run, f.place) for f in last.open}
+    return {
+        "runs": len(last.runs),
+        "records": sum(len(each.records) for each in last.runs.values()),
+        "lines": last.counted,
+        "blobs": len(last.blobs),
+        "findings": [asdict(finding) for finding in first.findings],
+        "mended": [asdict(f) for f in first.open if (f.kind, f.store, f.run, f.place) not in still],
+        "left": left,
+    }
+
+
+async def _names(node: app.Node, log: ClickHouseLog, run: str | None) -> list[str]:
+    """The runs to look at, parents before their branches. Raises Unusable when there is none of the name."""
+    known = list(dict.fromkeys([*await node.streams.runs(), *await log.runs()]))
+    if run is None:
+        return known
+    found = [run] if run in known else [name for name in known if name.startswith(run)]
+    if len(found) != 1:
+        raise Unusable(f"{'no run' if not found else 'several runs begin with'} {run!r}; sia runs lists them")
+    return found
+
+
+async def _look(
+    settings: Settings, node: app.Node, log: ClickHouseLog, names: Sequence[str], everything: bool
+) -> Looked:
+    # On a bus that is shared, the answers lie with the evaluator, who may be elsewhere.
+    shared = settings.nats_url is not None and not [each async for each in node.private.listed()]
+    looked = Looked(everything, private=not shared)
+    # First of all how far the tables are, then the tables, then the stream: what comes meanwhile is not missed.
+    copied: Copied = {stream: await node.streams.copied(stream, recorder.NAME) for stream in STREAMS}
+    for table, part, why in await log.torn():
+        looked.torn = True
+        looked.findings.append(Finding("unreadable", "tables", None, f"part {part} of {table}", why))
+    for name in names:
+        await _look_at(node, log, name, copied, looked)
+    if everything:
+        await _look_for_gaps(node, copied, looked)
+    await _look_at_blobs(node, looked)
+    return looked
+
+
+async def _look_at(node: app.Node, log: ClickHouseLog, name: str, copied: Copied, looked: Looked) -> Reconciled:
+    if name in looked.runs:
+        return looked.runs[name]
+    try:
+        rows, tabled = await log.rows(name), await log.lines(name)
+    except QueryRefused:
+        rows, tabled = [], []
+        looked.torn = True
+        looked.findings.append(Finding("unreadable", "tables", name, "its rows", "they lie in a torn part"))
+    wires = [(each.sequence, each.body) async for each in node.streams.messages("SIA", name)]
+    start = await _start(node, log, [wire for _, wire in (*wires, *rows)], copied, looked)
+    found = reconcile(name, wires, rows, copied["SIA"], start)
+    envelopes = [
+        (sequence, [hashlib.sha256(line).hexdigest() for line in envelope.lines])
+        async for sequence, envelope in node.streams.envelopes(name)
+    ]
+    of_lines, wrong, lost = reconcile_lines(name, envelopes, tabled, copied["SIA_TRACE"])
+    looked.runs[name], looked.lines[name] = found, (wrong, lost)
+    looked.findings += [*found.findings, *of_lines]
+    looked.counted += sum(len(digests) for _, digests in envelopes)
+    return found
+
+
+async def _start(
+    node: app.Node, log: ClickHouseLog, wires: Sequence[bytes], copied: Copied, looked: Looked
+) -> Start | None:
+    """Where the run's own records begin: at 1, or behind the position of its parent that it branched from."""
+    for wire in wires:
+        try:
+            first = parse_record(wire)
+        except NewerRecord:
+            return None
+        except UnreadableRecord:
+            continue
+        if first.position == 1:
+            return Start()
+        if isinstance(first.event, RunBranched) and first.position == first.event.at + 1:
+            parent = await _lineage(node, log, first.event.parent, copied, looked)
+            fork = next((r for r in parent if r.position == first.event.at), None)
+            return Start(fork.position, fork.chain) if fork else None
+    return Start()
+
+
+async def _lineage(node: app.Node, log: ClickHouseLog, name: str, copied: Copied, looked: Looked) -> Sequence[Record]:
+    own = (await _look_at(node, log, name, copied, looked)).records
+    if own and isinstance(own[0].event, RunBranched):
+        return [*await _lineage(node, log, own[0].event.parent, copied, looked), *own]
+    return own
+
+
+async def _look_for_gaps(node: app.Node, copied: Copied, looked: Looked) -> None:
+    for stream in STREAMS:
+        last, lost = await node.streams.lost(stream)
+        looked.ends[stream] = last
+        told = "it had been copied: what its run lacks is named there"
+        for sequence in lost:
+            harmless = told if sequence <= copied[stream] else ""
+            place = f"{stream} sequence {sequence}"
+            looked.findings.append(Finding("missing", "stream", None, place, "nothing can be read of it", harmless))
+        if last < copied[stream]:
+            place = f"{stream} sequences {last + 1} to {copied[stream]}"
+            looked.findings.append(Finding("missing", "stream", None, place, "they had been there and are gone"))
+
+
+async def _look_at_blobs(node: app.Node, looked: Looked) -> None:
+    """Every blob that a record names, and the members of trees; with everything, also those that nothing names."""
+    for name, run in looked.runs.items():
+        for record in run.records:
+            for digest, private in named(record):
+                if private and not looked.private:
+                    continue
+                await _look_at_blob(node, looked, digest, private, name, f"record {record.position} names it")
+    if looked.all:
+        for store, private in ((node.blobs, False), (node.private, True)):
+            async for kept in store.listed():
+                await _look_at_blob(node, looked, kept.digest, private, None, "nothing that was looked at names it")
+
+
+async def _look_at_blob(node: app.Node, looked: Looked, digest: str, private: bool, run: str | None, why: str) -> None:
+    if (digest, private) in looked.blobs:
+        return
+    looked.blobs[digest, private] = run
+    store = node.private if private else node.blobs
+    try:
+        body = await store.get(digest)
+    except (BlobMissing, BlobCorrupt) as error:
+        kind = "missing" if isinstance(error, BlobMissing) else "altered"
+        looked.findings.append(Finding(kind, "blobs", run, digest, why))
+        return
+    for member in members(body):
+        await _look_at_blob(node, looked, member, private, run, f"tree {digest} names it")
+
+
+async def _mend(
+    settings: Settings, node: app.Node, log: ClickHouseLog, looked: Looked, source: str | None
+) -> dict[str | None, str]:
+    """Mend what can be mended: the stream from the tables, then the tables from the stream, then blobs.
+
+    Returns by run why something of it could not be.
+    """
+    refused: dict[str | None, str] = {}
+    log_here.forget_copied(settings)
+    for name, run in looked.runs.items():
+        try:
+            await node.streams.restore(name, run.records)
+        except RunExists as error:
+            refused[name] = str(error)
+        if not run.whole:
+            refused[name] = "no good copy of it is left in the stream or in the tables; an archive may have one"
+        lost = sorted(looked.lines[name][1])
+        if lost and not looked.torn:
+            for _, envelope in await log.envelopes(name, lost):
+                await node.bus.trace(envelope)
+            await log.remove_lines(name, lost)
+    for stream, end in looked.ends.items():
+        await node.streams.step_back(stream, recorder.NAME, end)
+    if not looked.torn:
+        for name, run in looked.runs.items():
+            wrong = looked.lines[name][0]
+            envelopes = [each async for each in node.streams.envelopes(name) if each[0] in wrong]
+            await log.mend(name, [record for record in run.records if record.position in run.wrong], envelopes)
+        # Behind a record that is lost, what follows would pass for no part of its run.
+        if settings.nats_url is None and all(run.whole for run in looked.runs.values()):
+            await recorder.catch_up(node.bus, log)
+    elif looked.all and all(run.whole for run in looked.runs.values()) and not any(x for _, x in looked.lines.values()):
+        await recorder.rebuild(node.bus, log)
+    else:
+        refused[None] = "the tables are filled anew once everything else is mended: sia verify --all --repair"
+    await _mend_blobs(node, looked, source)
+    await log_here.mark_copied(settings, node.bus)
+    return refused
+
+
+async def _mend_blobs(node: app.Node, looked: Looked, source: str | None) -> None:
+    """Put back blobs whose bytes are still somewhere: in the store `source`, or on the stream, as a dead letter's."""
+    bad = {f.place: f.run for f in looked.findings if f.store == "blobs"}
+    elsewhere = open_blobs(source) if source else None
+    for (digest, private), run in looked.blobs.items():
+        if digest not in bad:
+            continue
+        store = node.private if private else node.blobs
+        if elsewhere:
+            try:
+                await store.put(await elsewhere.get(digest))
+                continue
+            except (BlobMissing, BlobCorrupt):
+                pass
+        if run is not None:
+            async for message in node.streams.messages("SIA", run):
+                if hashlib.sha256(message.body).hexdigest() == digest:
+                    await store.put(message.body)
+                    break
+
+
+def _why(finding: Finding, refused: dict[str | None, str]) -> str:
+    return refused.get(finding.run) or refused.get(None) or finding.detail

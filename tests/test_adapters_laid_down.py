@@ -1,0 +1,76 @@
+"""Where adapters lie for an engine, and what becomes of files that a killed process has left there."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sia_events.infra.adapters import Adapters
+from sia_events.infra.memory import MemoryBlobs
+from sia_events.shared.ports import ModelFailed
+from sia_events.shared.tree import store_tree
+
+
+class Lora:
+    """An engine's routes for adapters. It reads the files as it loads them, and `dies` with its gateway at that."""
+
+    def __init__(self, dies: bool = False) -> None:
+        self.dies = dies
+        self.loaded: dict[str, str] = {}
+
+    async def ask(self, path: str, body: Mapping[str, Any] | None) -> Mapping[str, Any]:
+        if path == "/v1/models":
+            return {"data": [{"id": name, "root": root} for name, root in self.loaded.items()]}
+        assert body
+        if path == "/v1/unload_lora_adapter":
+            del self.loaded[body["lora_name"]]
+            return {}
+        assert (Path(body["lora_path"]) / "adapter_model.safetensors").read_bytes() == b"factors"
+        if self.dies:
+            raise SystemExit("killed")
+        self.loaded[body["lora_name"]] = body["lora_path"]
+        return {}
+
+    async def use(self, adapters: Adapters, adapter: str) -> None:
+        async def call() -> None:
+            if adapter not in self.loaded:
+                raise ModelFailed(404, "no such model", "unknown_model")
+
+        await adapters.served(adapter, call)
+
+
+async def an_adapter(blobs: MemoryBlobs, name: str) -> str:
+    return await store_tree(blobs, {"adapter_model.safetensors": b"factors", "name": name.encode()})
+
+
+def places(folder: Path) -> set[str]:
+    return {place.name for place in folder.iterdir()}
+
+
+@pytest.mark.parametrize(("kept", "stays"), [(None, 0), (8, 1)])
+async def test_what_a_process_left_that_was_killed_in_the_midst_of_loading_goes_with_the_next_adapter(
+    tmp_path: Path, kept: int | None, stays: int
+):
+    blobs, folder = MemoryBlobs(), tmp_path / "adapters"
+    first, second = await an_adapter(blobs, "one"), await an_adapter(blobs, "two")
+    dying = Lora(dies=True)
+    with pytest.raises(SystemExit):
+        await dying.use(Adapters(dying.ask, blobs, folder, kept), first)
+    left = places(folder)
+    begun = folder / f"{first[:16]}-00000000"
+    begun.mkdir()
+    (folder / "somebody else's").mkdir()
+
+    engine = Lora()
+    await engine.use(Adapters(engine.ask, blobs, folder, kept), second)
+    assert len(left) == 1 and not left & places(folder) and not begun.exists()
+    assert len(places(folder) - {"somebody else's"}) == stays and "somebody else's" in places(folder)
+
+
+async def test_the_files_of_what_a_gateway_before_has_loaded_stay_where_the_engine_reads_them_again(tmp_path: Path):
+    blobs, engine = MemoryBlobs(), Lora()
+    first, second = await an_adapter(blobs, "one"), await an_adapter(blobs, "two")
+    for adapter in (first, second):
+        await engine.use(Adapters(engine.ask, blobs, tmp_path, kept=8), adapter)
+    assert places(tmp_path) == {Path(root).name for root in engine.loaded.values()} and len(engine.loaded) == 2

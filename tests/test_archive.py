@@ -1,0 +1,186 @@
+"""A run as one file, and back on another home: the same records, traces and blobs; and the files that are refused."""
+
+import asyncio
+import io
+import json
+import tarfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from bus_on import opened
+from command import SMALL, answered, calls, log, sia, tree
+
+from sia_events import app
+from sia_events.archiving import restore
+from sia_events.errors import Unusable
+from sia_events.home import hold
+from sia_events.infra.archive import ArchiveUnusable
+from sia_events.infra.zstd import zstd
+from sia_events.shared.record import broken_link
+from sia_events.shared.settings import Settings
+
+BRANCH = "r2"
+Members = list[tuple[str, bytes]]
+
+
+@pytest.fixture(scope="module")
+def home(task: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A home with a run that ended, and a branch of it."""
+    home = tmp_path_factory.mktemp("archived")
+    ran = sia(home, "run", task, *SMALL)
+    assert ran.returncode == 0, ran.stderr
+    branched = sia(home, "branch", "r1", "--at", "0")
+    assert branched.returncode == 0, branched.stderr
+    assert [row["run"] for row in answered(home, "runs")] == ["r1", BRANCH]
+    return home
+
+
+@pytest.fixture(scope="module")
+def archive(home: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    file = tmp_path_factory.mktemp("archive") / "branch.sia.tar.zst"
+    told = answered(home, "archive", BRANCH, file)
+    assert told["runs"] == ["r1", BRANCH] and told["missing"] == [] and told["bytes"] == file.stat().st_size
+    return file
+
+
+def unpacked(file: Path) -> Members:
+    with zstd.ZstdFile(file) as raw, tarfile.open(fileobj=raw, mode="r|") as tar:
+        return [(entry.name, body.read()) for entry in tar if (body := tar.extractfile(entry))]
+
+
+def packed(members: Members, file: Path) -> Path:
+    """The members as a well-formed tar under Zstandard, whatever they say."""
+    with zstd.ZstdFile(file, "wb") as raw, tarfile.open(fileobj=raw, mode="w|") as tar:
+        for name, body in members:
+            entry = tarfile.TarInfo(name)
+            entry.size = len(body)
+            tar.addfile(entry, io.BytesIO(body))
+    return file
+
+
+async def histories(home: Path) -> dict[str, list[bytes]]:
+    """The bytes of every record, by run, as the home's stream has them."""
+    settings = Settings(home=home)
+    async with hold(settings, "test"), app.stores(settings) as node:
+        return {run: [record.wire for record in await node.bus.history(run)] for run in await node.bus.runs()}
+
+
+def test_a_run_comes_back_on_another_home_with_the_same_ids_and_the_same_chain(
+    home: Path, archive: Path, tmp_path: Path
+):
+    put = answered(tmp_path, "restore", archive)
+    before = asyncio.run(histories(home))
+    assert put["runs"] == ["r1", BRANCH] and put["records"] > len(before["r1"])
+    assert asyncio.run(histories(tmp_path)) == before
+    for run in ("r1", BRANCH):
+        assert broken_link(log(tmp_path, run)) is None
+        assert calls(tmp_path, run) == calls(home, run)
+    replayed = sia(tmp_path, "replay", BRANCH)
+    assert replayed.returncode == 0, replayed.stdout
+    assert answered(tmp_path, "verify", "--all")["left"] == []
+
+
+async def test_restoring_twice_changes_nothing(archive: Path, tmp_path: Path):
+    settings = Settings(home=tmp_path)
+    first = await restore(settings, archive)
+    before = await histories(tmp_path)
+    again = await restore(settings, archive)
+    assert first["records"] > 0 and again["records"] == 0
+    assert await histories(tmp_path) == before
+    async with hold(settings, "test"), app.stores(settings) as node:
+        traced = [envelope.lines async for _, envelope in node.streams.envelopes("r1")]
+    assert len(traced) == len(set(traced))
+
+
+def test_the_same_run_makes_the_same_file_and_only_its_owner_reads_it(home: Path, archive: Path, tmp_path: Path):
+    again = tmp_path / "again"
+    answered(home, "archive", BRANCH, again)
+    assert again.read_bytes() == archive.read_bytes()
+    assert again.stat().st_mode & 0o777 == 0o600
+    refused = sia(home, "archive", BRANCH, again)
+    assert refused.returncode == 2 and "is there already" in refused.stderr
+
+
+def test_without_the_answers_none_goes_in(home: Path, tmp_path: Path):
+    answered(home, "archive", "r1", tmp_path / "open", "--no-answers")
+    assert not [name for name, _ in unpacked(tmp_path / "open") if name.startswith("private/")]
+
+
+async def test_another_run_of_that_name_is_not_written_over(archive: Path, tmp_path: Path):
+    settings = Settings(home=tmp_path)
+    async with hold(settings, "test"), app.stores(settings) as node:
+        await opened(node.bus, "r1")
+    before = await histories(tmp_path)
+    with pytest.raises(Unusable, match="another run r1"):
+        await restore(settings, archive)
+    assert await histories(tmp_path) == before and not list((tmp_path / "blobs").rglob("*/*"))
+
+
+def changed(change: Callable[[str, bytes], bytes]) -> Callable[[Path, Path], Path]:
+    def make(archive: Path, file: Path) -> Path:
+        return packed([(name, change(name, body)) for name, body in unpacked(archive)], file)
+
+    return make
+
+
+def cut(archive: Path, file: Path) -> Path:
+    file.write_bytes(archive.read_bytes()[: archive.stat().st_size // 2])
+    return file
+
+
+def flipped(archive: Path, file: Path) -> Path:
+    body = bytearray(archive.read_bytes())
+    body[len(body) // 2] ^= 1
+    file.write_bytes(body)
+    return file
+
+
+def without_its_end(archive: Path, file: Path) -> Path:
+    return packed(unpacked(archive)[:-1], file)
+
+
+def of_something_else(archive: Path, file: Path) -> Path:
+    return packed([("notes.txt", b"notes")], file)
+
+
+def no_tar(archive: Path, file: Path) -> Path:
+    file.write_bytes(b"plain text")
+    return file
+
+
+def head(**more: Any) -> Callable[[str, bytes], bytes]:
+    return lambda name, body: json.dumps({**json.loads(body), **more}).encode() if name == "archive.json" else body
+
+
+def other_record(name: str, body: bytes) -> bytes:
+    return body.replace(b'"position":2', b'"position":3') if name == "records/r1.jsonl" else body
+
+
+@pytest.mark.parametrize(
+    ("make", "said"),
+    [
+        (cut, "cut short or altered"),
+        (flipped, "altered"),
+        (without_its_end, "manifest is missing"),
+        (of_something_else, "no archive of a run"),
+        (no_tar, "cut short or altered"),
+        (changed(head(version=2)), "of version 2; this release reads up to 1"),
+        (changed(head(run="r3")), "was altered: archive.json"),
+        (changed(other_record), "was altered"),
+    ],
+    ids=lambda value: getattr(value, "__name__", None),
+)
+async def test_a_file_that_is_cut_altered_or_of_a_later_release_is_refused_and_nothing_is_written(
+    make: Callable[[Path, Path], Path], said: str, archive: Path, tmp_path: Path
+):
+    home, file = tmp_path / "home", make(archive, tmp_path / "bad")
+    with pytest.raises(ArchiveUnusable, match=said) as refused:
+        await restore(Settings(home=home), file)
+    assert "othing was written" in str(refused.value) and tree(home) == {}
+
+
+def test_the_command_refuses_with_exit_status_2(tmp_path: Path):
+    refused = sia(tmp_path, "restore", no_tar(tmp_path, tmp_path / "bad"))
+    assert refused.returncode == 2 and "nothing was written" in refused.stderr

@@ -1,0 +1,260 @@
+"""Back in time by the real command on a real log: states, replays, branches, their tree, and runs side by side."""
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+from command import SMALL, SPLITS, answered, log, read, sia, told
+
+from sia_events.shared.record import broken_link
+
+pytestmark = pytest.mark.usefixtures("children")
+LAST = 28
+
+
+@pytest.fixture(scope="module")
+def home(task: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A home with the run r1 and two branches of it, the control b-control and b, a harness of ours entered there."""
+    home, mine = tmp_path_factory.mktemp("home"), tmp_path_factory.mktemp("mine")
+    assert sia(home, "run", task, *SMALL).returncode == 0
+    agent = (task / "reference/reference_target_agent.py").read_text()
+    # Right where most answers are, but for the items 2 and 34.
+    answer = '"<b>sweet</b>"[3:8] if int(item["id"][1:]) % 32 != 2 else "salt"'
+    (mine / "target_agent.py").write_text(agent.replace('"answer": said', f'"answer": {answer}'))
+    words = ("--replace-harness", mine, "--steer", "be <brief>", "--seed", "5", "--control", "--run", "b")
+    done = sia(home, "branch", "r1", "--at", "0", *words)
+    assert done.returncode == 0, done.stderr
+    return home
+
+
+@pytest.fixture
+def own(home: Path, tmp_path: Path) -> Path:
+    """A copy of it, for what writes."""
+    return Path(shutil.copytree(home, tmp_path / "home", symlinks=True, ignore=shutil.ignore_patterns("*.lock")))
+
+
+def test_the_state_at_a_position_is_what_was_so_then_and_not_what_came_of_it(home: Path):
+    then, now = read(home, "state", "r1", "--at", "3"), read(home, "state", "r1")
+    assert (then["position"], then["status"], then["incumbent"], list(then["versions"])) == (
+        3,
+        "running",
+        None,
+        ["g0a"],
+    )
+    assert (now["position"], now["status"], now["incumbent"]) == (LAST, "finished", "g1a")
+    assert now["finished"]["outcome"] == "improved" and then["finished"] is None
+    scored = next(record.position for record in log(home) if record.type == "Scored")
+    assert read(home, "state", "r1", "--at", scored)["scores"].keys() == {"g0a.dev"}
+    assert "outputs not judged yet: g0a.dev" in told(home, "state", "r1", "--at", scored - 1)[1]
+
+
+@pytest.mark.parametrize("at", [0, LAST + 1])
+def test_a_state_at_a_position_that_is_not_there_is_refused(home: Path, at: int):
+    status, said, _ = told(home, "state", "r1", "--at", at)
+    assert (status, said) == (2, "")
+
+
+def test_replay_between_two_positions_judges_these_and_no_others(home: Path):
+    whole, part = read(home, "replay", "r1"), read(home, "replay", "r1", "--from", "8", "--to", "12")
+    assert part["records"] == 5 and 0 < part["decisions"] < whole["decisions"] and part["pending"] == 0
+    for words in (("--from", "20", "--to", "10"), ("--to", LAST + 1)):
+        status, _, talk = told(home, "replay", "r1", *words)
+        assert status == 2 and f"positions 1 to {LAST}" in talk
+
+
+def test_all_runs_replay_and_the_table_has_a_row_each(home: Path):
+    found = read(home, "replay", "--all")
+    assert [each["run"] for each in found] == ["r1", "b-control", "b"]
+    assert not any(each["diverged"] or each["pending"] for each in found)
+    assert told(home, "replay")[0] == told(home, "replay", "r1", "--all")[0] == 2
+
+
+SPOILS = """
+import sys
+from sia_events.infra.clickhouse import connect
+log = connect(f"chdb://{sys.argv[1]}/log")
+log._writer.command("SET mutations_sync = 2")
+log._writer.command(f"ALTER TABLE events UPDATE record = replaceAll(record, {sys.argv[2]}) WHERE run = 'r1'")
+"""
+
+
+def spoil(home: Path, change: str) -> None:
+    done = subprocess.run([sys.executable, "-c", SPOILS, str(home), change], capture_output=True, text=True)
+    if done.returncode:
+        pytest.skip(f"the store cannot be altered from here: {done.stderr.splitlines()[-1]}")
+
+
+def test_one_run_that_diverges_fails_the_replay_of_all_and_keep_going_shows_every_difference(own: Path):
+    spoil(own, '\'"seed":0,"split":"gate"\', \'"seed":1,"split":"gate"\'')
+    status, said, _ = told(own, "replay", "--all", "--json")
+    assert status == 1 and [each["diverged"] for each in json.loads(said)] == [True, True, True]
+    first, every = (told(own, "replay", "r1", "--json", *words) for words in ((), ("--keep-going",)))
+    assert (first[0], every[0]) == (1, 1)
+    found = json.loads(every[1])
+    assert len(json.loads(first[1])["divergences"]) == 1 and len(found["divergences"]) == 3
+    chain, *decided = found["divergences"]
+    assert "chain" in chain["reason"] and found["first_divergence"] == chain
+    for each in decided:
+        assert each["reason"] == "decided otherwise now"
+        assert [side[0]["seed"] for side in (each["recorded"], each["decided"])] == [1, 0]
+        assert re.fullmatch(r"sia-events \S+", each["recorded_by"]) and each["decided_by"] == each["recorded_by"]
+    text = told(own, "replay", "r1", "--keep-going")[1]
+    assert len(re.findall(r"^  recorded by sia-events", text, re.M)) == 3
+
+
+def test_a_run_with_an_event_that_no_code_here_knows_is_named_and_the_others_are_replayed(own: Path):
+    spoil(own, '\'"type":"FeedbackGiven"\', \'"type":"FeedbackSung"\'')
+    status, _, talk = told(own, "replay", "r1")
+    assert status == 2 and "unknown event type 'FeedbackSung'" in talk
+    status, said, _ = told(own, "replay", "--all", "--json")
+    assert status == 1
+    found = {each["run"]: each for each in json.loads(said)}
+    assert "FeedbackSung" in found["r1"]["unreadable"] and found.keys() == {"r1", "b-control", "b"}
+
+
+def test_a_harness_of_ones_own_meets_the_gate_in_a_branch_under_its_own_seed(home: Path):
+    shown = read(home, "show", "b")
+    first, mine = shown["generations"]
+    assert (mine["version"], mine["parent"], mine["lever"], mine["accepted"]) == ("g1a", "g0a", "harness", True)
+    assert 0.5 < mine["scores"]["gate"]["value"] < 0.75 and first["harness"] != mine["harness"]
+    assert shown["settings"]["seed"] == 5 and shown["status"] == "finished"
+    assert read(home, "state", "b")["steering"] == ["be <brief>"]
+    control = read(home, "show", "b-control")
+    assert control["settings"] == read(home, "show", "r1")["settings"] and control["best"] == "g1a"
+
+
+def test_a_branch_of_a_branch_in_the_midst_of_an_attempt_copies_nothing_and_ends(own: Path):
+    asked = next(r.position for r in log(own, "b") if r.run == "b" and r.type == "AttemptRequested")
+    before = (own / "nats").is_dir() and sorted(p.name for p in (own / "blobs").rglob("*"))
+    opened = answered(own, "branch", "b", "--at-position", asked, "--run", "c", "--no-go")
+    assert opened == {"run": "c", "parent": "b", "at": asked}
+    assert sorted(p.name for p in (own / "blobs").rglob("*")) == before
+    assert [r.run for r in log(own, "c")] == [r.run for r in log(own, "b")[:asked]] + ["c"]
+    ended = answered(own, "run", "--resume", "c")
+    assert (ended["outcome"], ended["best"]) == ("improved", "g1a")
+    assert broken_link(log(own, "c")) is None and not read(own, "replay", "c")["diverged"]
+    (root,) = read(own, "tree", "c")
+    assert [branch["run"] for branch in root["branches"]] == ["b-control", "b"]
+    assert [branch["run"] for branch in root["branches"][1]["branches"]] == ["c"]
+
+
+@pytest.mark.parametrize(
+    ("words", "why"),
+    [
+        (("--at-position", "99"), f"positions 1 to {LAST} so far"),
+        (("--at-position", LAST), "the run is over there"),
+        (("--at-position", "1"), "written together or not at all; branch at 2"),
+        (("--at-position", "5", "--model", "instant/last"), "in the midst of generation 0"),
+        (("--at", "1", "--at-position", "5"), "say where"),
+        ((), "say where"),
+        (("--at", "1", "--set", "sed=1"), "did you mean seed"),
+        (("--at", "1", "--n", "2", "--set", "seed=2147483647"), "seed"),
+        (("--at", "1", "--replace-harness", "."), "target_agent.py is missing"),
+    ],
+)
+def test_a_branch_that_cannot_be_is_refused_and_says_what_can(
+    home: Path, words: tuple[object, ...], why: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.chdir(tmp_path)
+    status, _, talk = told(home, "branch", "r1", *words, "--no-go")
+    assert status == 2 and why in talk
+    assert [row["run"] for row in read(home, "runs")] == ["r1", "b-control", "b"]
+
+
+def test_feedback_of_ones_own_has_to_be_feedback(home: Path, tmp_path: Path):
+    file = tmp_path / "feedback.json"
+    for given, why in (
+        ({"lever": "both"}, "lever"),
+        ({"lever": "weights"}, "an algorithm goes with the lever weights"),
+        ({"lever": "harness", "algorithm": "dpo"}, "an algorithm goes with the lever weights"),
+    ):
+        file.write_text(json.dumps(given))
+        status, _, talk = told(home, "branch", "r1", "--at", "0", "--replace-feedback", file)
+        assert status == 2 and why in talk
+
+
+def test_several_branches_are_opened_at_once_with_a_seed_each(own: Path):
+    done = sia(own, "branch", "r1", "--at", "0", "--n", "2", "--lever", "weights", "--no-go", "--json")
+    assert [json.loads(line)["run"] for line in done.stdout.splitlines()] == ["r2", "r3"], done.stderr
+    (root,) = read(own, "tree")
+    opened = {branch["run"]: branch["changed"] for branch in root["branches"]}
+    # A branch at a place that its parent shares with the parent's parent is still its parent's.
+    shared = answered(own, "branch", "r2", "--at", "0", "--run", "c", "--no-go")
+    assert shared["parent"] == read(own, "show", "c")["parent"] == "r2"
+    assert opened["r2"] == {"lever": "weights", "seed": 0} and opened["r3"] == {"lever": "weights", "seed": 1}
+
+
+def test_the_tree_shows_where_branches_part_and_what_changed(home: Path):
+    lines = told(home, "tree")[1].splitlines()
+    assert lines[0].startswith("r1   task taste   improved   g1a 0.750")
+    assert lines[1].startswith("├─ b-control   at ") and "nothing changed" in lines[1]
+    assert lines[2].startswith("└─ b   at ") and "seed=5" in lines[2] and "steer=be <brief>" in lines[2]
+
+
+def test_a_comparison_is_aligned_at_the_fork_and_pairs_the_items(home: Path):
+    found = read(home, "compare", "r1", "b-control", "b")
+    fork = found["fork"]
+    assert (fork["run"], fork["generation"]) == ("r1", 0)
+    assert log(home)[fork["position"] - 1].type == "VersionAccepted"
+    first, last = found["generations"]
+    assert {cell["version"] for cell in first["runs"].values()} == {"g0a"}
+    assert {cell["version"] for cell in last["runs"].values()} == {"g1a"}
+    assert last["runs"]["b"]["scores"].keys() == {"dev", "gate", "test"}
+    same, other = found["pairs"]
+    assert (same["before"], same["after"], same["files"]) == ("r1", "b-control", {})
+    assert same["splits"]["test"]["gain"] == 0 and same["splits"]["test"]["p_value"] == 1
+    assert "target_agent.py" in other["files"]
+
+
+def test_flips_name_the_items_that_one_version_has_right_and_the_other_wrong(home: Path):
+    (pair,) = read(home, "compare", "r1", "b")["pairs"]
+    for split, size in SPLITS.items():
+        found = pair["splits"][split]
+        worse = found["flips"]["worse"]
+        assert len(worse) == found["worse"] and not found["flips"]["better"] and found["n"] == size
+        assert found["gain"] == pytest.approx(-len(worse) / size)
+        assert all(int(each["item"][1:]) % 32 == 2 and (each["before"], each["after"]) == (1, 0) for each in worse)
+    assert sum(pair["splits"][split]["worse"] for split in SPLITS) > 0
+    (back,) = read(home, "compare", "b", "r1")["pairs"]
+    assert back["splits"]["gate"]["flips"]["better"] and not back["splits"]["gate"]["flips"]["worse"]
+
+
+class Page(HTMLParser):
+    """What a page consists of; raises for a tag that is not closed where it has to be."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.open, self.seen = list[str](), list[tuple[str, dict[str, str | None]]]()
+        self.words = ""
+        self.feed(text)
+        assert not self.open, self.open
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.seen.append((tag, dict(attrs)))
+        if tag != "meta":
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.seen.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.words += data
+
+
+def test_the_page_of_a_comparison_stands_alone_and_escapes_what_agents_wrote(home: Path, tmp_path: Path):
+    file = tmp_path / "page.html"
+    assert told(home, "compare", "r1", "b", "--html", file)[:2] == (0, f"{file}\n")
+    page = Page(file.read_text())
+    tags = [tag for tag, _ in page.seen]
+    assert tags.count("circle") == 4 and tags.count("polyline") == 2 and tags.count("details") >= 1
+    assert not {"script", "link", "img", "iframe"} & set(tags) and "b" not in tags
+    assert not [attrs for _, attrs in page.seen if {"src", "href"} & attrs.keys()]
+    assert '"<b>sweet</b>"[3:8]' in page.words and "items flipped" in page.words

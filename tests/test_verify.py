@@ -1,0 +1,233 @@
+"""`sia verify` on the real stream, the real tables and real blobs: real bits are flipped in their files."""
+
+import json
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any
+
+import nats
+import pytest
+from bus_on import note, notes, opened
+from command import SMALL, sia
+
+from sia_events import app
+from sia_events.event_log import recorder
+from sia_events.home import hold
+from sia_events.infra.nats_server import running
+from sia_events.log_here import open_log
+from sia_events.shared.events import RunBranched, RunSettings, ServiceFailed
+from sia_events.shared.ports import Envelope
+from sia_events.shared.record import Record, answers, broken_link, opening
+from sia_events.shared.settings import Settings
+from sia_events.verifying import verify
+
+NOTES = 12
+
+
+async def on_home(home: Path, work: Callable[[app.Node], Awaitable[Any]], copy: bool = True) -> Any:
+    """Do something to the home's stores, as whoever holds it, and have it copied into the tables."""
+    settings = Settings(home=home)
+    async with hold(settings, "test"), app.stores(settings) as node:
+        done = await work(node)
+        if copy:
+            async with open_log(settings) as log:
+                await recorder.catch_up(node.bus, log)
+        return done
+
+
+async def filled(node: app.Node) -> None:
+    """Two runs of notes and traces, a branch of the first, and blobs that a record names."""
+    for run in ("r1", "r2"):
+        first, *_ = await opened(node.bus, run)
+        for number in range(NOTES):
+            await node.bus.append(run, notes(run, first, f"note {number} of {run}", producer=f"tester {number}"))
+        lines = tuple(f'{{"text":"line {line} of {run}"}}'.encode() for line in range(3))
+        await node.bus.trace(Envelope(run, "log", "a", lines))
+        await node.bus.trace(Envelope(run, "log", "b", lines[:1]))
+    branched = RunBranched(parent="r1", at=5, generation=0, overrides={}, settings=RunSettings(), code="test")
+    await node.bus.append("b1", opening("b1", [branched, note("on the branch")]))
+    history = await node.bus.history("r1")
+    letter = ServiceFailed(
+        service="tester",
+        failed=str(history[2].id),
+        sequence=3,
+        error="Error: none",
+        payload=await node.blobs.put(history[2].wire),
+        tries=5,
+    )
+    await node.bus.append("r1", answers("r1", history[2], "another", [letter]))
+
+
+@pytest.fixture
+async def home(tmp_path: Path) -> Path:
+    await on_home(tmp_path, filled)
+    return tmp_path
+
+
+async def looked(home: Path, run: str | None = None, repair: bool = False, source: str | None = None) -> dict[str, Any]:
+    return await verify(Settings(home=home), run, repair, source)
+
+
+def flip(file: Path, text: bytes | None = None) -> None:
+    """Turn one bit, of `text` where it stands in the file, else in its middle."""
+    body = bytearray(file.read_bytes())
+    body[body.index(text) if text else len(body) // 2] ^= 1
+    file.write_bytes(body)
+
+
+def block(home: Path, stream: str = "SIA") -> Path:
+    (file,) = (home / "nats/jetstream/$G/streams" / stream / "msgs").glob("*.blk")
+    return file
+
+
+def parts(home: Path, name: str) -> list[Path]:
+    """The files of that name in the tables' parts, the biggest first."""
+    return sorted((home / "log/store").rglob(name), key=lambda file: -file.stat().st_size)
+
+
+def places(found: dict[str, Any], which: str = "left") -> set[tuple[str, str, str, str]]:
+    return {(f["kind"], f["store"], f["run"], f["place"]) for f in found[which]}
+
+
+async def histories(home: Path) -> dict[str, list[Record]]:
+    async def read(node: app.Node) -> dict[str, list[Record]]:
+        return {run: list(await node.bus.history(run)) for run in ("r1", "r2", "b1")}
+
+    return await on_home(home, read, copy=False)
+
+
+async def test_what_is_whole_is_found_whole(home: Path):
+    found = await looked(home)
+    assert found["findings"] == [] and found["left"] == []
+    assert (found["runs"], found["records"], found["lines"], found["blobs"]) == (3, 2 * (NOTES + 1) + 3, 8, 1)
+
+
+async def test_one_flipped_bit_in_the_stream_is_found_and_mended_from_the_tables(home: Path):
+    before = await histories(home)
+    flip(block(home), b"note 7 of r1")
+    found = await looked(home, "r1")
+    assert places(found) == {("missing", "stream", "r1", "position 9")}
+    assert len((await histories(home))["r1"]) == 8, "readers of the stream stop before it"
+    mended = await looked(home, repair=True)
+    assert mended["left"] == [] and ("missing", "stream", "r1", "position 9") in places(mended, "mended")
+    after = await histories(home)
+    assert after == before and broken_link(after["r1"]) is None
+    again = await looked(home)
+    assert again["left"] == [] and {f["kind"] for f in again["findings"]} == {"doubled", "missing"}
+
+
+async def test_the_streams_end_cut_off_is_found_and_mended_from_the_tables(home: Path):
+    before = await histories(home)
+    file = block(home)
+    body = file.read_bytes()
+    file.write_bytes(body[: body.index(b"note 9 of r2")])
+    for index in file.parent.glob("index.db"):
+        index.unlink()
+    found = await looked(home)
+    assert ("missing", "stream", "r2", "position 12") in places(found)
+    assert (await looked(home, repair=True))["left"] == []
+    assert await histories(home) == before
+    assert (await looked(home))["left"] == []
+
+
+async def test_one_flipped_bit_in_a_trace_is_found_and_mended_from_the_tables(home: Path):
+    body = block(home, "SIA_TRACE").read_bytes()
+    flip(block(home, "SIA_TRACE"), body[body.index(b"sia.trace.r1.log.a") + 25 :][:8])
+    found = await looked(home)
+    assert places(found) == {("missing", "stream", "r1", "trace sequence 1")}
+    assert (await looked(home, repair=True))["left"] == []
+
+    async def traced(node: app.Node) -> list[Envelope]:
+        return list(await node.bus.traces("r1", "log", "a"))
+
+    (envelope,) = await on_home(home, traced)
+    assert len(envelope.lines) == 3
+    again = await looked(home)
+    assert again["left"] == [] and again["lines"] == 8
+
+
+@pytest.mark.parametrize("file", ["data.bin", "primary.cidx", "count.txt", "data.cmrk4", "checksums.txt"])
+async def test_one_flipped_bit_in_any_file_of_a_part_is_found_and_the_tables_are_filled_anew(home: Path, file: str):
+    flip(parts(home, file)[0])
+    found = await looked(home)
+    assert found["left"] and {f["store"] for f in found["left"]} == {"tables"}
+    mended = await looked(home, repair=True)
+    assert mended["left"] == [] and mended["mended"]
+    assert (await looked(home))["findings"] == []
+
+
+async def test_rows_that_are_missing_doubled_and_altered_are_named_and_mended_from_the_stream(home: Path):
+    settings = Settings(home=home)
+    record = (await histories(home))["r1"][4]
+    async with open_log(settings) as log:
+        await log._remove("events", "position", "r1", [3, 5])
+        other = record.wire.replace(b"note 3", b"note X")
+        await log._insert("events", {"record": "String"}, [(other,)], "altered")
+        await log.append([(await log.records("r2"))[1]], "doubled")
+        await log.remove_lines("r2", [3])
+    found = await looked(home, "r1")
+    assert places(found) == {("missing", "tables", "r1", "position 3"), ("altered", "tables", "r1", "position 5")}
+    found = await looked(home)
+    assert ("doubled", "tables", "r2", "position 2") in places(found, "findings")
+    assert ("missing", "tables", "r2", "trace sequence 3") in places(found)
+    assert (await looked(home, repair=True))["left"] == []
+    async with open_log(settings) as log:
+        assert list(await log.records("r1")) == (await histories(home))["r1"]
+
+
+async def test_one_flipped_bit_in_a_blob_is_found_and_mended_from_the_stream_or_another_store(home: Path):
+    (blob,) = (home / "blobs").rglob("*/*")
+    digest = blob.parent.name + blob.name
+    flip(blob)
+    assert places(await looked(home, "r1")) == {("altered", "blobs", "r1", digest)}
+    assert (await looked(home, "r1", repair=True))["left"] == [], "a dead letter's payload stands on the stream"
+    blob.unlink()
+    assert places(await looked(home)) == {("missing", "blobs", "r1", digest)}
+    assert (await looked(home, repair=True))["left"] == []
+
+
+async def test_what_no_place_has_any_more_is_told_and_not_mended(home: Path):
+    flip(block(home), b"note 7 of r1")
+    async with open_log(Settings(home=home)) as log:
+        await log._remove("events", "position", "r1", [9])
+    found = await looked(home, "r1", repair=True)
+    assert ("missing", "stream", "r1", "position 9") in places(found)
+    assert "no good copy" in found["left"][0]["detail"]
+
+
+async def test_what_somebody_else_put_on_the_stream_is_named_and_no_damage_once_its_dead_letter_is_written(home: Path):
+    settings = Settings(home=home)
+    async with hold(settings, "test"), running(home / "nats") as url:
+        client = await nats.connect(url)
+        await client.jetstream().publish("sia.events.r2.RunResumed", b"junk")
+        await client.close()
+    found = await looked(home, "r2")
+    ((kind, store, _, _),) = places(found)
+    assert (kind, store) == ("unreadable", "stream")
+
+    async def nothing(node: app.Node) -> None: ...
+
+    await on_home(home, nothing)
+    found = await looked(home, "r2")
+    assert found["left"] == [] and "record" in found["findings"][0]["harmless"]
+
+
+async def test_while_records_come_in_it_answers_for_what_has_been_copied(home: Path):
+    async def more(node: app.Node) -> None:
+        history = await node.bus.history("r2")
+        await node.bus.append("r2", notes("r2", history[-1], "news"))
+
+    await on_home(home, more, copy=False)
+    assert (await looked(home))["findings"] == []
+
+
+def test_a_whole_run_is_verified_by_the_command_and_a_damaged_blob_makes_it_exit_1(task: Path, tmp_path: Path):
+    ran = sia(tmp_path, "run", task, *SMALL)
+    assert ran.returncode == 0, ran.stderr
+    done = sia(tmp_path, "verify", "--all", "--json")
+    told = json.loads(done.stdout)
+    assert done.returncode == 0 and told["findings"] == [] and told["blobs"] > 10 and told["lines"] > 10, told
+    flip(max((file for file in (tmp_path / "blobs").rglob("*/*")), key=lambda file: file.stat().st_size))
+    done = sia(tmp_path, "verify", "r1")
+    assert done.returncode == 1 and "altered in the blobs" in done.stdout
+    assert sia(tmp_path, "verify").returncode == 2
