@@ -6,10 +6,10 @@ from dataclasses import dataclass, replace
 from string import ascii_lowercase
 
 from sia_events.agents.check import changed, problems, without_caches
-from sia_events.agents.client import ModelAway, spending
+from sia_events.agents.client import spending
 from sia_events.shared.events import BackendName, Written
 from sia_events.shared.outage import fails_alone
-from sia_events.shared.ports import Backend, Brief, Ports, ProviderAway, Writing, WritingFailed
+from sia_events.shared.ports import Backend, Brief, ModelAway, Ports, ProviderAway, Writing, WritingFailed
 from sia_events.shared.service import Work
 from sia_events.shared.tree import store_tree
 

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import httpx
 
 from sia_events.shared.calls import AWAY, decode_call, journal_key, spent
-from sia_events.shared.ports import Brief, BudgetSpent, Ports, ProviderAway, WritingFailed
+from sia_events.shared.ports import Brief, BudgetSpent, ModelAway, Ports, ProviderAway, WritingFailed
 
 MAX_TOKENS = 16_384
 # A model on this machine has a short context.
@@ -19,10 +19,6 @@ EMBEDDED, EMBEDDED_MAX_TOKENS = ("local/", "instant/"), 1024
 MAX_REPLY = 16_000_000
 # Behind the gateway a call may wait for its turn, be tried again, and then take as long as a long reply takes.
 CALL_S = 3600.0
-
-
-class ModelAway(Exception):
-    """No reply came, through no fault of the agent's. Calls answered before are recorded and are not made again."""
 
 
 @dataclass(frozen=True)

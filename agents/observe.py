@@ -81,8 +81,9 @@ def answers_in(lines: bytes) -> dict[str, str]:
 
 
 def calls_in(trajectory: bytes) -> tuple[ModelCall, ...]:
-    """The calls of a stored trajectory, one a line."""
-    return tuple(decode_call(line) for line in trajectory.splitlines() if line)
+    """The calls of a stored trajectory, one a line; without those whose replies only another start was given."""
+    calls = (decode_call(line) for line in trajectory.splitlines() if line)
+    return tuple(call for call in calls if not call.other_start)
 
 
 def _last_score(records: Sequence[Record], version: str) -> tuple[int, Scored]:

@@ -96,8 +96,8 @@ def kernel_box(bwrap: str, argv: Sequence[str], scratch: Path, hidden: Sequence[
     """A command line that has `bwrap` run a kernel worker: this environment's packages to read, `scratch` to write.
 
     Unlike a job of the sandbox it sees the installed packages, since a kernel needs torch; this package, which
-    carries private data, is masked but for the folder that the worker's program lies in, and so are the `hidden`
-    folders but for `scratch`.
+    carries private data and kernels of its own, is masked but for the worker's program, and so are the `hidden` folders
+    but for `scratch`.
     """
     program = next(Path(word) for word in argv if word.endswith(".py"))
     bound = [*(Path(path) for path in RUNTIME if os.path.islink(path)), *runtime(), Path(sys.prefix)]
@@ -107,6 +107,6 @@ def kernel_box(bwrap: str, argv: Sequence[str], scratch: Path, hidden: Sequence[
         options += ["--ro-bind", str(path), str(path)]
     for path in masks(bound, [*hidden, RELAY.parents[1]]):
         options += ["--tmpfs", str(path)]
-    options += ["--ro-bind", str(program.parent), str(program.parent), "--proc", "/proc", "--remount-ro", "/proc"]
+    options += ["--ro-bind", str(program), str(program), "--proc", "/proc", "--remount-ro", "/proc"]
     options += ["--dev", "/dev", "--bind", str(scratch), str(scratch), "--chdir", str(scratch)]
     return [bwrap, *options, "--", *argv]

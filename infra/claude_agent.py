@@ -19,6 +19,7 @@ from sia_events.shared.ports import (
     BudgetSpent,
     Job,
     Limits,
+    ModelAway,
     Outcome,
     Ports,
     ProviderAway,
@@ -73,7 +74,7 @@ class ClaudeMissing(Exception):
 
 
 class ClaudeAway(Exception):
-    """The program could not do its work, through no fault of the agent's. Calls that were answered are recorded."""
+    """The program did not start."""
 
 
 @dataclass(frozen=True)
@@ -88,7 +89,7 @@ class ClaudeAgent:
     limits: Limits = LIMITS
 
     async def write(self, brief: Brief, ports: Ports) -> Writing:
-        """As `Backend.write`; raises ClaudeMissing and ClaudeAway besides."""
+        """As `Backend.write`; raises ClaudeMissing, ClaudeAway, ProviderAway and ModelAway besides."""
         if self.program is None:
             raise ClaudeMissing(MISSING)
         # No file and no record takes half a character, and a prompt may quote one.
@@ -188,9 +189,9 @@ def _fault(brief: Brief, outcome: Outcome, said: Said, calls: list[ModelCall]) -
         told = f"{brief.model} did not answer {brief.key} ({last.fault}): {last.error}"
         if last.fault in AWAY:
             return ProviderAway(told)
-        return BudgetSpent(told) if last.fault == "budget" else ClaudeAway(told)
+        return BudgetSpent(told) if last.fault == "budget" else ModelAway(told)
     if outcome.lost_connections:
-        return ClaudeAway(f"the gateway lost {outcome.lost_connections} requests of {brief.key}: {why}")
+        return ModelAway(f"the gateway lost {outcome.lost_connections} requests of {brief.key}: {why}")
     if not said.begun:
         return ClaudeAway(f"the program did not start for {brief.key} (exit status {outcome.exit_code}): {why}")
     return WritingFailed(f"it did not get to its end (exit status {outcome.exit_code}): {why}", said.trajectory)

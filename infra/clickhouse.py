@@ -213,9 +213,12 @@ class ClickHouseLog:
         return list(self._reader.query(sql, parameters=parameters).named_results())
 
     def _selected(self, sql: str, form: Rows) -> bytes:
+        sql = sql.strip().rstrip("; \n")
+        if ";" in sql:
+            # The embedded engine would run what comes behind it, whatever stands before it.
+            raise QueryRefused(r"only one SELECT is taken here; a semicolon within a string is written \x3b")
         # `readonly` alone still lets a statement write files. The engine's own grammar tells: nothing but a SELECT, and
         # none that names a file or a format, is both a statement and what may stand in another one's FROM.
-        sql = sql.strip().rstrip(";")
         self._reader.query(f"EXPLAIN AST {sql}")
         try:
             self._reader.query(f"EXPLAIN AST SELECT * FROM (\n{sql}\n)")

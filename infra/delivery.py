@@ -2,9 +2,11 @@
 
 import random
 import re
+from contextlib import suppress
 
 import structlog
 
+from sia_events.infra.tail import RunIncomplete
 from sia_events.shared.events import ServiceFailed
 from sia_events.shared.ports import Blobs, Bus, ProviderAway
 from sia_events.shared.record import Draft, Record, derived_id
@@ -58,7 +60,8 @@ async def give_up_unread(
 ) -> None:
     """Record that a message under the run's subjects is no record. Whoever meets it first does so: the id is the same.
 
-    Where the run has no record at all there is nothing to attach the letter to: the message is only logged.
+    Where the run has no record at all there is nothing to attach the letter to, and none is written into a run that has
+    lost some: then the message is only logged.
     """
     history = await bus.history(run)
     log.error("a message under a run is no record", run=run, sequence=sequence, error=str(error))
@@ -73,7 +76,8 @@ async def give_up_unread(
         tries=1,
     )
     letter = derived_id(run, None, "stream", f"sequence {sequence}")
-    await bus.append(run, [Draft(event, service, history[0].id, history[0].correlation, letter)])
+    with suppress(RunIncomplete):
+        await bus.append(run, [Draft(event, service, history[0].id, history[0].correlation, letter)])
 
 
 def _described(error: Exception) -> str:

@@ -75,6 +75,7 @@ class MemoryBus:
             return []
         tail = self._tail(run)
         tail.require_known()
+        tail.require_whole()
         if found := stored(tail, drafts):
             return found
         opens = drafts[0].event

@@ -10,7 +10,7 @@ from sia_events.infra.delivery import checked_name
 from sia_events.infra.nats_connection import Connection
 from sia_events.infra.nats_streams import EVENTS, Message, publish, read
 from sia_events.infra.nats_wire import CLOUD_EVENTS, read_record, subject_of
-from sia_events.infra.tail import Tail, check_part, following, stored
+from sia_events.infra.tail import RunIncomplete, Tail, check_part, following, stored
 from sia_events.shared.events import RunBranched
 from sia_events.shared.ports import Clock, NoSuchPosition, RunExists
 from sia_events.shared.record import Draft, Record, UnreadableRecord, to_wire
@@ -51,6 +51,13 @@ class Runs:
         async with lock:
             return await self._nats.ask(lambda client: self._restore(client, tail, records))
 
+    async def check_whole(self, run: str) -> None:
+        """As `Streams.check_whole`."""
+        history = await self.history(run)
+        self._tail(run)[0].require_whole()
+        if history and len(history) < history[-1].position:
+            raise RunIncomplete(f"run {run}: what it branched from has lost records: sia verify {run} --repair")
+
     async def record_in(self, message: Message, run: str) -> Record:
         """The record that a message under the run's subjects is. Raises UnreadableRecord where it is no part of it."""
         record = read_record(message)
@@ -63,6 +70,7 @@ class Runs:
             await self._catch_up(client, tail)
         tail.require_known()
         while True:
+            tail.require_whole()
             if found := stored(tail, drafts):
                 return found
             records = following(tail, drafts, await self._parent(tail, drafts), self._clock.now())

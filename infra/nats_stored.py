@@ -89,6 +89,9 @@ class NatsStreams:
             back = replace(place, acked=sequence, offered=sequence)
             await self._nats.ask(lambda client: nats_feed.keep(client, feed, stream, back))
 
+    async def check_whole(self, run: str) -> None:
+        await self._runs.check_whole(run)
+
     async def restore(self, run: str, records: Sequence[Record]) -> int:
         return await self._runs.restore(run, records)
 

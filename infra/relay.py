@@ -1,17 +1,19 @@
 """The first program inside a box: starts the job under its limits and carries 127.0.0.1 to the gateway's socket.
 
-Run by path under a bare `python -I -S`: it sees none of the package. Of `socket` and `signal` it takes the modules
-beneath, because naming their constants for people takes longer than all else until the job starts.
+Run by path under a bare `python -I -S`: it sees none of the package. Of `socket`, `signal` and `ctypes` it takes the
+modules beneath, because what these do for people takes longer than all else until the job starts.
 
     relay.py gate=FD lost=FD [lifeline=1] [socket=PATH port=N] [cpu=S] [fsize=BYTES] [data=BYTES] [nofile=N] -- ARGV…
 
 The job starts when a byte comes through the descriptor `gate`: whoever started us binds us to the job's limits first.
 One thread and one epoll carry every connection, because a thread per connection would be charged to the job's
 process limit. The exit status is the job's, 128 + N when signal N ended it. For each request that the gateway lost, one
-byte is written to the descriptor `lost`: a gateway that is down keeps no record of what it did not answer. Beyond 256
-connections, or as many as the gateway lets wait, a new one waits for its turn, up to the job's own limits.
+byte is written to the descriptor `lost`: a gateway that is down keeps no record of what it did not answer. The job can
+not open our descriptors: who tells of a loss is tried again instead of scored. Beyond 256 connections, or as many as
+the gateway lets wait, a new one waits for its turn, up to the job's own limits.
 """
 
+import _ctypes  # pyright: ignore[reportMissingImports]
 import _signal as signal  # pyright: ignore[reportMissingImports]
 import _socket as socket
 import os
@@ -29,7 +31,7 @@ BROKEN = (b"HTTP/1.0 500", b"HTTP/1.1 500")
 # A stream says so in its head, and has an end of its own (RFC 9112, section 7.1); without it, it broke off.
 HEAD_ENDS = b"\r\n\r\n"
 STREAM, STREAM_ENDS = b"transfer-encoding: chunked", b"\r\n0\r\n\r\n"
-SUBREAPER = 36  # PR_SET_CHILD_SUBREAPER, linux/prctl.h
+DUMPABLE, SUBREAPER = 4, 36  # PR_SET_DUMPABLE and PR_SET_CHILD_SUBREAPER, linux/prctl.h
 
 
 class Half:
@@ -220,12 +222,9 @@ def start(argv: list[str], options: dict[str, str]) -> int:
         os._exit(127)
 
 
-def adopt_orphans() -> None:
-    """Become the parent of every descendant that loses its own, so that none is out of reach at the end."""
-    import ctypes
-
-    if ctypes.CDLL(None, use_errno=True).prctl(SUBREAPER, 1, 0, 0, 0):
-        raise OSError(ctypes.get_errno(), "prctl(PR_SET_CHILD_SUBREAPER) failed")
+def prctl(option: int, value: int) -> None:
+    if _ctypes.call_function(_ctypes.dlsym(_ctypes.dlopen(None, 0), "prctl"), (option, value, 0, 0, 0)):
+        raise OSError(f"prctl({option}, {value}) failed")
 
 
 def end_descendants() -> None:
@@ -243,6 +242,8 @@ def end_descendants() -> None:
 def main(words: list[str]) -> int:
     split = words.index("--")
     options, argv = dict(word.split("=", 1) for word in words[:split]), words[split + 1 :]
+    # Whoever is of our user could trace us, or open what we have open under /proc; exec lets the job have it again.
+    prctl(DUMPABLE, 0)
     poll = select.epoll()
     relay = None
     lost = int(options["lost"])
@@ -262,7 +263,8 @@ def main(words: list[str]) -> int:
     gate, lifeline = int(options["gate"]), "lifeline" in options
     os.set_inheritable(gate, False)
     if lifeline:
-        adopt_orphans()
+        # Of every descendant that loses its parent we become it, so that none is out of reach at the end.
+        prctl(SUBREAPER, 1)
     if not os.read(gate, 1):
         return 1
     if lifeline:

@@ -70,26 +70,35 @@ class Bubblewrap:
             os.fdopen(gate, "wb", buffering=0) as go,
             os.fdopen(lost, "rb", buffering=0) as losses,
         ):
+
+            async def start() -> tuple[asyncio.subprocess.Process, bytes]:
+                try:
+                    process = await asyncio.create_subprocess_exec(
+                        # The job can read this command line and environment in /proc/1: there is nothing in them.
+                        *("bwrap", "--args", str(options), "--json-status-fd", str(status_inside)),
+                        *("--", PYTHON_INSIDE, *program),
+                        executable=binary(),
+                        env={},
+                        stdin=asyncio.subprocess.DEVNULL,
+                        stdout=asyncio.subprocess.PIPE,
+                        stderr=asyncio.subprocess.PIPE,
+                        pass_fds=(options, status_inside, gate_inside, lost_inside),
+                        start_new_session=True,
+                    )
+                finally:
+                    for descriptor in (options, status_inside, gate_inside, lost_inside):
+                        os.close(descriptor)
+                return process, await asyncio.to_thread(report.readline)
+
+            starting = asyncio.create_task(start())
             try:
-                process = await asyncio.create_subprocess_exec(
-                    # The job can read this command line and environment in /proc/1: there is nothing in them.
-                    *("bwrap", "--args", str(options), "--json-status-fd", str(status_inside)),
-                    *("--", PYTHON_INSIDE, *program),
-                    executable=binary(),
-                    env={},
-                    stdin=asyncio.subprocess.DEVNULL,
-                    stdout=asyncio.subprocess.PIPE,
-                    stderr=asyncio.subprocess.PIPE,
-                    pass_fds=(options, status_inside, gate_inside, lost_inside),
-                    start_new_session=True,
-                )
-            finally:
-                for descriptor in (options, status_inside, gate_inside, lost_inside):
-                    os.close(descriptor)
-            try:
-                first = await asyncio.to_thread(report.readline)
+                process, first = await asyncio.shield(starting)
             except asyncio.CancelledError:
-                process.kill()
+                # asyncio would kill it in its start, and so may leave a child of bubblewrap's that waits for it for
+                # ever, and holds our pipes. The relay ends by itself, at a closed gate.
+                go.close()
+                process, _ = await starting
+                await process.wait()
                 raise
             try:
                 # The first process inside. When it dies the kernel ends all others before it lets anyone see it dead.

@@ -14,12 +14,17 @@ class RunTooNew(Exception):
     """A later release has written to the run: whoever cannot read all of it must not write behind it."""
 
 
+class RunIncomplete(Exception):
+    """Records of the run are lost while later ones stand: whoever wrote now would write in the place of the lost."""
+
+
 @dataclass
 class Tail:
     """Grows with the stream. `sequence` is that of the last message read under the run's subjects, readable or not.
 
     A message that is no record of this run at the next position (unreadable, forged, published twice by hand) is
     counted in `skipped` and is no part of the run. `newer` is a record of the run that only a later release can read.
+    `beyond` is the last position that stands behind some that are lost; `ahead` the last record read that may be such.
     """
 
     run: str
@@ -28,6 +33,8 @@ class Tail:
     sequence: int = 0
     skipped: int = 0
     newer: NewerRecord | None = None
+    beyond: int = 0
+    ahead: Record | None = None
 
     def take(self, sequence: int, read: Record | UnreadableRecord) -> None:
         """Take over what was read of the run's next message: its record, or why it is none."""
@@ -36,6 +43,11 @@ class Tail:
             self.newer = self.newer or read
         elif isinstance(read, UnreadableRecord) or read.run != self.run or read.position != self._next(read):
             self.skipped += 1
+            if isinstance(read, Record) and read.run == self.run and read.position > self._next(read):
+                # A number alone is anybody's, and stops no run; two that follow from each other are what was appended.
+                if self.ahead and link(self.ahead.chain, read.wire) == read.chain:
+                    self.beyond = max(self.beyond, read.position)
+                self.ahead = read
         else:
             self.records.append(read)
             self.ids[read.id] = read
@@ -44,6 +56,15 @@ class Tail:
         """Raises RunTooNew."""
         if self.newer:
             raise RunTooNew(str(self.newer)) from self.newer
+
+    def require_whole(self) -> None:
+        """Raises RunIncomplete."""
+        last = self.records[-1].position if self.records else 0
+        if last < self.beyond:
+            raise RunIncomplete(
+                f"run {self.run}: behind record {last} some are lost, and others stand up to {self.beyond}; "
+                f"nothing was written. Put them back: sia verify {self.run} --repair"
+            )
 
     def _continued_by(self, newer: NewerRecord) -> bool:
         """Whether it is a link of the run's chain: anybody can write a number, and that alone must not stop a run."""

@@ -26,6 +26,9 @@ HEADER_BYTES = 16 << 10
 
 STDERR_BYTES = 2000
 
+REST_NS = 1_000_000
+"""CPU time that a worker may take while it is asked nothing; an honest one takes a tenth of that at most."""
+
 Launch = Callable[[Sequence[str], Path], Sequence[str]]
 """(worker's argv, its one writable folder) -> the argv to start, for example the same inside a box."""
 
@@ -80,6 +83,7 @@ class Worker:
         assert process.stdin and process.stdout
         self._process, self._stderr, self._left = process, stderr, allowance_s
         self._requests, self._replies = process.stdin.fileno(), process.stdout.fileno()
+        self._rests_from = 0
         os.set_blocking(self._requests, False)
         self._header("starting")
         # From here on its filter refuses new processes, so this list stays complete.
@@ -119,7 +123,13 @@ class Worker:
         self._header("returning its inputs")
         if self._read(len(body), "returning its inputs") != body:
             raise Refused("it changed its inputs")
+        self._rests_from = self._instant().cpu
         return np.frombuffer(output, np.float32).reshape(inputs.output_shape), spent
+
+    def require_rest(self) -> None:
+        """Raises Refused where it has worked since its last reply: that slows down whoever is timed meanwhile."""
+        if self._instant().cpu - self._rests_from > REST_NS:
+            raise Refused("it worked while it was asked nothing")
 
     def _instant(self) -> Instant:
         try:

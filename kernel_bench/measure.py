@@ -152,12 +152,13 @@ def run(
 def pair(
     baseline: Worker, candidate: Worker, problem: Problem, inputs: Inputs, expected: Array, candidate_first: bool
 ) -> Pair:
-    """Both on the same inputs; the order alternates over the rounds so that neither always finds warm caches."""
-    if candidate_first:
-        theirs = judge(candidate, problem, inputs, expected)
-        return Pair(judge_baseline(baseline, problem, inputs, expected), theirs)
+    """Both on the same inputs, neither beside the other; the order alternates over the rounds so that neither always
+    finds warm caches. Raises Refused.
+    """
+    theirs = judge(candidate, problem, inputs, expected) if candidate_first else None
     ours = judge_baseline(baseline, problem, inputs, expected)
-    return Pair(ours, judge(candidate, problem, inputs, expected))
+    candidate.require_rest()
+    return Pair(ours, theirs or judge(candidate, problem, inputs, expected))
 
 
 def judge_baseline(kernel: Worker, problem: Problem, inputs: Inputs, expected: Array) -> Judged:

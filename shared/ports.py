@@ -45,6 +45,7 @@ class Bus(Protocol):
         nothing is written. A first event RunBranched goes on behind that position of its parent. Raises RunExists
         when drafts that open a run meet one of that name, NoSuchPosition for a branch from nowhere, BusFull when the
         stream refuses more, BusUnreachable when it does not answer: then what was written is unknown, append again.
+        Raises RunIncomplete where the run has lost records and has later ones.
         """
         ...
 
@@ -175,6 +176,10 @@ class Streams(Protocol):
 
     async def step_back(self, stream: StreamName, feed: str, sequence: int) -> None:
         """Let `feed` go on behind `sequence`, the next time it is read, where it has come further."""
+        ...
+
+    async def check_whole(self, run: str) -> None:
+        """Raises RunIncomplete where records of the run are lost and later ones stand: nothing can be appended then."""
         ...
 
     async def restore(self, run: str, records: Sequence[Record]) -> int:
@@ -481,6 +486,10 @@ class ProviderAway(Exception):
 
     What was answered before is recorded, and whoever goes on pays for none of it again.
     """
+
+
+class ModelAway(Exception):
+    """No reply came, through no fault of the agent's. Calls answered before are recorded and are not made again."""
 
 
 class WritingFailed(Exception):

@@ -68,13 +68,13 @@ async def attempt(work: Work, asked: AttemptRequested) -> Sequence[Event]:
         )
         overslept = ports.clock.now() >= expires
         recorded = await _recorded(work, asked.attempt)
-        calls = _each_once(recorded)
-        paid = [*calls, *_broken_off(recorded, calls)]
+        calls, paid = _each_once(recorded), _paid(recorded)
         unanswered = [call for call in calls if call.error and call.start == claims["start"]]
         if away := [call for call in unanswered if call.fault in AWAY]:
             gone = ProviderAway(f"{asked.attempt} had no answer from {away[0].model}: {away[0].error}")
             if not await fails_alone(work, gone, claims):
                 raise gone
+            paid = _paid(await _recorded(work, asked.attempt))
             return [_failed(asked, "infrastructure", f"{gone}. Its provider answers others: it is given up", paid)]
         if trouble := _trouble(asked, outcome, unanswered, overslept):
             detail = await ports.blobs.put(outcome.stderr[-20_000:]) if outcome.stderr else None
@@ -134,10 +134,11 @@ def _each_once(recorded: Sequence[ModelCall]) -> list[ModelCall]:
     return sorted(calls, key=lambda call: (call.item or "", call.digest, call.n))
 
 
-def _broken_off(recorded: Sequence[ModelCall], calls: Sequence[ModelCall]) -> list[ModelCall]:
-    """Replies that broke off and are not among `calls`, since their request was sent again: they were paid for too."""
+def _paid(recorded: Sequence[ModelCall]) -> list[ModelCall]:
+    """Each call once, and the replies that broke off and whose request was sent again: they were paid for too."""
+    calls = _each_once(recorded)
     counted = {id(call) for call in calls}
-    return [call for call in recorded if call.error and call.completion_tokens and id(call) not in counted]
+    return [*calls, *(call for call in recorded if call.error and call.completion_tokens and id(call) not in counted)]
 
 
 def _claims(run: Run, asked: AttemptRequested, expires: datetime) -> Mapping[str, Any]:

@@ -74,3 +74,24 @@ async def test_the_files_of_what_a_gateway_before_has_loaded_stay_where_the_engi
     for adapter in (first, second):
         await engine.use(Adapters(engine.ask, blobs, tmp_path, kept=8), adapter)
     assert places(tmp_path) == {Path(root).name for root in engine.loaded.values()} and len(engine.loaded) == 2
+
+
+async def test_the_files_of_what_was_loaded_too_late_to_say_so_stay_and_those_of_what_was_refused_go(tmp_path: Path):
+    class Late(Lora):
+        """Its answer to a load does not come: the first time it was loaded all the same, the second it was not."""
+
+        async def ask(self, path: str, body: Mapping[str, Any] | None) -> Mapping[str, Any]:
+            if path == "/v1/load_lora_adapter":
+                if not self.loaded:
+                    await super().ask(path, body)
+                raise ModelFailed(504, "no answer", "timeout")
+            return await super().ask(path, body)
+
+    blobs, late = MemoryBlobs(), Late()
+    adapters = Adapters(late.ask, blobs, tmp_path, kept=8)
+    first, second = await an_adapter(blobs, "one"), await an_adapter(blobs, "two")
+    for adapter in (first, second, second):
+        with pytest.raises(ModelFailed):
+            await late.use(adapters, adapter)
+    await late.use(adapters, first)
+    assert Path(late.loaded[first]).name in places(tmp_path) and len(places(tmp_path)) == 2

@@ -1,6 +1,7 @@
 """A run as one file, and back on another home: the same records, traces and blobs; and the files that are refused."""
 
 import asyncio
+import hashlib
 import io
 import json
 import tarfile
@@ -101,6 +102,8 @@ def test_the_same_run_makes_the_same_file_and_only_its_owner_reads_it(home: Path
     assert again.stat().st_mode & 0o777 == 0o600
     refused = sia(home, "archive", BRANCH, again)
     assert refused.returncode == 2 and "is there already" in refused.stderr
+    refused = sia(home, "archive", BRANCH, tmp_path / "nowhere" / "again")
+    assert refused.returncode == 2 and "cannot be written: No such file" in refused.stderr
 
 
 def test_without_the_answers_none_goes_in(home: Path, tmp_path: Path):
@@ -121,6 +124,17 @@ async def test_another_run_of_that_name_is_not_written_over(archive: Path, tmp_p
 def changed(change: Callable[[str, bytes], bytes]) -> Callable[[Path, Path], Path]:
     def make(archive: Path, file: Path) -> Path:
         return packed([(name, change(name, body)) for name, body in unpacked(archive)], file)
+
+    return make
+
+
+def forged(change: Callable[[str, bytes], bytes]) -> Callable[[Path, Path], Path]:
+    """A file that says of itself that it is whole."""
+
+    def make(archive: Path, file: Path) -> Path:
+        members = [(name, change(name, body)) for name, body in unpacked(archive)[:-1]]
+        sealed = {name: {"size": len(body), "sha256": hashlib.sha256(body).hexdigest()} for name, body in members}
+        return packed([*members, ("manifest.json", json.dumps({"members": sealed}).encode())], file)
 
     return make
 
@@ -158,6 +172,14 @@ def other_record(name: str, body: bytes) -> bytes:
     return body.replace(b'"position":2', b'"position":3') if name == "records/r1.jsonl" else body
 
 
+def its_own_parent(name: str, body: bytes) -> bytes:
+    return body.replace(b'"parent":"r1"', b'"parent":"r2"') if name == "records/r2.jsonl" else body
+
+
+def other_subject(name: str, body: bytes) -> bytes:
+    return body.replace(b'"kind":"model_call"', b'"kind":"model.call"') if name.startswith("traces/") else body
+
+
 @pytest.mark.parametrize(
     ("make", "said"),
     [
@@ -169,6 +191,8 @@ def other_record(name: str, body: bytes) -> bytes:
         (changed(head(version=2)), "of version 2; this release reads up to 1"),
         (changed(head(run="r3")), "was altered: archive.json"),
         (changed(other_record), "was altered"),
+        (forged(its_own_parent), "the hash chain of run r2 is broken"),
+        (forged(other_subject), "was altered: traces/"),
     ],
     ids=lambda value: getattr(value, "__name__", None),
 )

@@ -8,23 +8,29 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from given import recorded
+from story import D, failed, logged, registered, started
 from test_loop import SERVICES, World
+from test_one_end import SEALED
 
-from sia_events.branching import Change, planned
+from sia_events.branching import Change, Feedback, planned, require_items
 from sia_events.errors import Unusable
 from sia_events.feedback_svc.lever import gather
 from sia_events.feedback_svc.service import feedback_svc
 from sia_events.forks import Fork, at_generation, at_position
+from sia_events.infra.memory import MemoryBus
 from sia_events.shared.events import (
     Event,
     FeedbackGiven,
     FeedbackRequested,
     HarnessPatched,
+    LetterDropped,
     RunBranched,
     RunFinished,
     RunPaused,
     RunSettings,
     RunSteered,
+    ServiceFailed,
 )
 from sia_events.shared.record import Record, answers, broken_link, opening
 from sia_events.shared.replay import replay
@@ -124,6 +130,27 @@ def test_behind_the_end_of_a_run_nothing_is_left_to_do(finished: tuple[World, li
         at_position(records, len(records))
 
 
+def test_behind_an_end_nothing_is_left_to_do_though_another_sealed_attempt_was_under_way():
+    end = RunFinished(outcome="failed", best="g1a", sealed=None, reason="boom")
+    history = recorded(*SEALED, failed("g0a", "test"), end, logged("g1a", "test"))
+    assert at_position(history, len(history) - 2).at == len(history) - 2
+    for position in (len(history) - 1, len(history)):
+        with pytest.raises(Unusable, match="the run is over there"):
+            at_position(history, position)
+
+
+async def test_what_a_person_gave_up_is_nothing_that_a_branch_could_do():
+    bus = MemoryBus()
+    _, asked = await bus.append("r1", opening("r1", [registered(), started()]))
+    letter_of_meta = ServiceFailed(service="meta_svc", failed=str(asked.id), sequence=2, error="no", payload=D, tries=5)
+    (letter,) = await bus.append("r1", answers("r1", asked, "meta_svc", [letter_of_meta]))
+    assert at_position(await bus.history("r1"), 3).at == 3
+    dropped = LetterDropped(letter=str(letter.id), by="ada", reason="lost for good")
+    await bus.append("r1", answers("r1", letter, "cli", [dropped]))
+    with pytest.raises(Unusable, match="nothing is left to do"):
+        at_position(await bus.history("r1"), 4)
+
+
 async def test_where_an_approval_is_awaited_a_branch_takes_the_position_before(tmp_path: Path):
     world = World(tmp_path)
     await world.start("r1", autonomy="approve-each", generations=1, candidates=1)
@@ -200,6 +227,21 @@ async def test_a_word_said_later_is_no_part_of_the_opening(finished: tuple[World
     async with world.serving("held", SERVICES):
         history = await seen(world, "held", lambda history: len(history) == fork.at + 3)
     assert history[-1].type == "FeedbackRequested"  # the parent's verdict is taken over on the opening alone
+
+
+def test_no_branch_learns_on_a_task_without_items_to_learn_from():
+    history = recorded(registered(datasets={"dev": D, "gate": D, "test": D}), started(lever="harness"))
+    plain = Fork(2, fold(history), closed=True)
+    require_items(plain, [plain.state.settings], Change())
+    auto = plain.state.settings.model_copy(update={"lever": "auto"})
+    for asked, change in (
+        ([auto], Change({"lever": "auto"})),
+        ([plain.state.settings], Change(feedback=Feedback(lever="weights", algorithm="grpo"))),
+    ):
+        with pytest.raises(Unusable, match="only the harness can change"):
+            require_items(plain, asked, change)
+    with_items = Fork(2, fold(recorded(registered(), started())), closed=True)
+    require_items(with_items, [auto], Change())
 
 
 def test_repeats_have_a_seed_each_and_the_control_comes_first_and_changes_nothing():

@@ -7,7 +7,7 @@ import random
 import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import suppress
-from datetime import datetime
+from datetime import UTC, datetime
 from pathlib import Path
 
 import nats
@@ -24,7 +24,7 @@ from sia_events.infra.memory import MemoryBlobs, SystemTime
 from sia_events.infra.nats import NatsBus, connect
 from sia_events.infra.nats_server import running
 from sia_events.infra.nats_streams import StreamUnfit
-from sia_events.infra.tail import RunTooNew
+from sia_events.infra.tail import RunIncomplete, RunTooNew, Tail, following
 from sia_events.shared.events import RunBranched, RunFinished, RunSettings, ServiceFailed
 from sia_events.shared.ports import BusFull, BusUnreachable, Envelope, NoSuchPosition, ProviderAway, RunExists
 from sia_events.shared.record import (
@@ -434,6 +434,31 @@ async def test_a_number_alone_stops_no_run(bench: Bench):
         if not await bench.bus.lag("f"):
             break
     assert texts(seen) == texts(await bench.bus.history("r")) == ["RunStarted", "a", "ServiceFailed"]
+
+
+async def test_a_run_that_lost_records_and_has_later_ones_is_read_up_to_there_and_not_written_to(bench: Bench):
+    drafts = opening("r", [STARTED, note("lost"), note("a"), note("b")])
+    records = following(Tail("r"), drafts, (), datetime.now(UTC))
+    for record in (records[0], *records[2:]):
+        await bench.inject("r", record.type, to_wire(record))
+    for bus in (bench.bus, bench.other):
+        with pytest.raises(RunIncomplete, match="sia verify r --repair"):
+            await bus.append("r", notes("r", records[0], "c"))
+    async for batch in bench.other.feed("f"):
+        assert texts(batch.records) == ["RunStarted"]
+        await batch.ack()
+        break
+    assert await bench.bus.lag("f") == 0, "no letter is written either"
+    assert texts(await bench.bus.history("r")) == ["RunStarted"]
+
+
+async def test_one_record_that_says_it_stands_further_on_stops_no_run(bench: Bench):
+    drafts = opening("r", [STARTED, note("a"), note("b")])
+    first, _, further = following(Tail("r"), drafts, (), datetime.now(UTC))
+    for record in (first, further):
+        await bench.inject("r", record.type, to_wire(record))
+    await bench.bus.append("r", notes("r", first, "c"))
+    assert texts(await bench.other.history("r")) == ["RunStarted", "c"]
 
 
 async def test_as_many_records_as_wanted_are_answered_at_once(bench: Bench):

@@ -12,7 +12,7 @@ from gateway_house import KEY, table
 from loopback import Fault, Loopback, Reply, ToolCall, Wire
 from writing import AGENT, SECRET, brief, serving
 
-from sia_events.infra.claude_agent import LIMITS, ClaudeAgent, ClaudeAway, ClaudeMissing, find_program
+from sia_events.infra.claude_agent import LIMITS, ClaudeAgent, ClaudeMissing, find_program
 from sia_events.infra.claude_said import read_said
 from sia_events.infra.memory import MemoryBlobs, MemoryBus, SystemTime
 from sia_events.infra.providers.finder import Providers
@@ -24,7 +24,7 @@ from sia_events.model_gateway.journal import Journal
 from sia_events.model_gateway.ledger import Ledger, Unlimited
 from sia_events.model_gateway.token import TokenDoor
 from sia_events.shared.calls import ModelCall, decode_call
-from sia_events.shared.ports import BudgetSpent, Ports, ProviderAway, Sandbox, WritingFailed
+from sia_events.shared.ports import BudgetSpent, ModelAway, Ports, ProviderAway, Sandbox, WritingFailed
 
 CLAUDE = find_program()
 MODEL = "anthropic/claude-opus-5-5"
@@ -229,8 +229,8 @@ async def test_a_spent_budget_is_an_error_of_its_own(tmp_path: Path):
     [
         ("overloaded", ProviderAway),
         ("unauthorised", ProviderAway),
-        ("garbage", ClaudeAway),
-        ("unknown_model", ClaudeAway),
+        ("garbage", ModelAway),
+        ("unknown_model", ModelAway),
     ],
 )
 async def test_a_provider_that_does_not_answer_is_no_fault_of_the_agents(
@@ -248,7 +248,7 @@ async def test_a_gateway_that_is_not_there_is_ours_to_try_again(tmp_path: Path):
     async with room(tmp_path, [DONE]) as place:
         pass
     place.ports.door.socket.touch()
-    with pytest.raises(ClaudeAway, match="the gateway lost"):
+    with pytest.raises(ModelAway, match="the gateway lost"):
         await ClaudeAgent(CLAUDE).write(brief(model=MODEL), place.ports)
 
 

@@ -113,6 +113,19 @@ async def test_silence_is_a_timeout():
             await http.post(url, content=b"")
 
 
+async def test_a_name_and_password_in_the_address_go_into_the_header_and_nowhere_else():
+    heads: list[bytes] = []
+
+    async def talk(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, number: int) -> None:
+        heads.append(await head(reader))
+        writer.write(FINE)
+
+    async with provider(talk) as url, client(named := url.replace("//", "//me:secret@")) as http:
+        assert (await http.post(f"{named}/chat", content=b"", headers={"Authorization": "Bearer none"})).json() == {}
+    assert heads[0].startswith(b"POST /chat ") and b"secret" not in heads[0]
+    assert b"authorization: basic bwu6c2vjcmv0" in heads[0].lower()
+
+
 async def test_a_compressed_reply_is_read_as_what_it_says():
     packed = bytes.fromhex("1f8b0800000000000003abae050043bfa6a302000000")  # {} by gzip
 

@@ -16,7 +16,7 @@ from loopback import Loopback
 from story import ACCEPTED, FIRST, accepted, asked, fed_back, feedback_asked, patched, started
 
 from sia_events.cost import CALLS, Calls, cost, generations_of, summary, told
-from sia_events.estimate import Earlier, Estimate, Habit, estimate, hosted
+from sia_events.estimate import Earlier, Estimate, Habit, estimate, hosted, items_asked
 from sia_events.infra.clickhouse import connect
 from sia_events.infra.providers.prices import pricing
 from sia_events.log_here import open_log
@@ -26,6 +26,7 @@ from sia_events.shared.ports import Envelope
 from sia_events.shared.providers import Price
 from sia_events.shared.record import Record
 from sia_events.shared.settings import Settings
+from sia_events.shared.task import find_task
 from sia_events.views.costs import cost_text, estimate_text
 
 HOSTED = "openai/gpt-5.4-mini"
@@ -244,6 +245,10 @@ def test_items_that_cannot_be_counted_are_assumed_and_never_0():
     wanted = RunSettings(generations=1, candidates=1, target_model="a/m")
     found = estimate(wanted, {"target": "a/m"}, {}, Earlier(), dollar_a_token)
     assert found.lines[0].calls == 600 and "100 assumed" in found.rests_on
+
+
+def test_a_kernel_is_written_once_an_attempt_however_often_it_is_timed():
+    assert items_asked(find_task("trimul")) == {"dev": 1, "gate": 1, "test": 1}
 
 
 def test_only_roles_that_somebody_bills_are_counted():

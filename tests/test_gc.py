@@ -12,6 +12,7 @@ from bus_on import note, notes, opened
 from command import answered, sia
 
 from sia_events import app
+from sia_events.catching_up import current_log
 from sia_events.errors import Unusable
 from sia_events.home import hold
 from sia_events.infra.blobs import open_blobs
@@ -69,6 +70,29 @@ async def test_nothing_that_was_written_since_an_open_run_began_is_touched(tmp_p
     await filled(tmp_path)
     found = await sweep(Settings(home=tmp_path), remove=True, now=LATER)
     assert found["blobs"] == [] and found["kept"] == 5
+
+
+async def test_what_an_open_run_stored_again_soon_after_somebody_else_is_not_touched(tmp_path: Path):
+    made = await filled(tmp_path)
+    file = tmp_path / "blobs" / made["alone"][:2] / made["alone"][2:]
+    before = time.time() - 1200
+    os.utime(file, (before, before))
+    assert await open_blobs(str(tmp_path / "blobs")).put(b"of nobody") == made["alone"]
+    assert file.stat().st_mtime == pytest.approx(before), "it is young enough to keep its time"
+    assert (await sweep(Settings(home=tmp_path), remove=True, now=LATER))["blobs"] == []
+
+
+async def test_what_a_trace_mentions_that_only_the_tables_still_have_is_kept(tmp_path: Path):
+    made = await filled(tmp_path, OVER)
+    settings = Settings(home=tmp_path)
+    async with current_log(settings):
+        pass
+    (block,) = (tmp_path / "nats/jetstream/$G/streams/SIA_TRACE/msgs").glob("*.blk")
+    body = bytearray(block.read_bytes())
+    body[body.index(b"sia.trace.r1.log.a") + 25] ^= 1
+    block.write_bytes(body)
+    found = await sweep(settings, remove=True, now=LATER)
+    assert set(found["blobs"]) == {made["alone"], made["secret"]}
 
 
 async def test_what_is_stored_again_is_young_again(tmp_path: Path):

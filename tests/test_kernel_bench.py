@@ -127,6 +127,18 @@ def custom_kernel(data):
 
 
 @runs_kernels
+def test_work_beside_the_baseline_which_would_slow_that_down_is_refused():
+    before = """import threading, time
+def spin():
+    end = time.monotonic() + 1
+    while time.monotonic() < end:
+        pass
+"""
+    body = "threading.Thread(target=spin, daemon=True).start(); return honest(data)"
+    assert refused(body, before=before) == "it worked while it was asked nothing"
+
+
+@runs_kernels
 def test_a_kernel_may_not_start_a_process():
     assert "PermissionError" in refused("os.fork(); return honest(data)", before="import os")
 

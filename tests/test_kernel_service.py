@@ -49,15 +49,16 @@ async def test_an_attempts_kernel_is_checked_and_timed_in_a_box(tmp_path: Path, 
     assert event.speedup > 0 and event.problem == TRIMUL.name
 
 
-async def test_a_boxed_kernel_reads_no_private_data_and_reaches_no_network(
+async def test_a_boxed_kernel_reads_no_private_data_and_no_other_kernel_and_reaches_no_network(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     secret = Path(find_task("words").path) / "data/private/items.jsonl"
     assert secret.exists()
     spying = shipped("reference").replace(
         "def custom_kernel(data):",
-        "import os, socket\n"
+        "import os, socket, sys\n"
         f"assert not os.path.exists({str(secret)!r}), 'read the answers'\n"
+        "assert os.listdir(os.path.dirname(sys.argv[0])) == ['worker.py'], 'saw the kernels that ship'\n"
         "assert [name for _, name in socket.if_nameindex()] == ['lo'], 'saw a network'\n"
         "def custom_kernel(data):",
     )

@@ -7,7 +7,7 @@ from typing import Any
 
 import psutil
 import pytest
-from command import assert_none_left, log, read, sia
+from command import assert_none_left, calls, log, read, sia
 from llm_author import HINT, SMALL, Author, prompt, reached
 from loopback import Fault, Loopback, Wire
 from loopback_wires import Reply
@@ -67,6 +67,8 @@ def test_an_attempt_whose_request_fails_the_provider_again_is_given_up_and_the_r
     failures = [event for event in events if isinstance(event, AttemptFailed)]
     assert {(each.version, each.kind) for each in failures} == {("g1a", "infrastructure")}
     assert all("Its provider answers others: it is given up" in each.message for each in failures)
+    made = {(call.digest, call.n) for call in calls(tmp_path) if call.attempt.startswith("g1a.dev")}
+    assert failures[-1].calls == len(made), "what told it from an outage is paid for too"
     (out,) = [event for event in events if isinstance(event, VersionRejected)]
     assert out.version == "g1a" and "it is given up" in out.reason
     assert {event.version for event in events if isinstance(event, Scored)} == {"g0a"}

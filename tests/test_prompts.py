@@ -385,6 +385,12 @@ def test_unreadable_answers_are_passed_over():
     assert calls_in(b"") == ()
 
 
+def test_a_reply_that_another_start_of_the_program_was_given_is_not_shown():
+    mine, other = call(1, "a", "fern", "plant"), call(2, "a", "moss", "film")
+    lines = [encode_call(mine), encode_call(msgspec.structs.replace(other, other_start=True))]
+    assert calls_in(b"\n".join(lines)) == (mine,)
+
+
 # What is said of public data.
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from test_sandbox import BOTH, limits, pytestmark, python, read_to_the_end, serving
 
+from sia_events.infra.sandbox import Bubblewrap
 from sia_events.shared.ports import Sandbox
 
 __all__ = ["pytestmark"]
@@ -122,6 +123,26 @@ async def test_a_stream_that_the_job_leaves_is_not_lost(box: Sandbox, tmp_path: 
     with serving(path := tmp_path / "gateway.sock", answer):
         job = python(work, LEAVING, socket=path, env={"GATEWAY": "http://127.0.0.1:8080"})
         outcome = await box.run(job)
+    assert (outcome.status, outcome.stdout, outcome.lost_connections) == ("ok", b"True\n", 0), outcome
+
+
+# It opens whatever any process beside it has open, and says so there.
+FORGING = """
+    import glob, os
+    for descriptor in glob.glob("/proc/[0-9]*/fd/*"):
+        if descriptor.split("/")[2] != str(os.getpid()) and int(descriptor.split("/")[4]) > 2:
+            try:
+                with open(descriptor, "wb", buffering=0) as file:
+                    file.write(b".")
+            except OSError:
+                pass
+    print(len(os.listdir("/proc/self/fd")) > 2)
+"""
+
+
+async def test_a_job_can_tell_of_no_loss_itself(tmp_path: Path):
+    (work := tmp_path / "work").mkdir()
+    outcome = await Bubblewrap().run(python(work, FORGING))
     assert (outcome.status, outcome.stdout, outcome.lost_connections) == ("ok", b"True\n", 0), outcome
 
 

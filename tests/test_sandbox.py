@@ -18,6 +18,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 
 import sia_events.shared
@@ -332,6 +333,19 @@ async def test_cancelling_ends_the_whole_tree(box: Sandbox, work: Path, bell: so
             await running
         connection.settimeout(0)
         assert connection.recv(1) == b""
+
+
+@BOTH
+async def test_a_start_that_is_cancelled_at_any_moment_ends_and_leaves_no_process(box: Sandbox, work: Path):
+    others = set((this := psutil.Process()).children(recursive=True))
+    for late in range(40):
+        running = asyncio.create_task(box.run(python(work, "pass")))
+        await asyncio.sleep(late / 4000)
+        running.cancel()
+        async with asyncio.timeout(20):
+            with pytest.raises(asyncio.CancelledError):
+                await running
+        assert set(this.children(recursive=True)) <= others
 
 
 @BOTH

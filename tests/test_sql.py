@@ -62,6 +62,9 @@ def test_answers_are_those_of_the_run(home: Path):
         "SELECT 1 INTO OUTFILE 'FILE'",
         "SELECT 1) INTO OUTFILE 'FILE' --",
         "SELECT 1; DROP TABLE events",
+        "SELECT 1; SELECT 2 INTO OUTFILE 'FILE'",
+        "SELECT 1; INSERT INTO FUNCTION file('FILE', 'CSV', 'a Int8') SELECT 1",
+        "SELECT 1); SELECT 2 INTO OUTFILE 'FILE' --",
         "SELECT 1 SETTINGS readonly = 0",
         "SET readonly = 0",
         "ALTER TABLE events DELETE WHERE 1",
@@ -84,6 +87,12 @@ def test_a_parquet_file_holds_what_the_query_found(home: Path, tmp_path: Path):
     assert (status, said) == (0, f"{file}\n"), talk
     assert read(home, "sql", f"SELECT * FROM file('{file}', Parquet)") == read(home, "sql", query)
     assert told(home, "sql", "--parquet", file)[0] == 2
+    status, _, talk = told(home, "sql", query, "--parquet", tmp_path / "nowhere" / "file")
+    assert status == 2 and "cannot be written: No such file" in talk
+
+
+def test_a_string_that_is_no_text_is_shown_all_the_same(home: Path):
+    assert read(home, "sql", "SELECT unhex('41FF') AS bytes") == [{"bytes": "A\ufffd"}]
 
 
 def test_a_table_for_people_cuts_long_cells_and_keeps_to_one_line_a_row(home: Path):

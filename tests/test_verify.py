@@ -14,6 +14,7 @@ from sia_events import app
 from sia_events.event_log import recorder
 from sia_events.home import hold
 from sia_events.infra.nats_server import running
+from sia_events.infra.tail import RunIncomplete
 from sia_events.log_here import open_log
 from sia_events.shared.events import RunBranched, RunSettings, ServiceFailed
 from sia_events.shared.ports import Envelope
@@ -108,12 +109,24 @@ async def test_one_flipped_bit_in_the_stream_is_found_and_mended_from_the_tables
     found = await looked(home, "r1")
     assert places(found) == {("missing", "stream", "r1", "position 9")}
     assert len((await histories(home))["r1"]) == 8, "readers of the stream stop before it"
+    with pytest.raises(RunIncomplete, match=r"behind record 8 .* up to 14.*sia verify r1 --repair"):
+        await on_home(home, lambda node: node.streams.check_whole("r1"))
+    await on_home(home, lambda node: node.streams.check_whole("r2"))
     mended = await looked(home, repair=True)
     assert mended["left"] == [] and ("missing", "stream", "r1", "position 9") in places(mended, "mended")
     after = await histories(home)
     assert after == before and broken_link(after["r1"]) is None
     again = await looked(home)
     assert again["left"] == [] and {f["kind"] for f in again["findings"]} == {"doubled", "missing"}
+    await on_home(home, lambda node: node.streams.check_whole("r1"))
+
+
+async def test_a_branch_whose_parent_lost_what_they_share_is_not_gone_on_with(home: Path):
+    flip(block(home), b"note 1 of r1")
+    with pytest.raises(RunIncomplete, match=r"what it branched from.*sia verify b1 --repair"):
+        await on_home(home, lambda node: node.streams.check_whole("b1"))
+    assert (await looked(home, "b1", repair=True))["left"] == []
+    await on_home(home, lambda node: node.streams.check_whole("b1"))
 
 
 async def test_the_streams_end_cut_off_is_found_and_mended_from_the_tables(home: Path):

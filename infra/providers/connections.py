@@ -44,9 +44,14 @@ class _Carrier(httpx2.AsyncBaseTransport):
         )
 
     async def handle_async_request(self, request: httpx2.Request) -> httpx2.Response:
-        url, headers, body = str(request.url), request.headers.multi_items(), await request.aread()
+        url, headers, body = request.url, request.headers.multi_items(), await request.aread()
+        if url.userinfo:
+            # It is a header by now, and aiohttp takes no address that says it too.
+            url = url.copy_with(userinfo=b"")
         with _named():
-            reply = await self._session.request(request.method, url, headers=headers, data=body, allow_redirects=False)
+            reply = await self._session.request(
+                request.method, str(url), headers=headers, data=body, allow_redirects=False
+            )
         return httpx2.Response(reply.status, headers=reply.raw_headers, stream=_Body(reply))
 
     async def aclose(self) -> None:

@@ -7,7 +7,7 @@ import re
 from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import msgspec
 
@@ -26,15 +26,16 @@ ENVELOPES = 500  # in one member, so that neither side holds a run's traces as a
 MEMBER = re.compile(
     r"(?P<kind>records)/(?P<run>[A-Za-z0-9][\w-]{0,63})\.jsonl"
     r"|(?P<traces>traces)/(?P<of>[A-Za-z0-9][\w-]{0,63})/\d+\.jsonl"
-    r"|(?P<blobs>blobs|private)/(?P<digest>[0-9a-f]{64})"
+    r"|(?P<blobs>blobs|private)/(?P<digest>[0-9a-f]{64})",
+    re.ASCII,
 )
 
 
 class _Traced(msgspec.Struct):
-    """A line of a traces member: one envelope."""
+    """A line of a traces member: one envelope. Its kind is a word of a subject."""
 
-    kind: str
-    key: str
+    kind: Annotated[str, msgspec.Meta(pattern=r"^[^\s.*>]+\Z")]
+    key: Annotated[str, msgspec.Meta(min_length=1)]
     lines: list[str]
 
 
@@ -74,7 +75,10 @@ async def archive_run(settings: Settings, run: str, into: Path | None, answers: 
             "schema": max(record.schema for records in runs.values() for record in records),
             "answers": answers,
         }
-        await archive.write(file, head, _members(node, runs, answers, told))
+        try:
+            await archive.write(file, head, _members(node, runs, answers, told))
+        except OSError as error:
+            raise Unusable(f"{file} cannot be written: {error.strerror}; there is none now") from error
     count = sum(len(records) for records in runs.values())
     size = await asyncio.to_thread(os.path.getsize, file)
     return {"file": str(file), "bytes": size, "runs": list(runs), "records": count, **told}
@@ -187,22 +191,19 @@ def _checked(file: Path) -> Contents:
 
 def _check_chains(file: Path, runs: Mapping[str, Sequence[Record]]) -> None:
     """Whether every run follows from its first record, or from where it branched. Raises ArchiveUnusable."""
+    whole: dict[str, list[Record]] = {}
     for run, records in runs.items():
-        chain, position = GENESIS, 0
         first = records[0].event if records else None
+        before: list[Record] = []
+        known = bool(records)
         if isinstance(first, RunBranched):
-            fork = next((r for r in _known(runs, first.parent) if r.position == first.at), None)
-            chain, position = (fork.chain, fork.position) if fork else ("", 0)
-        numbered = [record.position for record in records] == list(range(position + 1, position + 1 + len(records)))
-        if not records or not numbered or any(r.run != run for r in records) or broken_link(records, chain):
+            before = whole.get(first.parent, [])[: max(0, first.at)]
+            known = len(before) == first.at > 0
+        start, chain = (len(before) + 1, before[-1].chain) if before else (1, GENESIS)
+        numbered = [record.position for record in records] == list(range(start, start + len(records)))
+        if not known or not numbered or any(r.run != run for r in records) or broken_link(records, chain):
             raise ArchiveUnusable(f"{file} was altered: the hash chain of run {run} is broken; nothing was written")
-
-
-def _known(runs: Mapping[str, Sequence[Record]], run: str) -> list[Record]:
-    own = list(runs.get(run, ()))
-    if own and isinstance(own[0].event, RunBranched):
-        return [*_known(runs, own[0].event.parent)[: own[0].event.at], *own]
-    return own
+        whole[run] = [*before, *records]
 
 
 async def _check_free(node: app.Node, run: str, records: Sequence[Record]) -> None:

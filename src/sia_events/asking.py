@@ -22,7 +22,8 @@ async def rows(settings: Settings, sql: str) -> list[dict[str, Any]]:
     async def ask(log: Log) -> bytes:
         return await log.select(sql, "JSONEachRow")
 
-    return [json.loads(line) for line in (await look(settings, ask)).splitlines()]
+    # A string of the engine's may be any bytes.
+    return [json.loads(line.decode(errors="replace")) for line in (await look(settings, ask)).splitlines()]
 
 
 async def parquet(settings: Settings, sql: str) -> bytes:

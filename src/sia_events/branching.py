@@ -92,6 +92,7 @@ async def branch(
     _require_room(fork, change)
     changes = planned(fork.state.settings, change, repeats, control)
     asked = [_lengthened(merged(fork.state.settings, each.overrides), fork) for each in changes]
+    require_items(fork, asked, change)
     for each in asked:
         require_learnable(settings, each)
         await app.ready(settings, each.sandbox, is_local(settings, each))
@@ -143,6 +144,17 @@ def _require_room(fork: Fork, change: Change) -> None:
         )
     if candidate and change.feedback:
         raise Unusable("a generation begins with a candidate or with feedback: branch twice for both")
+
+
+def require_items(fork: Fork, asked: Sequence[RunSettings], change: Change) -> None:
+    """Raises Unusable where the weights could be changed, and the run's task has no items to learn from."""
+    task = fork.state.task
+    levers = [*(each.lever for each in asked), *([change.feedback.lever] if change.feedback else [])]
+    if task and "train" not in task.datasets and any(lever != "harness" for lever in levers):
+        raise Unusable(
+            f"task {task.task} has no items to learn from, so only the harness can change: leave the lever at harness; "
+            "nothing was written"
+        )
 
 
 def _lengthened(settings: RunSettings, fork: Fork) -> RunSettings:

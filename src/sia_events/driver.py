@@ -71,6 +71,7 @@ async def run(
                 )
             await _open(node, name, chosen, wanted, first, steer)
         else:
+            await node.streams.check_whole(name)
             state = fold(await node.bus.history(name))
             # A run that was killed between its end and telling of it is over, and still has something to say.
             if state.finished and not resume and not is_untold(settings, name):

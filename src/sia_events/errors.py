@@ -8,7 +8,7 @@ from sia_events.infra.child import ChildFailed
 from sia_events.infra.clickhouse import LogFull, LogUnavailable, QueryRefused, StoreTooNew, StoreUnsafe
 from sia_events.infra.nats_server import NatsServerFailed
 from sia_events.infra.store_lock import StoreHeld
-from sia_events.infra.tail import RunTooNew
+from sia_events.infra.tail import RunIncomplete, RunTooNew
 from sia_events.local_model.weights import ModelNotReady
 from sia_events.shared.items import TaskError
 from sia_events.shared.ports import BlobCorrupt, BlobMissing, BusFull, BusUnreachable, RunExists, SandboxUnavailable
@@ -35,6 +35,7 @@ MENDABLE: tuple[type[Exception], ...] = (
     BusFull,
     BusUnreachable,
     RunExists,
+    RunIncomplete,
     RunTooNew,
     NewerRecord,
     StoreHeld,

@@ -47,7 +47,8 @@ def at_position(history: Sequence[Record], position: int) -> Fork:
             f"at all; branch at {before}{end}"
         )
     state = fold(history[:position])
-    if not _owes(history[:position]):
+    # Behind its end a run may have had work under way, which brings no other end.
+    if state.finished or not _owes(history[:position]):
         why = "the run is over there" if state.status in ("finished", "cancelled") else f"it is {state.status} there"
         if state.waiting:
             why = f"it waits there for approval of {state.waiting.subject}, and a branch puts its own questions"
@@ -98,6 +99,8 @@ def _owes(history: Sequence[Record]) -> bool:
     services = app.SERVICES.values()
     for service in services:
         for cause in lineage.inherited(service, fork):
+            if lineage.is_dropped(service, cause):
+                continue
             if decide := service.decides.get(type(cause.event)):
                 if lineage.decided(decide, cause, name):
                     return True

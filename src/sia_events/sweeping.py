@@ -23,10 +23,10 @@ STREAMS: tuple[StreamName, ...] = ("SIA", "SIA_TRACE")
 async def sweep(settings: Settings, remove: bool, now: datetime | None = None) -> dict[str, Any]:
     """Find the blobs that are named nowhere, and remove them when asked to: {blobs, bytes, removed, kept, since}.
 
-    What was written `since`, within the hour or after a run began that is not over, is not looked at: its record may
-    be on its way. Whatever looks like a digest counts as one, in records, traces, and blobs that are kept: so more may
-    be kept than has to be, and never less. Raises Unusable while services run here, and where the stream has lost what
-    the tables do not have.
+    What was written `since`, an hour before now or before a run began that is not over, is not looked at: its record
+    may be on its way, and what is stored again so soon keeps its time. Whatever looks like a digest counts as one, in
+    records, traces, and blobs that are kept: so more may be kept than has to be, and never less. Raises Unusable while
+    services run here, and where the stream has lost what the tables do not have.
     """
     running = await settled(settings)
     if remove and running:
@@ -34,7 +34,7 @@ async def sweep(settings: Settings, remove: bool, now: datetime | None = None) -
     async with app.stores_of_home(settings, "gc", running is not None) as node, open_log(settings) as log:
         listed = [(store, [kept async for kept in store.listed()]) for store in (node.blobs, node.private)]
         marked, opened = await _marked(node, log)
-        since = min([(now or datetime.now(UTC)) - YOUNG, *opened])
+        since = min([now or datetime.now(UTC), *opened]) - YOUNG
         found: list[tuple[StoredBlobs, Kept]] = []
         count = 0
         for store, there in listed:
@@ -65,9 +65,12 @@ async def _marked(node: app.Node, log: ClickHouseLog) -> tuple[set[str], list[da
             marked |= mentioned(message.body)
         for _, body in await log.rows(run):
             marked |= mentioned(body)
-        async for _, envelope in node.streams.envelopes(run):
-            for line in envelope.lines:
-                marked |= mentioned(line)
+        tabled = {sequence for sequence, _, _ in await log.lines(run)}
+        async for sequence, envelope in node.streams.envelopes(run):
+            tabled.discard(sequence)
+            marked |= mentioned(b"\n".join(envelope.lines))
+        for _, envelope in await log.envelopes(run, sorted(tabled)) if tabled else ():
+            marked |= mentioned(b"\n".join(envelope.lines))
         own = [record for record in await node.bus.history(run) if record.run == run]
         if own and not any(isinstance(record.event, RunFinished | RunCancelled) for record in own):
             opened.append(own[0].time)

@@ -4,6 +4,7 @@ import json
 import re
 import sys
 from collections.abc import Callable, Coroutine, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
@@ -74,6 +75,15 @@ def say(text: str) -> None:
 def tell(found: T, as_json: bool, text: Callable[[T], str]) -> None:
     """Print what was found, as JSON or as text for people."""
     say(json.dumps(found) if as_json else text(found))
+
+
+def write(file: Path, body: bytes) -> str:
+    """Write a file that was asked for, and return where it is. Raises Wrong."""
+    try:
+        file.write_bytes(body)
+    except OSError as error:
+        raise Wrong(f"{file} cannot be written: {error.strerror}") from error
+    return str(file.absolute())
 
 
 def pairs(assignments: Sequence[str] | None) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from sia_events.terminal import Json, Wrong, settings, tell, wait_for
+from sia_events.terminal import Json, Wrong, settings, tell, wait_for, write
 
 
 def sql(
@@ -27,5 +27,6 @@ def sql(
     if parquet is None:
         tell(wait_for(asking.rows(settings(), query)), as_json, answers.rows_text)
         return
-    parquet.write_bytes(wait_for(asking.parquet(settings(), query)))
-    tell({"parquet": str(parquet.absolute())}, as_json, lambda told: told["parquet"])
+    tell(
+        {"parquet": write(parquet, wait_for(asking.parquet(settings(), query)))}, as_json, lambda told: told["parquet"]
+    )

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from sia_events.terminal import Json, settings, tell, wait_for
+from sia_events.terminal import Json, settings, tell, wait_for, write
 
 
 def tree(
@@ -36,5 +36,4 @@ def compare(
     if page is None:
         tell(found, as_json, comparisons.comparison_text)
         return
-    page.write_text(comparison_page.comparison_page(found), encoding="utf-8")
-    tell({"page": str(page.absolute())}, as_json, lambda told: told["page"])
+    tell({"page": write(page, comparison_page.comparison_page(found).encode())}, as_json, lambda told: told["page"])

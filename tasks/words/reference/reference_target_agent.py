@@ -45,7 +45,7 @@ def main() -> None:
 
     items = [json.loads(line) for line in (arguments.dataset_dir / "items.jsonl").read_text().splitlines()]
     labels = json.loads((arguments.dataset_dir / "labels.json").read_text())
-    with ThreadPoolExecutor(16) as threads:
+    with ThreadPoolExecutor(32) as threads:
         dialogues = list(threads.map(ask, items))
 
     with (arguments.working_dir / "answers.jsonl").open("w") as answers:
