@@ -67,8 +67,11 @@ class Adapters:
                 write_tree(files, place)
                 await self._ask("/v1/load_lora_adapter", {"lora_name": adapter, "lora_path": str(place)})
             except ModelFailed as failed:
-                # The files stay until the next is loaded: who was too late with an answer may have taken it yet.
-                raise _refused(adapter, failed) from failed
+                told = _refused(adapter, failed)
+                if told is not failed:
+                    shutil.rmtree(place)
+                # Else they stay until the next is loaded: who was too late with an answer may have taken it yet.
+                raise told from failed
             if self._kept is None:
                 shutil.rmtree(place)
             else:

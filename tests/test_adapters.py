@@ -92,6 +92,7 @@ def about(**changes: Any) -> bytes:
         "metrics": {"loss": 0.5},
         "seed": 3,
         "code": "sia-events 0",
+        "backend": "ours",
         "probe": PROBE,
     }
     return manifest(**{**told, **changes})

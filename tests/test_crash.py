@@ -96,8 +96,8 @@ def going(task: Path, home: Path, changes: int) -> subprocess.Popen[str]:
     """A run under way that has told of so many changes."""
     process = start(home, *command(task))
     assert process.stderr
-    for _ in range(changes):
-        assert process.stderr.readline()
+    told = [process.stderr.readline() for _ in range(changes)]
+    assert all(told), f"it ended with {process.wait()} behind {told}"
     return process
 
 
