@@ -25,6 +25,7 @@ MAX_STORE_GB = 16
 MIN_FREE_MB = 64
 READY_S = 30.0
 HEALTH_S = 2.0
+PORT_TRIES = 5  # between our look for a free port and the server's start any connection may be given it
 UNHEALTHY = 3  # health checks failed in a row; one may fail on a machine that is merely busy
 
 log = structlog.get_logger()
@@ -41,6 +42,10 @@ if os.getppid() == int(sys.argv[1]): os.execv(sys.argv[2], sys.argv[2:])
 
 class NatsServerFailed(Exception):
     """There is no server to be had; the message says why, and how to mend it."""
+
+
+class PortTaken(NatsServerFailed):
+    """Somebody else was given a port between our look for a free one and the server's start."""
 
 
 @dataclass
@@ -71,20 +76,28 @@ async def running(store: Path) -> AsyncIterator[str]:
     Raises StoreHeld, whose `owner.dsn` is the URL of the server that runs there, or NatsServerFailed when the program
     is missing, too old, or does not start.
     """
-    server = NatsServer(store, await _binary())
-    with claim(store, server.url):
-        _prepare(server)
-        await _end_orphan(server)
-        try:
-            await _start(server)
-            keeper = asyncio.create_task(_keep(server))
+    binary = await _binary()
+    for tries_left in reversed(range(PORT_TRIES)):
+        server = NatsServer(store, binary)
+        with claim(store, server.url):
+            _prepare(server)
+            await _end_orphan(server)
             try:
-                yield server.url
+                try:
+                    await _start(server)
+                except PortTaken:
+                    if tries_left:
+                        continue
+                    raise
+                keeper = asyncio.create_task(_keep(server))
+                try:
+                    yield server.url
+                finally:
+                    keeper.cancel()
+                    await asyncio.gather(keeper, return_exceptions=True)
+                return
             finally:
-                keeper.cancel()
-                await asyncio.gather(keeper, return_exceptions=True)
-        finally:
-            await _end(server)
+                await _end(server)
 
 
 async def server_info(host: str, port: int) -> dict[str, object]:
@@ -166,7 +179,9 @@ async def _start(server: NatsServer) -> None:
         async with asyncio.timeout(READY_S):
             while not await _healthy(server):
                 if server.process.returncode is not None:
-                    raise NatsServerFailed(f"nats-server does not start on {server.store}: {_last_words(server)}")
+                    why = _last_words(server)
+                    failed = PortTaken if "address already in use" in why else NatsServerFailed
+                    raise failed(f"nats-server does not start on {server.store}: {why}")
                 await asyncio.sleep(0.01)
         info = await server_info("127.0.0.1", server.port)
     except TimeoutError:
@@ -174,7 +189,7 @@ async def _start(server: NatsServer) -> None:
         raise NatsServerFailed(f"nats-server was not ready in {READY_S:.0f} s: {_last_words(server)}") from None
     if info.get("server_name") != server.name:
         await _end(server)
-        raise NatsServerFailed(f"port {server.port} was taken by another NATS server; try again")
+        raise PortTaken(f"port {server.port} was taken by another NATS server; try again")
 
 
 async def _keep(server: NatsServer) -> None:

@@ -4,6 +4,7 @@ import asyncio
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Callable
@@ -213,3 +214,20 @@ async def test_several_who_come_first_at_once_all_find_the_streams(tmp_path: Pat
         assert len(await clients[0].jetstream().streams_info()) == 4
         for client in clients:
             await client.close()
+
+
+@pytest.mark.parametrize("taken", [0, 1], ids=["of clients", "of health"])
+async def test_a_port_that_somebody_took_since_we_looked_is_replaced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, taken: int
+):
+    free = nats_server._free_port
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        ports = [free(), free()]
+        ports[taken] = other.getsockname()[1]
+        monkeypatch.setattr(nats_server, "_free_port", lambda: ports.pop(0) if ports else free())
+        async with running(tmp_path / "nats") as url:
+            client = await nats.connect(url)
+            await client.close()
+        assert not ports
