@@ -102,14 +102,14 @@ async def _followed(node: app.Node, name: str, quiet: bool) -> RunFinished | Ser
             except asyncio.CancelledError:
                 if node.names:
                     await node.stop(but="recorder")
-                    await _recorded(node)
+                    await recorded(node)
                 raise
             reach("sia run before the log has everything")
-            await _recorded(node)
+            await recorded(node)
             if node.names:
                 # At a hold replies may be under way: they come, and are copied, before the end.
                 await node.stop(but="recorder")
-                await _recorded(node)
+                await recorded(node)
     return end
 
 
@@ -169,7 +169,7 @@ def _tell_of_silence(last: Record) -> None:
     )
 
 
-async def _recorded(node: app.Node) -> None:
+async def recorded(node: app.Node) -> None:
     """Wait until the log has what is on the stream, so that the next verb finds it."""
     deadline = time.monotonic() + CATCH_UP_S
     while await recorder.lag(node.bus):

@@ -14,9 +14,10 @@ from typing import Any
 
 import psutil
 
-from sia_events import app
+from sia_events import app, log_here
 from sia_events.catching_up import settled
 from sia_events.errors import NodeHeld, Unusable
+from sia_events.following import recorded
 from sia_events.home import describe, running_node
 from sia_events.local_model.weights import CARRIER, prepare
 from sia_events.shared.settings import Settings
@@ -56,6 +57,9 @@ async def _serving(node: app.Node, names: Sequence[str], as_json: bool) -> int:
         told = {"serving": list(names), "pid": os.getpid()}
         print(json.dumps(told) if as_json else f"serving {', '.join(names)}; interrupt to stop", flush=True)
         await node.guard(stop.wait())
+        if log_here.NAME in names:
+            await node.stop(but=log_here.NAME)
+            await recorded(node)
     return 0
 
 
