@@ -102,3 +102,13 @@ def spec(tiny: Path, folder: Path, lines: list[dict[str, Any]], **options: Any) 
     learning = Learning(**{name: settings.pop(name) for name in list(settings) if name in Learning.model_fields})
     paths = (str(tiny), str(folder / "rollouts.jsonl"), str(folder / "adapter"))
     return Spec(*paths, learning=learning, **settings)
+
+
+def shifted(lines: list[dict[str, Any]], by: float) -> list[dict[str, Any]]:
+    """The same text, as if a policy had made it that found every token `by` nats likelier or less likely by turns."""
+    moved = []
+    for at, line in enumerate(lines):
+        (step,) = line["steps"]
+        step = step | {"logprobs": [value + by * (-1) ** at for value in step["logprobs"]]}
+        moved.append(line | {"steps": [step], "reward": line["reward"] + 0.25 * (at % 3)})
+    return moved

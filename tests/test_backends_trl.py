@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from lessons import choice_lines, completion_lines, spec, trained
+from lessons import choice_lines, completion_lines, shifted, spec, trained
 from tiny import make_model
 
 from sia_events.errors import Unusable
@@ -30,16 +30,6 @@ Lines = list[dict[str, Any]]
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_model(tmp_path_factory.mktemp("model") / "tiny")
-
-
-def shifted(lines: Lines, by: float) -> Lines:
-    """The same text by a policy that found every token likelier or less likely, by turns: no ratio is 1."""
-    moved = []
-    for at, line in enumerate(lines):
-        (step,) = line["steps"]
-        step = step | {"logprobs": [value + by * (-1) ** at for value in step["logprobs"]]}
-        moved.append(line | {"steps": [step], "reward": line["reward"] + 0.25 * (at % 3)})
-    return moved
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,18 @@ from typing import Any
 
 import pytest
 import torch
-from lessons import CHOICES, accuracy, choice_lines, completion_lines, levelled, logprobs, policy, spec, trained
+from lessons import (
+    CHOICES,
+    accuracy,
+    choice_lines,
+    completion_lines,
+    levelled,
+    logprobs,
+    policy,
+    shifted,
+    spec,
+    trained,
+)
 from tiny import make_model, stirred
 
 from sia_events.local_model import adapter, network, weights
@@ -22,16 +33,6 @@ from sia_events.trainer.preparing import Method, prepare
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_model(tmp_path_factory.mktemp("model") / "tiny")
-
-
-def shifted(lines: list[dict[str, Any]], by: float) -> list[dict[str, Any]]:
-    """The same text, as if a policy had made it that found every token `by` nats likelier or less likely by turns."""
-    moved = []
-    for at, line in enumerate(lines):
-        (step,) = line["steps"]
-        step = step | {"logprobs": [value + by * (-1) ** at for value in step["logprobs"]]}
-        moved.append(line | {"steps": [step], "reward": line["reward"] + 0.25 * (at % 3)})
-    return moved
 
 
 def test_reinforce_sums_the_clipped_surrogate_over_a_samples_tokens(tiny: Path, tmp_path: Path) -> None:
