@@ -37,6 +37,9 @@ PROTOCOL_PARAMETERS = frozenset({
 # Formats whose blocks may be sent one after another: no header or footer around the whole.
 STREAMABLE = frozenset({"Native", "RowBinary", "JSONEachRow", "TabSeparated", "TSV", "CSV"})
 STATEMENT_LIMIT = 1 << 20
+# The table that whoever brings the schema up to date makes first and drops last. One that is there when the store is
+# opened was left by somebody who died over it: nobody else can have the store open.
+UPGRADING = "upgrading"
 # Statements at once; more wait their turn. Memory goes with the number of them, not with the size of the store.
 CONCURRENT = 4
 # A table of fewer bytes is merged into one part when the store is closed: a second of work at most.
@@ -120,6 +123,7 @@ class Engine:
         self._spool.mkdir(parents=True, exist_ok=True)
         try:
             self._first = self._connect(f"{self._path}?{urlencode(OWNER_OPTIONS)}")
+            Session(self._first, self._spool).run(Request.of({}, f"DROP TABLE IF EXISTS {UPGRADING}".encode(), False))
         except Failure as failure:
             # The engine gives its reason on stderr only; what comes back is an empty sentence.
             raise Failure(

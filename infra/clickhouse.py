@@ -16,7 +16,7 @@ import clickhouse_connect
 from clickhouse_connect.driver.client import Client
 from clickhouse_connect.driver.exceptions import DatabaseError, OperationalError, ProgrammingError
 
-from sia_events.infra.chdb_engine import ENGINE_OPTIONS
+from sia_events.infra.chdb_engine import ENGINE_OPTIONS, UPGRADING
 from sia_events.infra.store_lock import StoreHeld, claim
 from sia_events.shared.ports import Envelope, Rows
 from sia_events.shared.record import Record, parse_record, to_wire
@@ -75,7 +75,7 @@ def connect(dsn: str) -> "ClickHouseLog":
         held = ExitStack()
         try:
             held.enter_context(claim(path))
-            return _open(lambda **more: clickhouse_connect.get_client(**options, **more), held)
+            return _open(lambda **more: clickhouse_connect.get_client(**options, **more), held, alone=True)
         except StoreHeld as error:
             if error.owner and error.owner.dsn:
                 return connect(error.owner.dsn)
@@ -243,11 +243,16 @@ def migrations() -> list[tuple[int, list[str]]]:
     ]
 
 
-def _open(client: Callable[..., Client], held: ExitStack) -> ClickHouseLog:
-    """Two clients on one store: one writes, the other is held to reading by the engine itself."""
+def _open(client: Callable[..., Client], held: ExitStack, alone: bool = False) -> ClickHouseLog:
+    """Two clients on one store: one writes, the other is held to reading by the engine itself.
+
+    `alone` says that nobody else has the store open.
+    """
     with held:
         writer = _translated(lambda: client(settings=SETTINGS, tz_mode="aware"))
         held.callback(writer.close)
+        if alone:
+            _translated(lambda: writer.command(f"DROP TABLE IF EXISTS {UPGRADING}"))
         _translated(lambda: _migrate(writer))
         _check(writer)
         reader = _translated(lambda: client(settings={**SETTINGS, "readonly": "2"}, tz_mode="aware"))
@@ -270,7 +275,7 @@ def _migrate(client: Client) -> None:
         if not _upgrading(client):
             if time.monotonic() > patience:
                 # Whoever began it has died over it.
-                client.command("DROP TABLE IF EXISTS upgrading")
+                client.command(f"DROP TABLE IF EXISTS {UPGRADING}")
             time.sleep(LOOK_S)
             continue
         try:
@@ -281,7 +286,7 @@ def _migrate(client: Client) -> None:
                         client.command(statement)
                     client.insert("schema_version", [(version,)], ["version"], column_type_names=["UInt32"])
         finally:
-            client.command("DROP TABLE IF EXISTS upgrading")
+            client.command(f"DROP TABLE IF EXISTS {UPGRADING}")
     if found > ours[-1][0]:
         raise StoreTooNew(
             f"the event log is of schema {found}; this release knows schemas up to {ours[-1][0]}. "
@@ -296,7 +301,7 @@ def _version(client: Client) -> int:
 def _upgrading(client: Client) -> bool:
     """Whether it falls to us: a table of one name is made by one client only."""
     try:
-        client.command("CREATE TABLE upgrading (nothing UInt8) ENGINE = Null")
+        client.command(f"CREATE TABLE {UPGRADING} (nothing UInt8) ENGINE = Null")
     except DatabaseError as error:
         if error.code == TABLE_EXISTS:
             return False

@@ -8,6 +8,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import clickhouse_connect
+
 
 @dataclass(frozen=True)
 class Running:
@@ -37,3 +39,8 @@ def owner(path: Path, *options: str) -> Iterator[Running]:
         for pipe in (process.stdin, process.stdout, process.stderr):
             if pipe:
                 pipe.close()
+
+
+def statement(dsn: str, sql: str) -> None:
+    with clickhouse_connect.get_client(dsn=dsn) as client:
+        client.command(sql)

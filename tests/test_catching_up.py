@@ -1,17 +1,24 @@
 """What the verbs that read show after a kill: everything that was acknowledged, without any service up."""
 
 import asyncio
+import shutil
 import subprocess
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
 from bus_on import note, notes, on, opened
 from command import SMALL, assert_none_left, log, read, sia, start
+from store_owner import owner, statement
 
+from sia_events import log_here
+from sia_events.app import Node
 from sia_events.infra import nats_disk
+from sia_events.infra.chdb_engine import UPGRADING
+from sia_events.infra.child import ChildFailed
 from sia_events.infra.clickhouse import LogUnavailable
 from sia_events.infra.memory import MemoryLog
 from sia_events.infra.nats_server import running
@@ -69,7 +76,12 @@ def test_streams_that_cannot_be_read_are_told_of_and_what_the_log_has_is_shown(k
     assert [row["run"] for row in read(killed, "runs")] == ["r1"]
 
 
-def test_nobody_who_reads_is_in_the_way_of_a_run(killed: Path):
+@pytest.mark.parametrize("died_over_the_tables", [False, True])
+def test_nobody_who_reads_is_in_the_way_of_a_run(killed: Path, died_over_the_tables: bool):
+    if died_over_the_tables:
+        shutil.rmtree(killed / "log")
+        with owner(killed / "log") as running:
+            statement(running.dsn, f"CREATE TABLE {UPGRADING} (nothing UInt8) ENGINE = Null")
     looking = start(killed, "runs")
     resumed = sia(killed, "run", "--resume", "r1")
     assert resumed.returncode == 0, resumed.stderr
@@ -124,6 +136,20 @@ async def test_a_look_that_meets_the_logs_owner_on_its_way_out_is_taken_again(tm
     with pytest.raises(LogUnavailable):
         await look(Settings(home=tmp_path, log_dsn="clickhouse://nowhere"), lambda log: log.runs(), opened)
     assert len(looks) == 1, "a server that is away is told of at once"
+
+
+async def test_a_recorder_that_ends_once_the_run_is_over_is_not_waited_for(tmp_path: Path):
+    async def failing() -> None:
+        raise ChildFailed("the store is held")
+
+    absent: Any = None
+    node = Node(Settings(home=tmp_path), absent, absent, absent, absent)
+    node.tasks.append(asyncio.create_task(asyncio.Event().wait(), name="evaluator"))  # pyright: ignore
+    await node.stop(but=log_here.NAME)
+    assert node.tasks == [], "who was stopped is not taken for one who ended"
+    node.tasks.append(asyncio.create_task(failing(), name=log_here.NAME))
+    with pytest.raises(ChildFailed, match="the store is held"):
+        await node.guard(asyncio.Event().wait())
 
 
 async def test_a_run_that_nobody_answers_says_so_and_which_command_does(task: Path, tmp_path: Path):

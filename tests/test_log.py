@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import AsyncIterator, Iterator, Sequence
@@ -11,11 +12,11 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from threading import Barrier
 
-import clickhouse_connect
 import pytest
-from store_owner import owner
+from store_owner import owner, statement
 
 from sia_events.infra import clickhouse
+from sia_events.infra.chdb_engine import UPGRADING
 from sia_events.infra.clickhouse import (
     ClickHouseLog,
     LogFull,
@@ -67,11 +68,6 @@ def resumed(count: int) -> list[Event]:
 def call(name: str, **fields: object) -> bytes:
     known = {"call": name, "attempt": "a1", "version": "v1", "kind": "chat", "model": "tiny", "digest": "d", "n": 0}
     return encode_call(ModelCall(**{**known, "seed": 0, "request": {}, **fields}))  # pyright: ignore[reportArgumentType]
-
-
-def statement(dsn: str, sql: str) -> None:
-    with clickhouse_connect.get_client(dsn=dsn) as client:
-        client.command(sql)
 
 
 @contextmanager
@@ -297,6 +293,24 @@ def test_a_migration_that_was_begun_by_somebody_who_died_is_taken_over(tmp_path:
         with closing(connect(running.dsn)) as log:
             assert asyncio.run(log.query("SELECT count() AS n FROM costs"))[0]["n"] == 0
             assert not asyncio.run(log.query("SHOW TABLES LIKE 'upgrading'"))
+
+
+def test_a_migration_that_died_in_the_embedded_store_is_waited_for_by_nobody(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(clickhouse, "UPGRADE_S", 3600.0)
+
+    def begun() -> None:
+        with owner(tmp_path / "log") as running:
+            statement(running.dsn, f"CREATE TABLE {UPGRADING} (nothing UInt8) ENGINE = Null")
+
+    begun()
+    with owner(tmp_path / "log") as running, closing(connect(running.dsn)) as log:
+        assert asyncio.run(log.runs()) == []
+    shutil.rmtree(tmp_path / "log")
+    begun()
+    with closing(connect(f"chdb://{tmp_path}/log")) as log:
+        assert asyncio.run(log.runs()) == []
 
 
 async def test_a_table_without_its_durability_is_refused(tmp_path: Path):

@@ -65,7 +65,6 @@ class Node:
                 yield
             finally:
                 await self.stop()
-                self.tasks.clear()
 
     async def stop(self, but: str | None = None) -> None:
         """End every service but one: the gateway behind those who ask models, and the recorder behind the gateway."""
@@ -74,6 +73,7 @@ class Node:
             for task in ending:
                 task.cancel()
             await asyncio.gather(*ending, return_exceptions=True)
+            self.tasks[:] = [task for task in self.tasks if task not in ending]
 
     async def guard(self, work: Coroutine[Any, Any, T]) -> T:
         """Await `work`; a service that ends meanwhile ends it too, with that service's error."""

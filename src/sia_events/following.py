@@ -102,14 +102,14 @@ async def _followed(node: app.Node, name: str, quiet: bool) -> RunFinished | Ser
             except asyncio.CancelledError:
                 if node.names:
                     await node.stop(but="recorder")
-                    await recorded(node)
+                    await node.guard(recorded(node))
                 raise
             reach("sia run before the log has everything")
-            await recorded(node)
+            await node.guard(recorded(node))
             if node.names:
                 # At a hold replies may be under way: they come, and are copied, before the end.
                 await node.stop(but="recorder")
-                await recorded(node)
+                await node.guard(recorded(node))
     return end
 
 

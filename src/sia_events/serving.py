@@ -59,7 +59,7 @@ async def _serving(node: app.Node, names: Sequence[str], as_json: bool) -> int:
         await node.guard(stop.wait())
         if log_here.NAME in names:
             await node.stop(but=log_here.NAME)
-            await recorded(node)
+            await node.guard(recorded(node))
     return 0
 
 
