@@ -1,8 +1,9 @@
 """The policy: distributions over answers, drawn from in batches, with the work on shared prompts done once."""
 
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 
 import numpy as np
 import torch
@@ -95,7 +96,7 @@ class Policy:
         for adapter in {key[0] for key in missing}:
             wanted = [key for key in missing if key[0] == adapter]
             room = max(len(choice) for key in wanted for choice in key[2])
-            for batch in self._batches([key[1] for key in wanted], room):
+            for batch in self._batches(adapter, [key[1] for key in wanted], room):
                 rows = [wanted[i] for i in batch]
                 prefix, rests = self._share(adapter, [key[1] for key in rows])
                 choices = [key[2] for key in rows]
@@ -112,7 +113,7 @@ class Policy:
         for adapter in {request.adapter for request in requests}:
             mine = [i for i, request in enumerate(requests) if request.adapter == adapter]
             room = max(requests[i].max_tokens for i in mine)
-            for batch in self._batches([requests[i].prompt for i in mine], room):
+            for batch in self._batches(adapter, [requests[i].prompt for i in mine], room):
                 at = [mine[i] for i in batch]
                 done.update(zip(at, self._generate(adapter, [requests[i] for i in at]), strict=True))
         return [done[i] for i in range(len(requests))]
@@ -151,28 +152,14 @@ class Policy:
     def _adapter(self, name: str | None) -> Adapter | None:
         return None if name is None else self.adapters[name]
 
-    def _batches(self, prompts: Sequence[Prompt], room: int) -> list[list[int]]:
+    def _batches(self, adapter: str | None, prompts: Sequence[Prompt], room: int) -> list[list[int]]:
         """Indices of `prompts` in passes, so that prompts with a long common start run together.
 
-        Sorted, neighbours share most. A prompt joins the pass before it when computing both over what they share
-        costs no more tokens than two passes; within such a family, rows of like length sit together.
+        Within such a family, rows of like length sit together.
         """
-        families: list[list[int]] = []
-        shared = 0
-        for i in sorted(range(len(prompts)), key=lambda i: prompts[i]):
-            if families:
-                family = families[-1]
-                common = min(shared, common_length([prompts[family[-1]], prompts[i]]))
-                together = common + sum(len(prompts[j]) - common for j in [*family, i])
-                apart = shared + sum(len(prompts[j]) - shared for j in family) + len(prompts[i]) + PASS_COST
-                if together <= apart:
-                    family.append(i)
-                    shared = common
-                    continue
-            families.append([i])
-            shared = len(prompts[i])
+        kept = [start for name, start in self._prefixes if name == adapter]
         batches = []
-        for family in families:
+        for family in families(prompts, kept):
             batch: list[int] = []
             for i in sorted(family, key=lambda i: len(prompts[i])):
                 if batch and (len(batch) == ROWS or (len(batch) + 1) * (len(prompts[i]) + room) > SLOTS):
@@ -206,6 +193,35 @@ class Policy:
             _keep(self._prefixes, (adapter, start), state, KEPT_PREFIXES)
             have = start
         return state, [prompt[len(have) :] for prompt in prompts]
+
+
+def families(prompts: Sequence[Prompt], kept: Collection[Prompt] = ()) -> list[list[int]]:
+    """Indices of `prompts`, divided so that few tokens are computed when each family runs behind all that it shares.
+
+    `kept` are starts that are computed already.
+    """
+    rest, apart = _divided(prompts, sorted(range(len(prompts)), key=lambda i: prompts[i]), 0, kept)
+    return [*apart, rest] if rest else apart
+
+
+def _divided(
+    prompts: Sequence[Prompt], some: Sequence[int], above: int, kept: Collection[Prompt]
+) -> tuple[list[int], list[list[int]]]:
+    """Which of `some`, in order, best run with others that share only `above` tokens, and the families of the rest."""
+    start = prompts[some[0]][: common_length([prompts[some[0]], prompts[some[-1]]])]
+    mine: list[int] = []
+    apart: list[list[int]] = []
+    for _, run in groupby(some, key=lambda i: prompts[i][len(start) : len(start) + 1]):
+        alike = list(run)
+        if len(alike) == len(some):
+            mine = alike
+        else:
+            along, families = _divided(prompts, alike, len(start), kept)
+            mine += along
+            apart += families
+    known = max((len(each) for each in kept if start[: len(each)] == each), default=0)
+    saved = len(mine) * (len(start) - above) - (len(start) - max(known, above))
+    return (mine, apart) if saved <= PASS_COST else ([], [*apart, mine])
 
 
 def common_length(prompts: Sequence[Prompt]) -> int:

@@ -24,7 +24,7 @@ from sia_events.infra.models import LocalModels
 from sia_events.local_model import adapter, network, weights
 from sia_events.local_model import policy as policy_module
 from sia_events.local_model import server as server_module
-from sia_events.local_model.policy import ChoiceRequest, Policy, TextRequest, common_length
+from sia_events.local_model.policy import ChoiceRequest, Policy, TextRequest, common_length, families
 from sia_events.shared.ports import Choice
 from sia_events.shared.tree import read_tree, store_tree
 
@@ -200,10 +200,20 @@ def test_a_forgotten_adapter_leaves_nothing_behind_for_the_next_of_its_name(tiny
 def test_prompts_of_two_templates_run_apart_and_the_rest_together(tiny: Path) -> None:
     one, other = tuple(range(2, 39)) * 6, tuple(range(38, 1, -1)) * 6
     prompts = [(*stem, at) for at in range(8) for stem in (one, other)]
-    batches = policy(tiny)._batches(prompts, room=1)
+    batches = policy(tiny)._batches(None, prompts, room=1)
     assert sorted(map(len, batches)) == [8, 8]
     assert all(common_length([prompts[i] for i in batch]) >= len(one) for batch in batches)
     assert sorted(i for batch in batches for i in batch) == list(range(16))
+
+
+def test_a_long_template_that_sorts_behind_the_rest_is_computed_once(tiny: Path) -> None:
+    stem = tuple(range(2, 22))
+    short = [(*stem, 1, 30 + at) for at in range(6)]
+    long = [(*stem, 9, *range(2, 39), *range(2, 39), *range(2, 39), 30 + at) for at in range(3)]
+    assert families([*short, *long]) == [[6, 7, 8], [0, 1, 2, 3, 4, 5]]
+    assert families([*short, long[0]]) == [[*range(7)]], "a lone one computes the rest of its prompt in either pass"
+    assert families([*short, long[0]], [long[0][:-1]]) == [[6], [*range(6)]], "but that is there already"
+    assert families([*short, *short]) == [[0, 6, 1, 7, 2, 8, 3, 9, 4, 10, 5, 11]]
 
 
 def damage(folder: Path, **config: Any) -> None:

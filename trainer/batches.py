@@ -5,6 +5,9 @@ from collections.abc import Iterator, Sequence
 
 from sia_events.trainer.groups import RolloutGroup
 
+TOKENS = 4096
+"""Of a part's prompts and continuations: what bounds the memory that activations take."""
+
 
 def batches(groups: Sequence[RolloutGroup], size: int, epochs: int, seed: int) -> Iterator[list[RolloutGroup]]:
     """Every group once an epoch in an order drawn from the seed; in a batch, like kinds and lengths side by side."""
@@ -17,15 +20,21 @@ def batches(groups: Sequence[RolloutGroup], size: int, epochs: int, seed: int) -
 
 
 def parts(batch: Sequence[RolloutGroup], scenes: int) -> Iterator[list[RolloutGroup]]:
-    """A batch cut into runs of whole groups with at most that many scenes, or of one group that has more."""
+    """A batch cut into runs of whole groups with at most that many scenes and TOKENS, or of one group that has more."""
     part: list[RolloutGroup] = []
     for group in batch:
-        if part and (sum(len(g.scenes) for g in part) + len(group.scenes) > scenes or _kind(group) != _kind(part[0])):
+        both = [*part, group]
+        crowded = sum(len(each.scenes) for each in both) > scenes or sum(map(_tokens, both)) > TOKENS
+        if part and (crowded or _kind(group) != _kind(part[0])):
             yield part
             part = []
         part.append(group)
     if part:
         yield part
+
+
+def _tokens(group: RolloutGroup) -> int:
+    return sum(len(scene.prompt) + sum(map(len, scene.continuations)) for scene in group.scenes)
 
 
 def _kind(group: RolloutGroup) -> tuple[bool, float]:

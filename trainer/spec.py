@@ -32,7 +32,7 @@ class Spec:
     learning: Learning = field(default_factory=Learning)
     seed: int = 0
     epochs: int = 1
-    micro_prompts: int = 8
+    micro_prompts: int = 24
     targets: tuple[str, ...] = ()
     warmup: int = 5
     grad_norm: float = 1.0
