@@ -4,7 +4,7 @@ import asyncio
 import hashlib
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Coroutine, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 from uuid import uuid5
@@ -83,11 +83,11 @@ class Calls:
         if key in self._under_way:
             reading, _ = self._under_way[key]
         elif refused := self._refused(claims, len(recorded)):
-            reading.end(None, refused)
+            reading.end(refused)
         elif away := self._away(claims):
             reading.end(away)
         else:
-            self._begin(key, reading, self._read(wire, reading, digest, n, streamed))
+            self._begin(key, reading, lambda: self._call(wire, reading, digest, n, streamed))
         reading.if_unanswered(lambda: self._journal.give_back(claims.run, claims.start, digest, n))
         await self._note(claims, reading.ask.claims.start, digest, n)
         return reading
@@ -113,16 +113,30 @@ class Calls:
         if tasks:
             log.warning("replies did not come in time: they are asked, and paid for, again", calls=len(tasks))
 
-    def _begin(self, key: tuple[str, ...], reading: Reading, work: Coroutine[Any, Any, None]) -> None:
-        task = asyncio.create_task(work)
-        self._under_way[key] = reading, task
-
-        def over(task: asyncio.Task[None]) -> None:
+    def _begin(self, key: tuple[str, ...], reading: Reading, call: Callable[[], Awaitable[ModelCall]]) -> None:
+        def over(end: ModelCall | Exception) -> None:
+            # In this order: who is told of the end and asks once more must not be given it again.
             del self._under_way[key]
-            if task.cancelled():
-                reading.end(None, Refused(500, ENDING))
+            reading.end(end)
 
-        task.add_done_callback(over)
+        async def read() -> None:
+            try:
+                end = await call()
+            except Refused as refused:
+                end = refused
+            except Exception as error:
+                # Whoever follows it raises this; there may be nobody left who does.
+                log.error("a model call was lost", call=reading.ask.call, error=f"{type(error).__name__}: {error}")
+                end = error
+            over(end)
+
+        def look(task: asyncio.Task[None]) -> None:
+            if task.cancelled():
+                over(Refused(500, ENDING))
+
+        task = asyncio.create_task(read())
+        task.add_done_callback(look)
+        self._under_way[key] = reading, task
 
     async def _note(self, claims: Claims, asked_by: str, digest: str, n: int) -> None:
         """Put on record that an agent is given the reply to a call that another start of it has made."""
@@ -143,21 +157,12 @@ class Calls:
         found = (self._told.get((claims.run, claims.start, fault)) for fault in AWAY)
         return next((call for call in found if call), None)
 
-    async def _read(self, wire: Wire, reading: Reading, digest: str, n: int, streamed: bool) -> None:
-        try:
-            reading.end(await self._call(wire, reading, digest, n, streamed))
-        except Refused as refused:
-            reading.end(None, refused)
-        except Exception as error:
-            # Whoever follows it raises this; there may be nobody left who does.
-            log.error("a model call was lost", call=reading.ask.call, error=f"{type(error).__name__}: {error}")
-            reading.end(None, error)
-
     async def _call(self, wire: Wire, reading: Reading, digest: str, n: int, streamed: bool) -> ModelCall:
         """Ask the provider and record what came of it."""
         ask, started, at = reading.ask, time.monotonic(), self._clock.now()
         claims, metadata = ask.claims, ask.body.get("metadata")
         item = metadata.get("item") if isinstance(metadata, dict) else None
+        reach("model_gateway before asking a model")
         came = await self._outcome(wire, reading, streamed)
         call = ModelCall(
             call=ask.call,
@@ -234,15 +239,15 @@ class Calls:
         def goes_on() -> bool:
             return not (reading.parts or self._ending)
 
-        async for go in self._patience.tries(reading.ask.model, goes_on, rests):
-            with go:
-                reading.asked = True
-                if not streamed:
-                    return await question.whole()
-                async for part in question.parts():
-                    reading.add(part)
-                return question.gather(reading.parts)
-        raise AssertionError("tries end with a reply or a raise")
+        async def ask() -> Body:
+            reading.asked = True
+            if not streamed:
+                return await question.whole()
+            async for part in question.parts():
+                reading.add(part)
+            return question.gather(reading.parts)
+
+        return await self._patience.asked(reading.ask.model, ask, goes_on, rests)
 
     async def _is_news(self, claims: Claims, failed: ModelCall) -> bool:
         """Whether this start of the program has no such fault on record, but of calls that were answered since."""

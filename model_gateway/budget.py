@@ -14,7 +14,7 @@ from sia_events.shared.calls import decode_call
 from sia_events.shared.events import Budget, BudgetChanged, BudgetExhausted, RunPaused, RunResumed
 from sia_events.shared.ports import Bus, Clock, ModelFailed
 from sia_events.shared.record import Draft, Record, answers, derived_id
-from sia_events.shared.run import fold
+from sia_events.shared.run import Run, fold
 
 LOOK_S = 1.0
 WARN_AT = (0.5, 0.8)
@@ -68,6 +68,7 @@ class _Account:
     held: Spend = Spend()
     limits: Budget = field(default_factory=Budget)
     history: Sequence[Record] = ()
+    state: Run = field(default_factory=Run)
     looked: float = float("-inf")
     rate: float | None = None
     recent: deque[tuple[float, float]] = field(default_factory=deque)
@@ -106,7 +107,7 @@ class Ledger:
             )
         worst = Spend(usd or 0.0, prompt_tokens + max_tokens, 1)
         async with account.news:
-            while over := _over(account.limits, account.spent + account.held + worst, self._minutes(account)):
+            while over := self._over(account, worst):
                 if account.held == Spend() or over == "minutes":
                     if await self._look(run, account):
                         continue  # somebody may have said meanwhile that there is more
@@ -150,7 +151,8 @@ class Ledger:
         account.looked, known = time.monotonic(), len(account.history)
         if len(history) == known:
             return False
-        account.history, settings = history, fold(history).settings
+        account.history, account.state = history, fold(history[known:], account.state)
+        settings = account.state.settings
         account.limits, account.rate = settings.budget, settings.pause_usd_per_minute
         return True
 
@@ -162,6 +164,18 @@ class Ledger:
                 if call.reply is not None or call.completion_tokens:
                     spent += Spend(call.usd or 0.0, call.prompt_tokens + call.completion_tokens, 1)
         return spent
+
+    def _over(self, account: _Account, worst: Spend) -> Limit | None:
+        """The first limit that a call of `worst` would pass."""
+        # Minutes are counted from all the run's records: only where they are limited.
+        if account.limits.minutes is not None and self._minutes(account) >= account.limits.minutes:
+            return "minutes"
+        total = account.spent + account.held + worst
+        for limit in ("usd", "tokens", "calls"):
+            allowed = getattr(account.limits, limit)
+            if allowed is not None and getattr(total, limit) > allowed:
+                return limit
+        return None
 
     def _minutes(self, account: _Account) -> float:
         return active_minutes(account.history, self._clock.now())
@@ -222,17 +236,6 @@ def active_minutes(history: Sequence[Record], now: datetime) -> float:
             stopped = None
     total += ((stopped or now) - since).total_seconds()
     return total / 60
-
-
-def _over(limits: Budget, total: Spend, minutes: float) -> Limit | None:
-    """The first limit that `total` would pass."""
-    if limits.minutes is not None and minutes >= limits.minutes:
-        return "minutes"
-    for limit in ("usd", "tokens", "calls"):
-        allowed = getattr(limits, limit)
-        if allowed is not None and getattr(total, limit) > allowed:
-            return limit
-    return None
 
 
 def _tokens(usage: Mapping[str, Any]) -> int:

@@ -93,7 +93,6 @@ class Journal:
             await self._flusher
 
     async def _flush(self) -> None:
-        await asyncio.sleep(0)  # who records at the same moment shares the first write
         while self._waiting:
             batch, self._waiting = self._waiting[:LINES], self._waiting[LINES:]
             bundles: dict[tuple[str, str], list[tuple[ModelCall, asyncio.Future[None]]]] = defaultdict(list)
@@ -108,6 +107,8 @@ class Journal:
                     known.update({(call.digest, call.n): call for call, _ in calls if call.reply is not None})
                     outcome = None
                 except Exception as error:
+                    # Nobody told us, but it may stand there all the same: what is recorded has to be read again.
+                    self._known.pop((run, key), None)
                     outcome = error
                 for _, done in calls:
                     if done.done():  # whoever asked has gone away meanwhile

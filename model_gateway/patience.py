@@ -1,7 +1,8 @@
 """How a provider that fails is asked again: what may pass, how long it is waited for, and whose fault it was."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
+from typing import TypeVar
 
 import structlog
 from tenacity import AsyncRetrying, RetryCallState, retry_if_exception, stop_before_delay, wait_exponential, wait_random
@@ -12,6 +13,8 @@ from sia_events.shared.ports import ModelFailed
 NOT_THE_CALLERS = ("no_key", "unknown_model", "rate_limited", "timeout")
 # The embedded model takes a few seconds to start.
 QUIET_S, COMPLAINTS_S = 5.0, 20.0
+
+T = TypeVar("T")
 
 log = structlog.get_logger()
 _backoff = wait_exponential(multiplier=0.2, max=5) + wait_random(0, 0.5)
@@ -24,23 +27,27 @@ class Patience:
         self._seconds = seconds
         self._complained: dict[str, float] = {}
 
-    def tries(self, model: str, goes_on: Callable[[], bool], rests: Callable[[], None]) -> AsyncRetrying:
-        """Tries of one call, while the fault is the provider's and it `goes_on`; `rests` is told before each wait.
+    async def asked(
+        self, model: str, ask: Callable[[], Awaitable[T]], goes_on: Callable[[], bool], rests: Callable[[], None]
+    ) -> T:
+        """What `ask` returns, tried while the fault is the provider's and it `goes_on`; `rests` is told of each wait.
 
-        A provider that wants to be asked later than there is patience for is not asked again.
+        A provider that wants to be asked later than there is patience for is not asked again. Raises what the last
+        try raised.
         """
 
         def rest(state: RetryCallState) -> None:
             rests()
             self._tell(model, state)
 
-        return AsyncRetrying(
+        tries = AsyncRetrying(
             retry=retry_if_exception(lambda error: goes_on() and _passes(error)),
             stop=stop_before_delay(self._seconds),
             wait=_pause,
             before_sleep=rest,
             reraise=True,
         )
+        return await tries(ask)
 
     def _tell(self, model: str, state: RetryCallState) -> None:
         """Say that a provider keeps us waiting, seldom and for all its calls: who follows would take it for a hang."""

@@ -19,40 +19,37 @@ class Reading:
         self.native = False
         self.asked = False
         self.parts: list[Body] = []
-        self._ended: asyncio.Future[ModelCall] = asyncio.get_running_loop().create_future()
+        self._end: ModelCall | Exception | None = None
+        self._if_unanswered: list[Callable[[], None]] = []
         self._news = asyncio.Event()
 
     def add(self, part: Body) -> None:
         self.parts.append(part)
         self._wake()
 
-    def end(self, call: ModelCall | None, error: Exception | None = None) -> None:
+    def end(self, end: ModelCall | Exception) -> None:
         """With the recorded call, or with why there is none."""
-        if call is not None:
-            self._ended.set_result(call)
-        else:
-            assert error is not None, "a call that is not recorded has a reason"
-            self._ended.set_exception(error)
-            self._ended.exception()  # looked at: there may be nobody left to raise it to
+        assert self._end is None, "a reply ends once"
+        self._end = end
+        if self._unanswered:
+            for then in self._if_unanswered:
+                then()
         self._wake()
 
     def if_unanswered(self, then: Callable[[], None]) -> None:
-        """Have `then` called where it ends without a reply."""
-
-        def look(ended: asyncio.Future[ModelCall]) -> None:
-            if ended.exception() or ended.result().reply is None:
-                then()
-
-        self._ended.add_done_callback(look)
+        """Have `then` called where it ends, or has ended, without a reply."""
+        if self._unanswered:
+            then()
+        self._if_unanswered.append(then)
 
     async def begun(self) -> None:
         """Returns when there is a first part, or the end."""
-        while not self.parts and not self._ended.done():
+        while not self.parts and self._end is None:
             await self._news.wait()
 
     async def follow(self) -> AsyncIterator[Body]:
         seen = 0
-        while seen < len(self.parts) or not self._ended.done():
+        while seen < len(self.parts) or self._end is None:
             if seen == len(self.parts):
                 await self._news.wait()
             else:
@@ -61,7 +58,15 @@ class Reading:
 
     async def call(self) -> ModelCall:
         """The call as it is recorded. Raises Refused for a request that cannot be served."""
-        return await asyncio.shield(self._ended)
+        while self._end is None:
+            await self._news.wait()
+        if isinstance(self._end, Exception):
+            raise self._end
+        return self._end
+
+    @property
+    def _unanswered(self) -> bool:
+        return isinstance(self._end, Exception) or (self._end is not None and self._end.reply is None)
 
     def _wake(self) -> None:
         self._news.set()

@@ -1,10 +1,12 @@
 """Runs one attempt: lays down harness and data, starts the agent in the sandbox, takes over what it wrote."""
 
+import asyncio
 import secrets
 import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
 from datetime import datetime, timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ from msgspec.structs import replace
 
 from sia_events.shared.calls import AWAY, GivenAgain, ModelCall, decode_call, encode_call, journal_key, spent
 from sia_events.shared.events import AttemptFailed, AttemptRequested, Event, ExecutionLogged, FailureKind
+from sia_events.shared.failpoints import reach
 from sia_events.shared.outage import fails_alone
 from sia_events.shared.packages import PACKAGES, PackagesMissing, environment
 from sia_events.shared.ports import Job, Limits, Outcome, ProviderAway
@@ -66,6 +69,7 @@ async def attempt(work: Work, asked: AttemptRequested) -> Sequence[Event]:
         outcome = await ports.sandbox.run(
             _job(folder, packages, ports.door.socket, token, version.weights.model, limits)
         )
+        reach("target_runner after running an agent")
         overslept = ports.clock.now() >= expires
         recorded = await _recorded(work, asked.attempt)
         calls, paid = _each_once(recorded), _paid(recorded)
@@ -84,7 +88,8 @@ async def attempt(work: Work, asked: AttemptRequested) -> Sequence[Event]:
         except TreeRefused as refused:
             return [_failed(asked, "invalid_output", str(refused), paid)]
     finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        # The disk takes milliseconds over it, for which nobody waits.
+        asyncio.get_running_loop().run_in_executor(None, partial(shutil.rmtree, folder, ignore_errors=True))
     if not outputs:
         return [_failed(asked, "empty_reply", "the agent ended well and wrote nothing", paid)]
     return [

@@ -21,12 +21,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Self
 
-import uvicorn
 from loopback_wires import Reply, ToolCall, Wire, events, first_word, last_text, whole
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
+from web import served
 
 
 @dataclass(frozen=True)
@@ -99,6 +99,7 @@ class Loopback:
         self._lock = threading.Lock()
         self._ready = threading.Event()
         self._released: asyncio.Event
+        self._over: asyncio.Event
         self._thread = threading.Thread(target=lambda: asyncio.run(self._serve()), daemon=True)
 
     @property
@@ -137,7 +138,7 @@ class Loopback:
 
     def __exit__(self, *_: object) -> None:
         self.release()
-        self._server.should_exit = True
+        self._loop.call_soon_threadsafe(self._over.set)
         self._thread.join()
         self._socket.close()
 
@@ -149,11 +150,10 @@ class Loopback:
 
     async def _serve(self) -> None:
         app = Starlette(routes=[Route("/{path:path}", self._answer, methods=["GET", "POST"])])
-        self._loop, self._released = asyncio.get_running_loop(), asyncio.Event()
-        config = uvicorn.Config(app, log_level="critical", lifespan="off", timeout_graceful_shutdown=1)
-        self._server = uvicorn.Server(config)
-        self._ready.set()
-        await self._server.serve(sockets=[self._socket])
+        self._loop, self._released, self._over = asyncio.get_running_loop(), asyncio.Event(), asyncio.Event()
+        async with served(app, self._socket, patience_s=1):
+            self._ready.set()
+            await self._over.wait()
 
     async def _answer(self, request: Request) -> Response:
         path = request.url.path

@@ -21,7 +21,7 @@ from sia_events.model_gateway.journal import Journal
 from sia_events.model_gateway.ledger import Unlimited
 from sia_events.model_gateway.token import TokenDoor, keep_secret
 from sia_events.shared.calls import ModelCall, decode_call
-from sia_events.shared.ports import BusFull, Chat, Choice, Envelope, ModelFailed, Text
+from sia_events.shared.ports import BusFull, BusUnreachable, Chat, Choice, Envelope, ModelFailed, Text
 
 SECRET = "a secret of the tests"
 CLAIMS: dict[str, Any] = {
@@ -396,6 +396,21 @@ async def test_a_reply_that_cannot_be_recorded_is_not_given():
     broken = House(Full(), Counting())
     with pytest.raises(BusFull):
         await broken.chat()
+
+
+async def test_a_reply_that_was_recorded_unheard_is_given_when_it_is_asked_for_again_and_not_paid_for_again():
+    class Deaf(MemoryBus):
+        """A bus whose answer is lost."""
+
+        async def trace(self, envelope: Envelope) -> None:
+            await super().trace(envelope)
+            raise BusUnreachable("no answer")
+
+    house = House(Deaf(), Counting())
+    with pytest.raises(BusUnreachable):
+        await house.chat()
+    assert (await house.chat()).status_code == 200
+    assert len(house.models.asked) == len(await house.recorded()) == 1
 
 
 async def test_closing_waits_until_what_was_answered_is_on_disk(house: House):

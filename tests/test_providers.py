@@ -1,7 +1,9 @@
 """Each provider's adapter through its real SDK: plain, tools, streams, and every way in which a provider fails."""
 
 import asyncio
+import gc
 import socket
+import sys
 import threading
 import traceback
 from collections.abc import AsyncIterator, Mapping
@@ -375,3 +377,10 @@ async def test_a_key_of_the_environment_goes_to_no_provider_that_it_was_not_give
             await providers.find(f"{kind}/m").chat(call(kind))  # type: ignore[arg-type]
             assert KEY not in str(provider.requests[0].headers)
             await providers.aclose()
+
+
+async def test_an_sdk_once_loaded_is_nothing_that_the_garbage_collector_looks_through_again():
+    providers = Providers(built_in(), {"OPENAI_API_KEY": KEY})
+    providers.find("openai/m")
+    await providers.aclose()
+    assert all(looked_through is not vars(sys.modules["openai"]) for looked_through in gc.get_objects())

@@ -3,17 +3,17 @@
 import asyncio
 import json
 import socket
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
-from contextlib import asynccontextmanager, contextmanager
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import uvicorn
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
+from web import served
 
 from sia_events.infra.memory import MemoryBlobs, MemoryBus, SystemTime
 from sia_events.infra.sandbox import UnsafeProcess
@@ -90,27 +90,14 @@ class Scripted:
         raise ModelFailed(400, "a scripted model tells no log-probs", "unsupported")
 
 
-class Door(uvicorn.Server):
-    """Uvicorn without its own signal handling."""
-
-    @contextmanager
-    def capture_signals(self) -> Iterator[None]:
-        yield
-
-
 @asynccontextmanager
 async def serving(app: Any, path: Path) -> AsyncIterator[None]:
     """An ASGI application on a unix socket; who connects early waits in the socket's queue."""
     with socket.socket(socket.AF_UNIX) as listening:
         listening.bind(str(path))
         listening.listen(64)
-        server = Door(uvicorn.Config(app, log_level="error", lifespan="off", timeout_graceful_shutdown=1))
-        task = asyncio.create_task(server.serve(sockets=[listening]))
-        try:
+        async with served(app, listening, patience_s=1):
             yield
-        finally:
-            server.should_exit = True
-            await task
 
 
 @asynccontextmanager

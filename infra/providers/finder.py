@@ -1,6 +1,7 @@
 """Who answers for a model: the adapter of its provider, made when it is first asked for and closed at the end."""
 
 import asyncio
+import gc
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import import_module
@@ -64,6 +65,10 @@ class Providers:
                 said = f"{name} cannot be asked for {model}: {lack}"
                 raise ModelFailed(lack.status, said, lack.kind)
             self._open[name] = self._made(name, provider)
+            # An SDK is a hundred thousand objects that stay: left to the collector, every few hundred calls it would go
+            # through them all, and every call would wait for it.
+            gc.collect()
+            gc.freeze()
         return self._open[name]
 
     def turn_away(self) -> None:
