@@ -9,6 +9,7 @@ from pathlib import Path
 import msgspec
 
 from sia_events.agents.check import MAX_FILES, MAX_TREE, without_caches
+from sia_events.shared.failpoints import reach
 from sia_events.shared.ports import Brief, Envelope, Job, Limits, Outcome, Ports
 from sia_events.shared.tree import TreeRefused, load_tree, read_tree, store_tree, write_tree
 
@@ -63,7 +64,9 @@ async def run_command(
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     step = Step(key, command, text, await store_tree(ports.blobs, files))
+    reach("agents before recording a command")
     await ports.bus.trace(Envelope(brief.run, "step", brief.key, (msgspec.json.encode(step),)))
+    reach("agents after recording a command")
     return files, text
 
 

@@ -8,7 +8,7 @@ from typing import Literal
 import msgspec
 
 from sia_events.shared.events import ServiceFailed
-from sia_events.shared.record import GENESIS, Record, UnreadableRecord, link, parse_record
+from sia_events.shared.record import GENESIS, Record, UnreadableRecord, follows, parse_record
 
 ONCE = "readers take it once"
 
@@ -196,7 +196,7 @@ def _chain(
 
 
 def _follows(previous: str, copy: _Copy) -> bool:
-    return copy.chain is not None and link(previous, copy.wire) == copy.chain
+    return copy.chain is not None and follows(previous, copy.wire, copy.chain)
 
 
 def _same(one: _Copy, other: _Copy | None) -> bool:

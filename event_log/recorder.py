@@ -2,6 +2,7 @@
 
 from contextlib import aclosing
 
+from sia_events.shared.failpoints import reach
 from sia_events.shared.ports import Bus, Feed, Log
 
 NAME = "recorder"
@@ -31,18 +32,23 @@ async def rebuild(bus: Bus, log: Log) -> None:
     The place is given up first: cut short between the two, the log holds too much and not too little.
     """
     await bus.rewind(NAME)
+    reach("recorder before clearing the log")
     await log.clear()
+    reach("recorder after clearing the log")
     await catch_up(bus, log)
 
 
 async def store(batch: Feed, log: Log) -> None:
     """Insert a batch, then ack it. Its token is its stretch of the stream, so that a second insert is none."""
     token = f"{batch.stream} {batch.first}-{batch.last}"
+    reach(f"recorder before inserting from {batch.stream}")
     if batch.records:
         await log.append(batch.records, token)
     if batch.envelopes:
         await log.append_traces(batch.envelopes, token)
+    reach(f"recorder before acking {batch.stream}")
     await batch.ack()
+    reach(f"recorder after acking {batch.stream}")
 
 
 async def lag(bus: Bus) -> int:

@@ -8,16 +8,17 @@ import io
 import json
 import os
 import tarfile
-from collections.abc import AsyncIterator, Iterator, Mapping
-from contextlib import suppress
+from collections.abc import AsyncIterator, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from sia_events.infra.zstd import zstd
 
 FORMAT, VERSION = "sia-archive", 1
 HEAD, MANIFEST = "archive.json", "manifest.json"
 LEVEL = 9
+PIECE = 2**20
 
 
 class ArchiveUnusable(Exception):
@@ -45,36 +46,50 @@ async def write(file: Path, head: Mapping[str, Any], members: AsyncIterator[tupl
         draft.unlink(missing_ok=True)
 
 
-def read(file: Path) -> Iterator[tuple[str, bytes]]:
+def read(file: Path) -> Iterator[tuple[str, Iterator[bytes]]]:
     """The archive's members between head and manifest, in order; the head is checked first, the manifest at the end.
 
+    A member comes in pieces, so that it need not be held as a whole; what is not taken of it is read all the same.
     Raises ArchiveUnusable, maybe behind the last member.
     """
     seen: dict[str, dict[str, Any]] = {}
     listed: Any = None
-    for name, body in _members(file):
+    for name, pieces in _members(file):
         if listed is not None:
             raise ArchiveUnusable(f"{file} has more behind its end; nothing was written")
         if not seen:
+            body = b"".join(pieces) if name == HEAD else b""
             check_head(file, name, body)
-        if name == MANIFEST:
-            listed = _parsed(file, body).get("members")
-            continue
-        if name in seen:
+            seen[name] = _entry(body)
+        elif name == MANIFEST:
+            listed = _parsed(file, b"".join(pieces)).get("members")
+        elif name in seen:
             raise ArchiveUnusable(f"{file} has two members {name!r}; nothing was written")
-        seen[name] = _entry(body)
-        if name != HEAD:
-            yield name, body
+        else:
+            measured = _measured(pieces, seen.setdefault(name, {}))
+            yield name, measured
+            for _ in measured:
+                pass
     if listed is None:
         raise ArchiveUnusable(f"{file} is cut short: its manifest is missing; nothing was written. Copy it again.")
     if wrong := sorted(name for name in {*seen, *listed} if seen.get(name) != listed.get(name)):
         raise ArchiveUnusable(f"{file} was altered: {wrong[0]} is not what its manifest says; nothing was written")
 
 
+def lines(pieces: Iterable[bytes]) -> Iterator[bytes]:
+    """What stands between the line ends of a member."""
+    rest = b""
+    for piece in pieces:
+        *whole, rest = (rest + piece).split(b"\n")
+        yield from whole
+    if rest:
+        yield rest
+
+
 def read_head(file: Path) -> Mapping[str, Any]:
     """What the archive says it is. Raises ArchiveUnusable."""
-    for name, body in _members(file):
-        return check_head(file, name, body)
+    for name, pieces in _members(file):
+        return check_head(file, name, b"".join(pieces) if name == HEAD else b"")
     raise ArchiveUnusable(f"{file} is empty; nothing was written")
 
 
@@ -89,18 +104,39 @@ def check_head(file: Path, name: str, body: bytes) -> Mapping[str, Any]:
     return head
 
 
-def _members(file: Path) -> Iterator[tuple[str, bytes]]:
+def _members(file: Path) -> Iterator[tuple[str, Iterator[bytes]]]:
+    with _refusing(file), zstd.ZstdFile(file, "rb") as packed, tarfile.open(fileobj=packed, mode="r|") as tar:
+        for entry in tar:
+            body = tar.extractfile(entry) if entry.isreg() else None
+            if body is None:
+                raise ArchiveUnusable(f"{file} has a member that is no plain file; nothing was written")
+            yield entry.name, _pieces(file, body)
+
+
+def _pieces(file: Path, body: IO[bytes]) -> Iterator[bytes]:
+    with _refusing(file):
+        while piece := body.read(PIECE):
+            yield piece
+
+
+@contextmanager
+def _refusing(file: Path) -> Iterator[None]:
     try:
-        with zstd.ZstdFile(file, "rb") as packed, tarfile.open(fileobj=packed, mode="r|") as tar:
-            for entry in tar:
-                body = tar.extractfile(entry) if entry.isreg() else None
-                if body is None:
-                    raise ArchiveUnusable(f"{file} has a member that is no plain file; nothing was written")
-                yield entry.name, body.read()
+        yield
     except (tarfile.TarError, zstd.ZstdError, EOFError) as error:
         raise ArchiveUnusable(f"{file} is cut short or altered: {error}; nothing was written") from error
     except OSError as error:
-        raise ArchiveUnusable(f"{file} cannot be read: {error}; nothing was written") from error
+        raise ArchiveUnusable(f"{file} cannot be read: {error.strerror or error}; nothing was written") from error
+
+
+def _measured(pieces: Iterable[bytes], into: dict[str, Any]) -> Iterator[bytes]:
+    """The pieces, and when they are through, what they come to."""
+    digest, size = hashlib.sha256(), 0
+    for piece in pieces:
+        digest.update(piece)
+        size += len(piece)
+        yield piece
+    into.update(size=size, sha256=digest.hexdigest())
 
 
 def _add(tar: tarfile.TarFile, name: str, body: bytes, made: dict[str, dict[str, Any]]) -> None:

@@ -129,7 +129,9 @@ class Engine:
             raise Failure(
                 failure.code,
                 f"the store {self._path} cannot be opened: {failure} The engine's own words stand above. "
-                "Nothing was changed; see that the disk is not full and that the folder is yours to write.",
+                "Nothing was changed; see that the disk is not full and that the folder is yours to write. Where it is "
+                "damaged (a disk that fills up while tables are made can do that): all that it has is on the streams. "
+                "Move that folder away, then sia rebuild.",
             ) from failure
 
     def close(self) -> None:

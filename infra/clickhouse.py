@@ -28,6 +28,7 @@ TABLES = ("events", *TRACES)
 SETTINGS = {"async_insert": "0", "wait_for_async_insert": "1", "insert_deduplicate": "1", "max_threads": "2"}
 TABLE_SETTINGS = ("fsync_after_insert = 1", "fsync_part_directory = 1", "non_replicated_deduplication_window = 10000")
 READERS_S = 5.0
+ANSWER_S = 300.0  # what somebody asks in SQL may take its time
 NO_SPACE = 243  # ClickHouse's NOT_ENOUGH_SPACE
 TABLE_EXISTS = 57
 UPGRADE_S, LOOK_S = 30.0, 0.05
@@ -55,8 +56,10 @@ class QueryRefused(Exception):
     """The engine refused a statement; the message is its own."""
 
 
-def connect(dsn: str) -> "ClickHouseLog":
+def connect(dsn: str, answer_s: float = ANSWER_S) -> "ClickHouseLog":
     """Open the log and bring its schema up to date. Blocking: it opens files or sockets.
+
+    A server, or an owner, that leaves a question without an answer for `answer_s` counts as away.
 
     `chdb:///path` is the embedded store: opened in this process, or, when an owner process holds it, asked through
     that. `clickhouse://user:password@host:port/database` is a server, or an owner named directly.
@@ -66,7 +69,12 @@ def connect(dsn: str) -> "ClickHouseLog":
     if url.scheme != "chdb":
         local = url.hostname in ("127.0.0.1", "localhost", "::1")
         # Compression costs more than it saves on loopback. Without a session any thread may use the client.
-        remote = {"dsn": dsn, "compress": not local, "autogenerate_session_id": False}
+        remote = {
+            "dsn": dsn,
+            "compress": not local,
+            "autogenerate_session_id": False,
+            "send_receive_timeout": answer_s,
+        }
         return _open(lambda **more: clickhouse_connect.get_client(**remote, **more), ExitStack())
     path = Path(unquote(url.path))
     options = {"interface": "chdb", "path": str(path), "chdb_options": ENGINE_OPTIONS}
@@ -78,14 +86,17 @@ def connect(dsn: str) -> "ClickHouseLog":
             return _open(lambda **more: clickhouse_connect.get_client(**options, **more), held, alone=True)
         except StoreHeld as error:
             if error.owner and error.owner.dsn:
-                return connect(error.owner.dsn)
+                return connect(error.owner.dsn, answer_s)
             # Somebody who reads, as we do, and is done soon; or an owner that has not said yet how to ask it.
             if time.monotonic() > deadline:
                 raise
-        except LogUnavailable:
+        except (LogUnavailable, QueryRefused) as error:
             # The engine of a process that has just let go of the store may not have let go of its files yet.
             if time.monotonic() > deadline:
-                raise
+                raise LogUnavailable(
+                    f"the event log in {path} cannot be opened; it may be damaged. All that it has is on the streams: "
+                    f"move that folder away, then sia rebuild. The engine said: {error.__cause__ or error}"
+                ) from error
         time.sleep(0.05)
 
 

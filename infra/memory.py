@@ -6,11 +6,11 @@ from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from itertools import count
+from itertools import chain, count
 from typing import Any, Literal
 
 from sia_events.infra.delivery import checked_name, delay, give_up, give_up_unread, is_last
-from sia_events.infra.tail import Tail, check_part, following, stored
+from sia_events.infra.tail import Tail, check_copied, check_part, following, left_at, stored
 from sia_events.shared.events import RunBranched
 from sia_events.shared.ports import BlobMissing, Blobs, Clock, Envelope, Feed, NoSuchPosition, Rows
 from sia_events.shared.record import Draft, Record, UnreadableRecord, parse_record, to_wire
@@ -79,12 +79,12 @@ class MemoryBus:
         if found := stored(tail, drafts):
             return found
         opens = drafts[0].event
-        parent: Sequence[Record] = ()
+        fork: Record | None = None
         if isinstance(opens, RunBranched) and not tail.records:
             if opens.parent == run:
                 raise NoSuchPosition(f"run {run!r} cannot branch from itself")
-            parent = await self.history(opens.parent)
-        records = following(tail, drafts, parent, self._clock.now())
+            fork = left_at(await self.history(opens.parent), opens)
+        records = following(tail, drafts, fork, self._clock.now())
         for record in records:
             self._store(Message(run, record.type, to_wire(record), record))
         return records
@@ -110,11 +110,16 @@ class MemoryBus:
         return self._tails.setdefault(checked_name(run), Tail(run))
 
     async def history(self, run: str) -> Sequence[Record]:
-        tail = self._tail(run)
-        tail.require_known()
-        if fork := tail.fork:
-            return (*(await self.history(fork.parent))[: fork.at], *tail.records)
-        return tuple(tail.records)
+        parts: dict[str, Sequence[Record]] = {}
+        end = None
+        while run not in parts:
+            tail = self._tail(run)
+            tail.require_known()
+            parts[run] = tail.up_to(end)
+            if not (fork := tail.fork):
+                break
+            run, end = fork.parent, fork.at if end is None else min(end, fork.at)
+        return tuple(chain.from_iterable(reversed(parts.values())))
 
     async def runs(self) -> Sequence[str]:
         return [run for run, tail in self._tails.items() if tail.records]
@@ -167,7 +172,7 @@ class MemoryBus:
     async def _deliver(
         self, service: str, message: Message, sequence: int, answer: Callable[[Record], Awaitable[None]]
     ) -> None:
-        record = await self._record(service, message, sequence)
+        record = await self._record(service, message, sequence, check_part)
         for tries in count(1) if record else ():
             assert record
             try:
@@ -177,12 +182,14 @@ class MemoryBus:
                     return await give_up(self, self._blobs, service, record, message.wire, sequence, error, tries)
                 await asyncio.sleep(delay(tries, self._retry_delay))
 
-    async def _record(self, reader: str, message: Message, sequence: int) -> Record | None:
+    async def _record(
+        self, reader: str, message: Message, sequence: int, check: Callable[[Tail, Record], None]
+    ) -> Record | None:
         """The message as a record of its run; what is none becomes a dead letter, by whoever reads it first."""
         try:
             if isinstance(message.read, UnreadableRecord):
                 raise message.read
-            check_part(self._tail(message.run), message.read)
+            check(self._tail(message.run), message.read)
             return message.read
         except UnreadableRecord as error:
             await give_up_unread(self, self._blobs, reader, message.run, message.wire, sequence, error)
@@ -195,6 +202,15 @@ class MemoryBus:
 
     async def traces(self, run: str, kind: str, key: str | None) -> Sequence[Envelope]:
         return [e for e in self._envelopes if (e.run, e.kind) == (run, kind) and key in (None, e.key)]
+
+    async def traced(self, run: str, kind: str, key: str) -> AsyncIterator[Sequence[Envelope]]:
+        seen = 0
+        while True:
+            if found := (await self.traces(run, kind, key))[seen:]:
+                seen += len(found)
+                yield found
+            else:
+                await self._news.wait()
 
     async def feed(self, name: str, batch: int = 500) -> AsyncIterator[Feed]:
         streams: tuple[tuple[Literal["SIA", "SIA_TRACE"], list[Any]], ...]
@@ -215,7 +231,7 @@ class MemoryBus:
                     places[stream] = (last, last)
 
                 if stream == "SIA":
-                    read = [await self._record(name, message, sequence) for sequence, message in part]
+                    read = [await self._record(name, message, sequence, check_copied) for sequence, message in part]
                     yield Feed(stream, acked + 1, last, tuple(filter(None, read)), (), ack)
                 else:
                     yield Feed(stream, acked + 1, last, (), tuple(part), ack)

@@ -13,11 +13,12 @@ from nats.js.errors import NotFoundError
 from sia_events.infra import nats_feed
 from sia_events.infra.delivery import checked_name, give_up, give_up_unread
 from sia_events.infra.nats_connection import Connection, connected
-from sia_events.infra.nats_feed import STREAMS, Place
+from sia_events.infra.nats_feed import Place
+from sia_events.infra.nats_partitions import ANY, EVENTS, TRACE, Partitions
 from sia_events.infra.nats_runs import Runs
 from sia_events.infra.nats_serve import Serving, Unanswerable, consumer, serve
 from sia_events.infra.nats_stored import NatsStreams
-from sia_events.infra.nats_streams import EVENTS, TRACE, Message, publish, subjects_with
+from sia_events.infra.nats_streams import Message, publish, subjects_with
 from sia_events.infra.nats_wire import ENCODING, packed, read_envelope, read_record, run_of, trace_subject
 from sia_events.shared.ports import Blobs, Clock, Envelope, Feed
 from sia_events.shared.record import Draft, Record, UnreadableRecord
@@ -27,6 +28,7 @@ RETRY_DELAY_S = 1.0
 PATIENCE_S = 60.0  # how long a server may be away before we say so; one of our own is back within a second
 FEED_S = 0.25  # how long news gathers before it is handed out: an insert costs the same for one row and for a hundred
 OPENINGS_S = 1.0
+TRACED_S = 1.0  # how long news of a trace gathers before whoever follows it is told
 OPENINGS = ("RunStarted", "RunBranched")
 CLOSINGS = ("RunFinished", "RunCancelled")
 
@@ -40,6 +42,7 @@ class NatsBus:
 
     def __init__(self, nats: Connection, runs: Runs, blobs: Blobs, ack_wait: float, retry_delay: float) -> None:
         self._nats = nats
+        self._partitions = nats.partitions
         self._runs = runs
         self._blobs = blobs
         self._ack_wait = ack_wait
@@ -72,7 +75,8 @@ class NatsBus:
         name = _shared(service, checked_name(run))
         with suppress(NotFoundError):
             # Whoever serves the run misses the consumer and makes it anew, from the first record on.
-            await self._nats.ask(lambda client: client.jetstream().delete_consumer(EVENTS, name))
+            stream = self._partitions.of(EVENTS, run)
+            await self._nats.ask(lambda client: client.jetstream().delete_consumer(stream, name))
 
     async def _serve_to_its_end(
         self, service: str, types: Sequence[str], answer: Answer, run: str, at_once: int
@@ -101,11 +105,11 @@ class NatsBus:
     async def _open_runs(self) -> AsyncIterator[str]:
         """Every run that is not over, and then each new one."""
         known = {run for kind in CLOSINGS for run in await self._runs_with(kind)}
-        last = dict.fromkeys(OPENINGS, 0)
+        last = {(stream, kind): 0 for stream in self._partitions.cut(EVENTS) for kind in OPENINGS}
         while True:
-            for kind in OPENINGS:
-                for message in await self._nats.read(EVENTS, last[kind] + 1, f"sia.events.*.{kind}"):
-                    last[kind] = message.sequence
+            for (stream, kind), seen in last.items():
+                for message in await self._nats.read(stream, seen + 1, self._partitions.subject(EVENTS, ANY, kind)):
+                    last[stream, kind] = message.sequence
                     if (run := run_of(message.subject)) not in known:
                         known.add(run)
                         yield run
@@ -126,25 +130,35 @@ class NatsBus:
                 why = cast(Exception, error.__cause__)
                 await give_up_unread(self, self._blobs, service, run, message.data, message.sequence, why)
             else:
-                record = read_record(message)
+                record = read_record(message, self._partitions)
                 await give_up(self, self._blobs, service, record, message.data, message.sequence, error, tries)
 
-        subjects = list(dict.fromkeys(f"sia.events.{run}.{kind}" for kind in types))
+        subjects = list(dict.fromkeys(self._partitions.subject(EVENTS, run, kind) for kind in types))
         made = consumer(name, subjects, self._ack_wait, in_order=at_once == 1)
-        return Serving(made, handle, bury, self._retry_delay, at_once)
+        return Serving(self._partitions.of(EVENTS, run), made, handle, bury, self._retry_delay, at_once)
 
     async def trace(self, envelope: Envelope) -> None:
-        subject = trace_subject(envelope.run, envelope.kind, envelope.key)
+        subject = trace_subject(envelope.run, envelope.kind, envelope.key, self._partitions)
         for body in packed(envelope.lines, self._nats.client.max_payload - 1024):
             # The id makes one message of a second try; bodies alone may well be equal.
             message = (subject, body, {"Nats-Msg-Id": uuid4().hex, "Content-Encoding": ENCODING})
             await self._nats.ask(lambda client, message=message: publish(client, [message]))
 
     async def traces(self, run: str, kind: str, key: str | None) -> Sequence[Envelope]:
-        return [envelope for _, envelope in _envelopes(await self._nats.read(TRACE, 1, trace_subject(run, kind, key)))]
+        return [envelope for _, envelope in self._envelopes(await self._traced(run, kind, key, 0))]
+
+    async def traced(self, run: str, kind: str, key: str) -> AsyncIterator[Sequence[Envelope]]:
+        last = 0
+        while True:
+            if messages := await self._traced(run, kind, key, last):
+                last = messages[-1].sequence
+                if found := [envelope for _, envelope in self._envelopes(messages)]:
+                    yield found
+            await asyncio.sleep(TRACED_S)
 
     async def feed(self, name: str, batch: int = 500) -> AsyncIterator[Feed]:
-        places = {s: await self._nats.ask(lambda client, s=s: nats_feed.place(client, name, s)) for s in STREAMS}
+        streams = self._partitions.names
+        places = {s: await self._nats.ask(lambda client, s=s: nats_feed.place(client, name, s)) for s in streams}
 
         async def keep(stream: str, place: Place) -> None:
             await self._nats.ask(lambda client: nats_feed.keep(client, name, stream, place))
@@ -152,7 +166,7 @@ class NatsBus:
 
         while True:
             full = False
-            for stream in STREAMS:
+            for stream in streams:
                 at = places[stream]
                 # What was handed out and not acked is handed out again as the same batch.
                 messages = await self._nats.read(stream, at.acked + 1, limit=at.offered - at.acked or batch)
@@ -166,18 +180,18 @@ class NatsBus:
                 async def ack(stream: str = stream, last: int = last) -> None:
                     await keep(stream, Place(last, last))
 
-                if stream == EVENTS:
-                    yield Feed("SIA", at.acked + 1, last, await self._records(name, messages), (), ack)
+                if stream in self._partitions.cut(EVENTS):
+                    yield Feed(stream, at.acked + 1, last, await self._records(name, messages), (), ack)
                 else:
-                    yield Feed("SIA_TRACE", at.acked + 1, last, (), _envelopes(messages), ack)
+                    yield Feed(stream, at.acked + 1, last, (), self._envelopes(messages), ack)
             if not full:
                 await asyncio.sleep(FEED_S)
 
     async def lag(self, name: str) -> int:
-        return await self._nats.ask(lambda client: nats_feed.lag(client, name))
+        return await self._nats.ask(lambda client: nats_feed.lag(client, name, self._partitions.names))
 
     async def rewind(self, name: str) -> None:
-        for stream in STREAMS:
+        for stream in self._partitions.names:
             await self._nats.ask(lambda client, stream=stream: nats_feed.keep(client, name, stream, Place()))
 
     async def _records(self, reader: str, messages: Sequence[Message]) -> tuple[Record, ...]:
@@ -186,31 +200,37 @@ class NatsBus:
         for message in messages:
             run = run_of(message.subject)
             try:
-                records.append(await self._runs.record_in(message, run))
+                records.append(await self._runs.record_to_copy(message, run))
             except UnreadableRecord as error:
                 with suppress(ValueError):  # under a name that no run can have there is no run to tell
                     await give_up_unread(self, self._blobs, reader, run, message.data, message.sequence, error)
         return tuple(records)
 
     async def _runs_with(self, kind: str) -> list[str]:
-        subjects = await self._nats.ask(lambda client: subjects_with(client, EVENTS, f"sia.events.*.{kind}"))
-        return [run_of(subject) for subject in subjects]
+        pattern, found = self._partitions.subject(EVENTS, ANY, kind), list[str]()
+        for stream in self._partitions.cut(EVENTS):
+            found += await self._nats.ask(lambda client, stream=stream: subjects_with(client, stream, pattern))
+        return [run_of(subject) for subject in found]
+
+    async def _traced(self, run: str, kind: str, key: str | None, last: int) -> Sequence[Message]:
+        """What stands behind the sequence `last`."""
+        subject = trace_subject(run, kind, key, self._partitions)
+        return await self._nats.read(self._partitions.of(TRACE, run), last + 1, subject)
+
+    def _envelopes(self, messages: Sequence[Message]) -> tuple[tuple[int, Envelope], ...]:
+        """Those of the messages that are envelopes. What somebody else put there tells nothing of any run."""
+        found: list[tuple[int, Envelope]] = []
+        for message in messages:
+            try:
+                found.append((message.sequence, read_envelope(message, self._partitions)))
+            except UnreadableRecord as error:
+                log.error("a message among the traces is no envelope", sequence=message.sequence, error=str(error))
+        return tuple(found)
 
 
 def _shared(service: str, run: str) -> str:
     """The consumer that all processes share who serve a run among others."""
     return f"{service}-{run}"
-
-
-def _envelopes(messages: Sequence[Message]) -> tuple[tuple[int, Envelope], ...]:
-    """Those of the messages that are envelopes. What somebody else put there tells nothing of any run."""
-    found: list[tuple[int, Envelope]] = []
-    for message in messages:
-        try:
-            found.append((message.sequence, read_envelope(message)))
-        except UnreadableRecord as error:
-            log.error("a message among the traces is no envelope", sequence=message.sequence, error=str(error))
-    return tuple(found)
 
 
 @asynccontextmanager
@@ -223,7 +243,11 @@ async def connect(
     ack_wait: float = ACK_WAIT_S,
     retry_delay: float = RETRY_DELAY_S,
     patience: float = PATIENCE_S,
+    partitions: int = 1,
 ) -> AsyncIterator[NatsBus]:
-    """A bus on the server (or servers, comma between) at `url`; times are in seconds. Raises as `connected` does."""
-    async with connected(url, replicas, patience) as connection:
+    """A bus on the server (or servers, comma between) at `url`; times are in seconds. Raises as `connected` does.
+
+    History stands there in as many `partitions` as it was begun with, each run in one.
+    """
+    async with connected(url, replicas, patience, Partitions(partitions)) as connection:
         yield NatsBus(connection, Runs(connection, clock), blobs, ack_wait, retry_delay)

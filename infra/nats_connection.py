@@ -1,6 +1,7 @@
 """One connection to a NATS server: looked at, made, and asked until it answers."""
 
 import asyncio
+import socket
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
@@ -11,12 +12,14 @@ import structlog
 from faststream.nats import NatsBroker
 from nats.aio.client import Client
 
+from sia_events.infra.nats_partitions import WHOLE, Partitions
 from sia_events.infra.nats_server import MINIMUM, server_info, too_old
 from sia_events.infra.nats_streams import UNANSWERED, Message, ensure_streams, heeding, read
 from sia_events.shared.ports import BusUnreachable
 
 CONNECT_S = 10.0
 AGAIN_S = 0.1
+PING_S, PINGS_UNANSWERED = 5.0, 2
 
 T = TypeVar("T")
 
@@ -30,6 +33,7 @@ class Connection:
     broker: NatsBroker
     client: Client
     patience: float
+    partitions: Partitions = WHOLE
 
     async def ask(self, question: Callable[[Client], Awaitable[T]]) -> T:
         """Ask until the server answers. Raises BusUnreachable when it has not for so long that nobody is mending it."""
@@ -52,7 +56,9 @@ class Connection:
 
 
 @asynccontextmanager
-async def connected(url: str, replicas: int, patience: float) -> AsyncIterator[Connection]:
+async def connected(
+    url: str, replicas: int, patience: float, partitions: Partitions = WHOLE
+) -> AsyncIterator[Connection]:
     """A connection to the server (or servers, comma between) at `url`, our streams made and checked there.
 
     Raises BusUnreachable when nothing fit listens there, StreamUnfit and BusFull when the streams cannot be had.
@@ -60,12 +66,20 @@ async def connected(url: str, replicas: int, patience: float) -> AsyncIterator[C
     servers = url.split(",")
     for server in servers:
         await _check(server)
+
+    async def connected_again() -> None:
+        _end_when_untaken(client)
+
     broker = NatsBroker(
         servers,
         name="sia",
         reconnect_time_wait=cast(int, 0.2),
         max_reconnect_attempts=-1,
+        # A network that drops what it is given ends no connection: one that is silent for so long is made anew.
+        ping_interval=cast(int, PING_S),
+        max_outstanding_pings=PINGS_UNANSWERED,
         error_cb=_lost,
+        reconnected_cb=connected_again,
         logger=None,
         apply_types=False,
         graceful_timeout=5.0,
@@ -73,15 +87,27 @@ async def connected(url: str, replicas: int, patience: float) -> AsyncIterator[C
     try:
         async with asyncio.timeout(CONNECT_S):
             client = await broker.connect()
-            await ensure_streams(client, replicas)
+            _end_when_untaken(client)
+            await ensure_streams(client, replicas, partitions)
     except (TimeoutError, *UNANSWERED) as error:
         raise BusUnreachable(f"the NATS server at {_shown(url)} lets us in but does not answer: {error!r}") from error
     try:
-        yield Connection(broker, client, patience)
+        yield Connection(broker, client, patience, partitions)
     finally:
         with suppress(TimeoutError, *UNANSWERED):
             async with asyncio.timeout(CONNECT_S):
                 await broker.stop()
+
+
+def _end_when_untaken(client: Client) -> None:
+    """Have the kernel end the connection when nobody takes what is sent on it for so long as a ping may take.
+
+    Before it connects anew the client waits until what it has written is sent: of a silent network, for ever.
+    """
+    writer = getattr(client._transport, "_io_writer", None)  # there is no other way to the socket
+    if writer and hasattr(socket, "TCP_USER_TIMEOUT"):  # Linux (tcp(7)); elsewhere the kernel's own patience holds
+        patience = int(1000 * PING_S * PINGS_UNANSWERED)
+        writer.get_extra_info("socket").setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, patience)
 
 
 async def _check(server: str) -> None:

@@ -5,7 +5,7 @@ import os
 from contextlib import suppress
 from pathlib import Path
 
-from sia_events.infra.nats_streams import EVENTS, TRACE
+from sia_events.infra.nats_partitions import holds_history
 
 
 def sizes(store: Path) -> dict[str, int]:
@@ -15,9 +15,8 @@ def sizes(store: Path) -> dict[str, int]:
     leaves these files alone when it starts and ends. So equal sizes mean that nothing came.
     """
     found: dict[str, int] = {}
-    for name in (EVENTS, TRACE):
-        folder = store / "jetstream" / "$G" / "streams" / name / "msgs"
-        if folder.is_dir():
+    for folder in sorted((store / "jetstream" / "$G" / "streams").glob("*/msgs")):
+        if holds_history(name := folder.parent.name):
             found[name] = 0
             for file in folder.glob("*.blk"):
                 with suppress(FileNotFoundError):  # a running server replaces a full file by a compressed one

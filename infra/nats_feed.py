@@ -1,14 +1,13 @@
 """How far a feed has come on each stream, kept on the server, so that a batch cut short comes again unchanged."""
 
 import json
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 
 from nats.aio.client import Client
 from nats.js.errors import NotFoundError
 
-from sia_events.infra.nats_streams import EVENTS, PLACES, TRACE, last_sequence, publish
-
-STREAMS = (EVENTS, TRACE)
+from sia_events.infra.nats_streams import PLACES, last_sequence, publish
 
 
 @dataclass(frozen=True)
@@ -31,11 +30,11 @@ async def keep(client: Client, name: str, stream: str, place: Place) -> None:
     await publish(client, [(_subject(name, stream), json.dumps(asdict(place)).encode(), {})])
 
 
-async def lag(client: Client, name: str) -> int:
+async def lag(client: Client, name: str, streams: Iterable[str]) -> int:
     """Messages that the feed has not acked."""
     jetstream = client.jetstream()
     # A store that was put back to an earlier copy ends before the place: then nothing of that stream is owed.
-    return sum([max(0, await last_sequence(jetstream, s) - (await place(client, name, s)).acked) for s in STREAMS])
+    return sum([max(0, await last_sequence(jetstream, s) - (await place(client, name, s)).acked) for s in streams])
 
 
 def _subject(name: str, stream: str) -> str:

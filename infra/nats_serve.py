@@ -16,7 +16,7 @@ from nats.js import JetStreamContext, api
 from nats.js.errors import APIError, NotFoundError
 
 from sia_events.infra.delivery import delay, is_last
-from sia_events.infra.nats_streams import ANSWER_S, EVENTS, UNANSWERED, Message, heeding
+from sia_events.infra.nats_streams import ANSWER_S, UNANSWERED, Message, heeding
 
 CANCELLED_DELAY_S = 0.1
 # Tries are counted where they fail. This counts deliveries, so it also ends a message that kills whoever takes it.
@@ -35,11 +35,12 @@ class Unanswerable(Exception):
 
 @dataclass
 class Serving:
-    """What to do with a consumer's messages, and what is being done.
+    """What to do with a stream's messages that a consumer hands out, and what is being done.
 
     `answer` handles one message; when it fails for the last time `give_up` records that, before the message is ended.
     """
 
+    stream: str
     consumer: api.ConsumerConfig
     answer: Callable[[Message], Awaitable[None]]
     give_up: Callable[[Message, Exception, int], Awaitable[None]]
@@ -80,12 +81,12 @@ async def serve(broker: NatsBroker, client: Client, serving: Serving, keep: bool
         await _handle(message.raw_message, serving)
 
     async def until_gone() -> None:
-        await heeding(jetstream.add_consumer(EVENTS, serving.consumer))
-        subscribers = [_subscriber(broker, serving.consumer, handle) for _ in range(serving.at_once)]
+        await heeding(jetstream.add_consumer(serving.stream, serving.consumer))
+        subscribers = [_subscriber(broker, serving, handle) for _ in range(serving.at_once)]
         try:
             for subscriber in subscribers:
                 await heeding(subscriber.start())
-            await _gone(jetstream, name)
+            await _gone(jetstream, serving.stream, name)
         finally:
             serving.stopping = True
             for task in serving.running:
@@ -102,16 +103,17 @@ async def serve(broker: NatsBroker, client: Client, serving: Serving, keep: bool
     finally:
         if not keep:
             with suppress(APIError, *UNANSWERED):
-                await jetstream.delete_consumer(EVENTS, name)
+                await jetstream.delete_consumer(serving.stream, name)
 
 
 def _subscriber(
-    broker: NatsBroker, config: api.ConsumerConfig, handle: Callable[[NatsMessage], Awaitable[None]]
+    broker: NatsBroker, serving: Serving, handle: Callable[[NatsMessage], Awaitable[None]]
 ) -> PullStreamSubscriber:
+    config = serving.consumer
     subscriber = broker.subscriber(
         durable=config.durable_name,
         # declare=False: FastStream would rewrite the stream to its own idea of a configuration.
-        stream=JStream(EVENTS, declare=False),
+        stream=JStream(serving.stream, declare=False),
         config=config,
         pull_sub=PullSub(batch_size=1, timeout=PULL_S),
         ack_policy=AckPolicy.MANUAL,
@@ -186,12 +188,12 @@ async def _settle(tell: Callable[[], Awaitable[object]]) -> None:
     log.warning("could not tell the server what came of a message")
 
 
-async def _gone(jetstream: JetStreamContext, name: str) -> None:
+async def _gone(jetstream: JetStreamContext, stream: str, name: str) -> None:
     """Return when the consumer is no longer there. FastStream would go on asking for its messages, fast and silent."""
     while True:
         await asyncio.sleep(WATCH_S)
         try:
-            await heeding(jetstream.consumer_info(EVENTS, name))
+            await heeding(jetstream.consumer_info(stream, name))
         except NotFoundError:
             return
         except (APIError, *UNANSWERED):

@@ -16,6 +16,7 @@ from pathlib import Path
 import psutil
 import structlog
 
+from sia_events.infra.nats_health import HEALTH_S, ailment, set_aside_setup
 from sia_events.infra.store_lock import claim
 from sia_events.shared.environment import plain
 
@@ -24,7 +25,6 @@ MAX_PAYLOAD = 8 * 2**20
 MAX_STORE_GB = 16
 MIN_FREE_MB = 64
 READY_S = 30.0
-HEALTH_S = 2.0
 PORT_TRIES = 5  # between our look for a free port and the server's start any connection may be given it
 UNHEALTHY = 3  # health checks failed in a row; one may fail on a machine that is merely busy
 
@@ -182,6 +182,8 @@ async def _start(server: NatsServer) -> None:
                     why = _last_words(server)
                     failed = PortTaken if "address already in use" in why else NatsServerFailed
                     raise failed(f"nats-server does not start on {server.store}: {why}")
+                if await _lacks_a_setup(server):
+                    break
                 await asyncio.sleep(0.01)
         info = await server_info("127.0.0.1", server.port)
     except TimeoutError:
@@ -219,16 +221,16 @@ async def _keep(server: NatsServer) -> None:
 
 
 async def _healthy(server: NatsServer) -> bool:
-    try:
-        async with asyncio.timeout(HEALTH_S):
-            reader, writer = await asyncio.open_connection("127.0.0.1", server.health_port)
-            try:
-                writer.write(b"GET /healthz HTTP/1.0\r\n\r\n")
-                return b" 200 " in await reader.readline()
-            finally:
-                writer.close()
-    except (OSError, TimeoutError):
-        return False
+    return await ailment(server.health_port, HEALTH_S) is None
+
+
+async def _lacks_a_setup(server: NatsServer) -> bool:
+    """Whether it runs, but for a stream that is made anew by the first who comes."""
+    with suppress(OSError, ValueError, TimeoutError):
+        await server_info("127.0.0.1", server.port)  # it listens there once it has read its store
+        why = await ailment(server.health_port, HEALTH_S)
+        return why is not None and set_aside_setup(server.store, why)
+    return False
 
 
 async def _end(server: NatsServer, patience: float = 5.0) -> None:

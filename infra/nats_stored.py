@@ -5,28 +5,28 @@ from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from urllib.parse import unquote
+from uuid import uuid4
 
 from nats.aio.client import Client
 
 from sia_events.infra import nats_feed
 from sia_events.infra.delivery import checked_name
 from sia_events.infra.nats_connection import Connection
+from sia_events.infra.nats_partitions import EVENTS, ROOTS, TRACE
 from sia_events.infra.nats_runs import Runs
 from sia_events.infra.nats_streams import (
     ADVISORIES,
-    EVENTS,
+    IN_PLACE_OF,
     PLACES,
     READ_AT_ONCE,
-    TRACE,
     Message,
     last_sequence,
+    publish,
     subjects_with,
 )
-from sia_events.infra.nats_wire import read_envelope, run_of
+from sia_events.infra.nats_wire import ENCODING, packed, read_envelope, run_of, trace_subject
 from sia_events.shared.ports import Consumer, Envelope, Stored, StreamName, StreamSize
 from sia_events.shared.record import Record, UnreadableRecord
-
-SUBJECTS = {EVENTS: "sia.events", TRACE: "sia.trace"}
 
 
 class NatsStreams:
@@ -34,12 +34,19 @@ class NatsStreams:
 
     def __init__(self, nats: Connection, runs: Runs) -> None:
         self._nats = nats
+        self._partitions = nats.partitions
         self._runs = runs
+
+    def histories(self) -> Sequence[str]:
+        return self._partitions.names
+
+    def holding(self, stream: StreamName, run: str) -> str:
+        return self._partitions.of(stream, run)
 
     async def runs(self) -> Sequence[str]:
         found: dict[str, None] = {}
-        for stream, subject in SUBJECTS.items():
-            subjects = await self._nats.ask(lambda c, s=stream, p=subject: subjects_with(c, s, f"{p}.>"))
+        for stream in self._partitions.names:
+            subjects = await self._nats.ask(lambda client, stream=stream: subjects_with(client, stream, ">"))
             for each in subjects:
                 with suppress(ValueError, IndexError):  # under a name that no run can have stands nothing of ours
                     found[checked_name(run_of(each))] = None
@@ -52,9 +59,9 @@ class NatsStreams:
     async def envelopes(self, run: str) -> AsyncIterator[tuple[int, Envelope]]:
         async for message in self._read("SIA_TRACE", run):
             with suppress(UnreadableRecord):
-                yield message.sequence, read_envelope(message)
+                yield message.sequence, read_envelope(message, self._partitions)
 
-    async def lost(self, stream: StreamName) -> tuple[int, Sequence[int]]:
+    async def lost(self, stream: str) -> tuple[int, Sequence[int]]:
         last = await self._nats.ask(lambda client: last_sequence(client.jetstream(), stream))
         missing: list[int] = []
         expected = 1
@@ -66,24 +73,26 @@ class NatsStreams:
 
     async def sizes(self, feed: str) -> Sequence[StreamSize]:
         found: list[StreamSize] = []
-        for name in (EVENTS, TRACE, PLACES, ADVISORIES):
+        for name in (*self._partitions.names, PLACES, ADVISORIES):
             info = await self._nats.ask(lambda client, name=name: client.jetstream().stream_info(name))
             limit = info.config.max_bytes or -1
-            read = name in nats_feed.STREAMS
+            read = name in self._partitions.names
             lag = max(0, info.state.last_seq - await self._acked(name, feed)) if read else None
             found.append(StreamSize(name, info.state.messages, info.state.bytes, limit if limit > 0 else None, lag))
         return found
 
     async def consumers(self) -> Sequence[Consumer]:
         found: list[Consumer] = []
-        while page := await self._nats.ask(partial(_consumers, len(found))):
-            found += page
+        for stream in self._partitions.cut(EVENTS):
+            before = len(found)
+            while page := await self._nats.ask(partial(_consumers, stream, len(found) - before)):
+                found += page
         return found
 
-    async def copied(self, stream: StreamName, feed: str) -> int:
+    async def copied(self, stream: str, feed: str) -> int:
         return await self._acked(stream, feed)
 
-    async def step_back(self, stream: StreamName, feed: str, sequence: int) -> None:
+    async def step_back(self, stream: str, feed: str, sequence: int) -> None:
         place = await self._nats.ask(lambda client: nats_feed.place(client, feed, stream))
         if place.acked > sequence:
             back = replace(place, acked=sequence, offered=sequence)
@@ -95,17 +104,29 @@ class NatsStreams:
     async def restore(self, run: str, records: Sequence[Record]) -> int:
         return await self._runs.restore(run, records)
 
+    async def put_back(self, lost: Sequence[tuple[int, Envelope]]) -> None:
+        for sequence, envelope in lost:
+            subject = trace_subject(envelope.run, envelope.kind, envelope.key, self._partitions)
+            stream = self._partitions.of(TRACE, envelope.run)
+            there = {message.in_place_of for message in await self._nats.read(stream, 1, subject)}
+            for part, body in enumerate(packed(envelope.lines, self._nats.client.max_payload - 1024)):
+                if (place := f"{sequence}.{part}") not in there:
+                    # As the id this would not do: the server takes what it has lost lately for what it still has.
+                    headers = {"Nats-Msg-Id": uuid4().hex, "Content-Encoding": ENCODING, IN_PLACE_OF: place}
+                    message = (subject, body, headers)
+                    await self._nats.ask(lambda client, message=message: publish(client, [message]))
+
     async def _acked(self, stream: str, feed: str) -> int:
         return (await self._nats.ask(lambda client: nats_feed.place(client, feed, stream))).acked
 
     async def _read(self, stream: StreamName, run: str) -> AsyncIterator[Message]:
-        start, subject = 1, f"{SUBJECTS[stream]}.{checked_name(run)}.>"
-        while messages := await self._nats.read(stream, start, subject, limit=READ_AT_ONCE):
+        start, subject = 1, f"{ROOTS[stream]}.{checked_name(run)}.>"
+        while messages := await self._nats.read(self._partitions.of(stream, run), start, subject, limit=READ_AT_ONCE):
             for message in messages:
                 yield message
             start = messages[-1].sequence + 1
 
 
-async def _consumers(offset: int, client: Client) -> list[Consumer]:
-    page = await client.jetstream().consumers_info(EVENTS, offset)
+async def _consumers(stream: str, offset: int, client: Client) -> list[Consumer]:
+    page = await client.jetstream().consumers_info(stream, offset)
     return [Consumer(e.name, e.num_pending or 0, e.num_ack_pending or 0, bool(e.num_waiting)) for e in page]

@@ -2,7 +2,7 @@
 
 import asyncio
 import json
-from collections.abc import Awaitable, Mapping, Sequence
+from collections.abc import Awaitable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -10,19 +10,22 @@ from uuid import uuid4
 
 import nats.errors
 from nats.aio.client import Client
+from nats.aio.msg import Msg
 from nats.js import JetStreamContext, api
 from nats.js.errors import APIError, NotFoundError, ServiceUnavailableError
 
+from sia_events.infra.nats_partitions import EVENTS, ROOTS, TRACE, WHOLE, Partitions, holds_history
 from sia_events.shared.ports import BusFull
 
-EVENTS = "SIA"
-TRACE = "SIA_TRACE"
 PLACES = "SIA_PLACES"
 ADVISORIES = "SIA_ADVISORIES"
 
 ANSWER_S = 2.0  # an answer that takes longer counts as none: what was asked is then looked up
 LOOKS, LOOK_S = 20, 0.05
 READ_AT_ONCE = 500
+CUT = "sia-partitions"
+HISTORY = (EVENTS, TRACE)
+IN_PLACE_OF = "Sia-In-Place-Of"
 MAX_BATCH = 1000  # the server's own limit
 
 # Somebody else wrote first, or an earlier try of ours did: the tail tells which.
@@ -46,8 +49,8 @@ _ALL = {"max_msgs": -1, "max_msgs_per_subject": -1, "max_age": 0}
 _HISTORY = {"discard": "new", "deny_delete": True, "deny_purge": True, "allow_direct": True, **_ALL}
 # What each stream promises; a stream that promises otherwise is changed.
 _PROMISES: dict[str, dict[str, Any]] = {
-    EVENTS: {"subjects": ["sia.events.>"], "allow_atomic": True, **_HISTORY},
-    TRACE: {"subjects": ["sia.trace.>"], "compression": "s2", **_HISTORY},
+    EVENTS: {"allow_atomic": True, **_HISTORY},
+    TRACE: {"compression": "s2", **_HISTORY},
     PLACES: {"subjects": ["sia.places.>"], "max_msgs_per_subject": 1, "discard": "old", "allow_direct": True},
     # Advisories are ordinary messages, lost when nobody listens; here they wait until somebody looks.
     ADVISORIES: {
@@ -55,7 +58,7 @@ _PROMISES: dict[str, dict[str, Any]] = {
         "discard": "old",
     },
 }
-# How large each may get at least; an operator may have given more.
+# How large each may get at least, all partitions together; an operator may have given more.
 _SIZES: dict[str, dict[str, float]] = {
     EVENTS: {"max_bytes": 2 * 2**30, "max_msg_size": 2**20, "duplicate_window": 600},
     TRACE: {"max_bytes": 8 * 2**30, "max_msg_size": 8 * 2**20, "duplicate_window": 600},
@@ -73,11 +76,12 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Message:
-    """A stored message."""
+    """A stored message; `in_place_of` names what was lost and is put back by it."""
 
     sequence: int
     subject: str
     data: bytes
+    in_place_of: str = ""
 
 
 async def heeding(ask: Awaitable[T]) -> T:
@@ -96,16 +100,17 @@ async def heeding(ask: Awaitable[T]) -> T:
             raise asyncio.CancelledError
 
 
-async def ensure_streams(client: Client, replicas: int = 1) -> None:
+async def ensure_streams(client: Client, replicas: int = 1, partitions: Partitions = WHOLE) -> None:
     """Make the streams, and hold those that exist to their promises. Raises StreamUnfit, BusFull."""
     jetstream = client.jetstream()
-    for name, promises in _PROMISES.items():
+    await _check_cut(client, partitions)
+    for name, promises, sizes in _streams(client, partitions):
         fixed: dict[str, Any] = {"name": name, "storage": "file", "retention": "limits", **promises}
         try:
             found = (await jetstream.stream_info(name)).config
         except NotFoundError:
-            fits: dict[str, Any] = {size: _within(client, size, least) for size, least in _SIZES[name].items()}
-            made = api.StreamConfig(num_replicas=replicas, **fixed, **fits)
+            cut = {CUT: str(partitions.count)} if holds_history(name) else None
+            made = api.StreamConfig(num_replicas=replicas, metadata=cut, **fixed, **sizes)
             try:
                 await _apply(jetstream.add_stream, made)
             except BusFull:
@@ -116,18 +121,37 @@ async def ensure_streams(client: Client, replicas: int = 1) -> None:
             else:
                 continue
         changes: dict[str, Any] = {key: want for key, want in fixed.items() if _value(getattr(found, key)) != want}
-        for size, least in _SIZES[name].items():
-            have = getattr(found, size) or 0
-            if 0 < have < _within(client, size, least):
-                changes[size] = _within(client, size, least)
+        changes.update({size: least for size, least in sizes.items() if 0 < (getattr(found, size) or 0) < least})
         if _value(found.persist_mode) == "async":
             changes["persist_mode"] = "default"
         if changes:
             await _apply(jetstream.update_stream, found.evolve(**changes), changes)
 
 
-def _within(client: Client, size: str, least: float) -> float:
-    return min(least, client.max_payload) if size == "max_msg_size" else least
+def _streams(client: Client, partitions: Partitions) -> Iterator[tuple[str, dict[str, Any], dict[str, Any]]]:
+    """Name, promises and least sizes of each."""
+    for kind, promises in _PROMISES.items():
+        sizes = dict(_SIZES[kind])
+        sizes["max_msg_size"] = min(sizes["max_msg_size"], client.max_payload)
+        if kind not in HISTORY:
+            yield kind, promises, sizes
+            continue
+        sizes["max_bytes"] //= partitions.count
+        for name, subjects in partitions.cut(kind).items():
+            yield name, {"subjects": [subjects], **promises}, sizes
+
+
+async def _check_cut(client: Client, partitions: Partitions) -> None:
+    """Raises StreamUnfit where history stands here that is cut into another number of streams."""
+    ask = json.dumps({"subject": f"{ROOTS[EVENTS]}.>"}).encode()
+    reply = json.loads((await client.request("$JS.API.STREAM.LIST", ask, ANSWER_S)).data)
+    for found in reply.get("streams") or ():
+        count = int((found["config"].get("metadata") or {}).get(CUT, 1))
+        if holds_history(found["config"]["name"]) and count != partitions.count:
+            raise StreamUnfit(
+                f"history on this server is in {count} partitions, and SIA_PARTITIONS asks for {partitions.count}; "
+                f"nothing was changed. Set SIA_PARTITIONS={count}, or use another SIA_HOME or server."
+            )
 
 
 def _value(setting: Any) -> Any:
@@ -161,7 +185,14 @@ async def _apply(call: Any, config: api.StreamConfig, changes: Mapping[str, Any]
 async def read(
     client: Client, stream: str, start: int, subject: str | None = None, limit: int = 2**62
 ) -> list[Message]:
-    """Up to `limit` messages from sequence `start` on, of one subject (which may hold wildcards) or of all.
+    """Up to `limit` messages from sequence `start` on, of one subject (which may hold wildcards) or of all."""
+    return (await read_on(client, stream, start, subject, limit))[0]
+
+
+async def read_on(
+    client: Client, stream: str, start: int, subject: str | None, limit: int
+) -> tuple[list[Message], int]:
+    """As `read`, and how many more there are behind those that were read.
 
     Batched direct get (NATS ADR-31): no consumer, so nothing is left behind. Raises one of UNANSWERED.
     """
@@ -173,10 +204,11 @@ async def read(
             ask: dict[str, Any] = {"seq": start, "batch": min(limit - len(found), READ_AT_ONCE)}
             if subject:
                 ask["next_by_subj"] = subject
-            await client.publish(f"$JS.API.DIRECT.GET.{stream}", json.dumps(ask).encode(), reply=inbox.subject)
-            while "Nats-Sequence" in (headers := (answer := await inbox.next_msg(ANSWER_S)).headers or {}):
-                found.append(Message(int(headers["Nats-Sequence"]), headers["Nats-Subject"], answer.data))
+            await client.publish(_direct(stream), json.dumps(ask).encode(), reply=inbox.subject)
+            while "Nats-Sequence" in ((answer := await inbox.next_msg(ANSWER_S)).headers or {}):
+                found.append(_stored(answer))
                 start = found[-1].sequence + 1
+            headers = answer.headers or {}
             match headers.get("Status"):
                 case "204":
                     pending = int(headers["Nats-Num-Pending"])
@@ -186,7 +218,28 @@ async def read(
                     raise nats.errors.NoRespondersError if status == "503" else APIError.from_msg(answer)
     finally:
         await inbox.unsubscribe()
-    return found
+    return found, pending
+
+
+async def last_message(client: Client, stream: str, subject: str) -> Message | None:
+    """The last message of the subject (which may hold wildcards); None where there is none that can be read."""
+    ask = json.dumps({"last_by_subj": subject}).encode()
+    answer = await client.request(_direct(stream), ask, ANSWER_S)
+    headers = answer.headers or {}
+    if "Nats-Sequence" in headers:
+        return _stored(answer)
+    if headers.get("Status") == "404":
+        return None
+    raise APIError.from_msg(answer)
+
+
+def _direct(stream: str) -> str:
+    return f"$JS.API.DIRECT.GET.{stream}"
+
+
+def _stored(answer: Msg) -> Message:
+    headers = answer.headers or {}
+    return Message(int(headers["Nats-Sequence"]), headers["Nats-Subject"], answer.data, headers.get(IN_PLACE_OF, ""))
 
 
 async def publish(client: Client, messages: Sequence[tuple[str, bytes, Mapping[str, str]]]) -> int | None:
@@ -225,6 +278,14 @@ async def publish(client: Client, messages: Sequence[tuple[str, bytes, Mapping[s
             raise nats.errors.TimeoutError(text)
         case error:
             raise APIError.from_error(error)
+
+
+async def counted_last(client: Client, stream: str, subject: str) -> int:
+    """The sequence that an expectation of the subject's last one is compared with: 0 where that cannot be read."""
+    try:
+        return (await client.jetstream().get_last_msg(stream, subject)).seq or 0
+    except NotFoundError:
+        return 0
 
 
 async def last_sequence(jetstream: JetStreamContext, stream: str) -> int:

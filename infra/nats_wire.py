@@ -6,6 +6,7 @@ from typing import Any, cast
 from urllib.parse import quote, unquote
 
 from sia_events.infra.delivery import checked_name
+from sia_events.infra.nats_partitions import EVENTS, TRACE, WHOLE, Partitions
 from sia_events.infra.nats_streams import Message
 from sia_events.infra.zstd import zstd
 from sia_events.shared.ports import Envelope
@@ -16,37 +17,38 @@ CLOUD_EVENTS = {"Content-Type": "application/cloudevents+json"}
 ZSTD_FRAME, LEVEL, ENCODING = b"\x28\xb5\x2f\xfd", 9, "zstd"
 
 
-def subject_of(record: Record) -> str:
-    return f"sia.events.{record.run}.{record.type}"
+def subject_of(record: Record, partitions: Partitions = WHOLE) -> str:
+    return partitions.subject(EVENTS, record.run, record.type)
 
 
 def run_of(subject: str) -> str:
     return subject.split(".")[2]
 
 
-def read_record(message: Message) -> Record:
+def read_record(message: Message, partitions: Partitions = WHOLE) -> Record:
     """Raises UnreadableRecord for what is no record, or one that belongs under another subject."""
     record = parse_record(message.data)
     try:
         checked_name(record.run)
     except ValueError as error:
         raise UnreadableRecord(str(error)) from error
-    if subject_of(record) != message.subject:
+    if subject_of(record, partitions) != message.subject:
         raise UnreadableRecord(f"a {record.type} of run {record.run!r} under the subject {message.subject}")
     return record
 
 
-def trace_subject(run: str, kind: str, key: str | None) -> str:
+def trace_subject(run: str, kind: str, key: str | None, partitions: Partitions = WHOLE) -> str:
     """Where envelopes of a key stand; without a key, the subjects of all."""
-    if key is None:
-        return f"sia.trace.{checked_name(run)}.{kind}.*"
-    return f"sia.trace.{checked_name(run)}.{kind}.{quote(key, safe='').replace('.', '%2E')}"
+    last = "*" if key is None else quote(key, safe="").replace(".", "%2E")
+    return partitions.subject(TRACE, checked_name(run), kind, last)
 
 
-def read_envelope(message: Message) -> Envelope:
+def read_envelope(message: Message, partitions: Partitions = WHOLE) -> Envelope:
     """Raises UnreadableRecord for what no `trace` wrote."""
     try:
-        _, _, run, kind, key = message.subject.split(".")
+        _, _, run, kind, key, *partition = message.subject.split(".")
+        if partition != partitions.last(run):
+            raise ValueError("its run has its traces elsewhere")
         lines = tuple(_unpacked(message.data).split(b"\n")) if message.data else ()
     except (ValueError, zlib.error, zstd.ZstdError) as error:
         raise UnreadableRecord(f"no envelope under {message.subject}: {error}") from error

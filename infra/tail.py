@@ -24,7 +24,8 @@ class Tail:
 
     A message that is no record of this run at the next position (unreadable, forged, published twice by hand) is
     counted in `skipped` and is no part of the run. `newer` is a record of the run that only a later release can read.
-    `beyond` is the last position that stands behind some that are lost; `ahead` the last record read that may be such.
+    `beyond` is the last position that stands behind some that are lost; `ahead` the last record read that may be such,
+    and `past_gap` are those that are.
     """
 
     run: str
@@ -35,6 +36,7 @@ class Tail:
     newer: NewerRecord | None = None
     beyond: int = 0
     ahead: Record | None = None
+    past_gap: dict[UUID, Record] = field(default_factory=dict)
 
     def take(self, sequence: int, read: Record | UnreadableRecord) -> None:
         """Take over what was read of the run's next message: its record, or why it is none."""
@@ -47,6 +49,7 @@ class Tail:
                 # A number alone is anybody's, and stops no run; two that follow from each other are what was appended.
                 if self.ahead and link(self.ahead.chain, read.wire) == read.chain:
                     self.beyond = max(self.beyond, read.position)
+                    self.past_gap |= {each.id: each for each in (self.ahead, read)}
                 self.ahead = read
         else:
             self.records.append(read)
@@ -65,6 +68,12 @@ class Tail:
                 f"run {self.run}: behind record {last} some are lost, and others stand up to {self.beyond}; "
                 f"nothing was written. Put them back: sia verify {self.run} --repair"
             )
+
+    def up_to(self, end: int | None) -> Sequence[Record]:
+        """The run's own records up to the position `end`, or all of them."""
+        if end is None or not self.records:
+            return tuple(self.records)
+        return tuple(self.records[: max(0, end + 1 - self.records[0].position)])
 
     def _continued_by(self, newer: NewerRecord) -> bool:
         """Whether it is a link of the run's chain: anybody can write a number, and that alone must not stop a run."""
@@ -93,6 +102,12 @@ def check_part(tail: Tail, record: Record) -> None:
         raise UnreadableRecord(f"record {record.id} is no part of run {tail.run}: it has no position of its own there")
 
 
+def check_copied(tail: Tail, record: Record) -> None:
+    """As `check_part`, but records behind some that are lost pass: whoever reads a copy has to see that gap."""
+    if tail.past_gap.get(record.id) != record:
+        check_part(tail, record)
+
+
 def stored(tail: Tail, drafts: Sequence[Draft]) -> list[Record] | None:
     """The records of `drafts` as first appended, or None when none of them is there.
 
@@ -106,16 +121,18 @@ def stored(tail: Tail, drafts: Sequence[Draft]) -> list[Record] | None:
     return found or None
 
 
-def following(tail: Tail, drafts: Sequence[Draft], parent: Sequence[Record], time: datetime) -> list[Record]:
-    """`drafts` placed behind the tail, or, where they open a branch, behind a position of `parent` (its history)."""
-    position, chain = 0, GENESIS
-    opens = drafts[0].event
-    if tail.records:
-        position, chain = tail.records[-1].position, tail.records[-1].chain
-    elif isinstance(opens, RunBranched):
-        if not 1 <= opens.at <= len(parent):
-            raise NoSuchPosition(f"run {opens.parent!r} has {len(parent)} records and no position {opens.at}")
-        position, chain = opens.at, parent[opens.at - 1].chain
+def left_at(parent: Sequence[Record], branch: RunBranched) -> Record:
+    """The record of `parent` (its history) that the branch goes on behind. Raises NoSuchPosition."""
+    found = next((record for record in parent if record.position == branch.at), None)
+    if found is None:
+        raise NoSuchPosition(f"run {branch.parent!r} has {len(parent)} records and no position {branch.at}")
+    return found
+
+
+def following(tail: Tail, drafts: Sequence[Draft], fork: Record | None, time: datetime) -> list[Record]:
+    """`drafts` placed behind the tail, or, where they open a branch, behind `fork`, a record of its parent."""
+    behind = tail.records[-1] if tail.records else fork
+    position, chain = (behind.position, behind.chain) if behind else (0, GENESIS)
     records: list[Record] = []
     for draft in drafts:
         position += 1

@@ -41,14 +41,21 @@ class BenchUnavailable(Exception):
     """Kernels cannot be measured on this machine; the message says why and how to mend it."""
 
 
+class Stopped(Exception):
+    """Whoever asked for the measurement wants it no more; the worker is ended."""
+
+
 def plain(argv: Sequence[str], scratch: Path) -> Sequence[str]:
     """No box: for sources that are your own. The worker's limits apply; files, network and judge are open to it."""
     return argv
 
 
 @contextmanager
-def worker(launch: Launch, allowance_s: float) -> "Iterator[Worker]":
-    """A started worker, gone with its scratch folder at the end. Raises BenchUnavailable when it does not start."""
+def worker(launch: Launch, allowance_s: float, stop: int | None = None) -> "Iterator[Worker]":
+    """A started worker, gone with its scratch folder at the end. Raises BenchUnavailable when it does not start.
+
+    Once the descriptor `stop` can be read, or is at its end, whatever the worker is waited for raises Stopped.
+    """
     if sys.platform != "linux":
         raise BenchUnavailable(f"kernels are timed by Linux's per-process clocks and this is {sys.platform}: use Linux")
     if find_spec("torch") is None:
@@ -63,15 +70,15 @@ def worker(launch: Launch, allowance_s: float) -> "Iterator[Worker]":
             argv, stdin=pipe, stdout=pipe, stderr=stderr, env={}, cwd=folder, start_new_session=True, bufsize=0
         ) as process:
             try:
-                yield started(process, stderr, allowance_s)
+                yield started(process, stderr, allowance_s, stop)
             finally:
                 with suppress(ProcessLookupError):
                     os.killpg(process.pid, SIGKILL)
 
 
-def started(process: "subprocess.Popen[bytes]", stderr: IO[bytes], allowance_s: float) -> "Worker":
+def started(process: "subprocess.Popen[bytes]", stderr: IO[bytes], allowance_s: float, stop: int | None) -> "Worker":
     try:
-        return Worker(process, stderr, allowance_s)
+        return Worker(process, stderr, allowance_s, stop)
     except Refused as refusal:
         raise BenchUnavailable(f"the worker did not start, nothing was measured: {refusal}") from None
 
@@ -79,9 +86,11 @@ def started(process: "subprocess.Popen[bytes]", stderr: IO[bytes], allowance_s: 
 class Worker:
     """A worker that waits for requests. `allowance_s` is the wall time for all it does, start included."""
 
-    def __init__(self, process: "subprocess.Popen[bytes]", stderr: IO[bytes], allowance_s: float) -> None:
+    def __init__(
+        self, process: "subprocess.Popen[bytes]", stderr: IO[bytes], allowance_s: float, stop: int | None
+    ) -> None:
         assert process.stdin and process.stdout
-        self._process, self._stderr, self._left = process, stderr, allowance_s
+        self._process, self._stderr, self._left, self._stop = process, stderr, allowance_s, stop
         self._requests, self._replies = process.stdin.fileno(), process.stdout.fileno()
         self._rests_from = 0
         os.set_blocking(self._requests, False)
@@ -178,7 +187,7 @@ class Worker:
 
     def _wait(self, descriptor: int, event: int, doing: str) -> None:
         start = time.monotonic()
-        ready = polled(descriptor, event, max(0.0, self._left))
+        ready = polled(descriptor, event, max(0.0, self._left), self._stop)
         self._left -= time.monotonic() - start
         if not ready:
             raise Refused(f"the time limit passed while it was {doing}")
@@ -194,11 +203,16 @@ class Worker:
         return f"its process ended with status {status} while {doing}" + (f": {last_words}" if last_words else "")
 
 
-def polled(descriptor: int, event: int, seconds: float) -> bool:
-    """Whether `event`, or the end of the pipe, came within `seconds`."""
+def polled(descriptor: int, event: int, seconds: float, stop: int | None = None) -> bool:
+    """Whether `event`, or the end of the pipe, came within `seconds`. Raises Stopped when `stop` can be read."""
     poll = select.poll()
     poll.register(descriptor, event)
-    return bool(poll.poll(1000 * seconds))
+    if stop is not None:
+        poll.register(stop, select.POLLIN)
+    ready = [found for found, _ in poll.poll(1000 * seconds)]
+    if stop in ready:
+        raise Stopped("the measurement was stopped; nothing came of it")
+    return bool(ready)
 
 
 def printable(text: object) -> str:

@@ -77,17 +77,18 @@ def measure(
     repeats: int = 9,
     timeout_s: float = 120.0,
     launch: Launch = plain,
+    stop: int | None = None,
 ) -> Measurement:
     """Check `source`, which defines `custom_kernel(data)`, and time it against the problem's baseline.
 
     Every call gets inputs of its own, drawn from `seed`; whoever wrote `source` must not be able to guess it, so
     leave it out or draw it afresh. `timeout_s` is the wall time of all that the candidate does, and as much is the
     baseline's. `launch` puts both workers in a box. What a candidate does wrong is in the Measurement; raises
-    BenchUnavailable when the bench itself fails.
+    BenchUnavailable when the bench itself fails, and Stopped once the descriptor `stop` can be read.
     """
     seed = secrets.randbits(128) if seed is None else seed
     try:
-        rounds = run(source, problem, np.random.default_rng(seed), repeats, timeout_s, launch)
+        rounds = run(source, problem, np.random.default_rng(seed), repeats, timeout_s, launch, stop)
     except Refused as refusal:
         return Measurement(
             problem=problem.name,
@@ -128,19 +129,25 @@ def measure(
 
 
 def run(
-    source: str, problem: Problem, rng: np.random.Generator, repeats: int, timeout_s: float, launch: Launch
+    source: str,
+    problem: Problem,
+    rng: np.random.Generator,
+    repeats: int,
+    timeout_s: float,
+    launch: Launch,
+    stop: int | None,
 ) -> Sequence[Sequence[Pair]]:
     """`repeats` rounds of one pair per timed case, after the checks and one round to warm up. Raises Refused."""
     if len(source.encode()) > SOURCE_BYTES:
         raise Refused(f"the source is longer than {SOURCE_BYTES} bytes")
     with ExitStack() as stack:
         expect = stack.enter_context(oracle(problem))
-        candidate = stack.enter_context(worker(launch, timeout_s))
+        candidate = stack.enter_context(worker(launch, timeout_s, stop))
         candidate.load(source)
         for case in problem.checked:
             inputs = problem.generate(case, rng)
             judge(candidate, problem, inputs, expect(inputs))
-        baseline = stack.enter_context(worker(launch, timeout_s))
+        baseline = stack.enter_context(worker(launch, timeout_s, stop))
         baseline.load(shipped(problem.baseline))
         rounds = []
         for number in range(1 + repeats):

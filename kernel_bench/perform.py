@@ -1,11 +1,13 @@
 """Measures the kernel that an attempt wrote."""
 
 import asyncio
+import os
 from collections.abc import Sequence
+from contextlib import suppress
 
-from sia_events.kernel_bench.host import plain
-from sia_events.kernel_bench.measure import measure
-from sia_events.kernel_bench.problems import PROBLEMS
+from sia_events.kernel_bench.host import BenchUnavailable, Launch, Stopped, plain
+from sia_events.kernel_bench.measure import Measurement, measure
+from sia_events.kernel_bench.problems import PROBLEMS, Problem
 from sia_events.shared.events import Event, ExecutionLogged, KernelMeasured
 from sia_events.shared.registration import decode_task
 from sia_events.shared.service import Work
@@ -22,8 +24,7 @@ async def measure_kernel(work: Work, logged: ExecutionLogged) -> Sequence[Event]
         return []
     outputs = await load_tree(work.ports.blobs, logged.outputs)
     source = outputs.get(KERNEL, b"").decode(errors="replace")
-    launch = work.ports.boxed or plain
-    found = await asyncio.to_thread(measure, source, PROBLEMS[task.kernel], repeats=task.repeats, launch=launch)
+    found = await _measured(source, PROBLEMS[task.kernel], task.repeats, work.ports.boxed or plain)
     return [
         KernelMeasured(
             attempt=logged.attempt,
@@ -38,3 +39,23 @@ async def measure_kernel(work: Work, logged: ExecutionLogged) -> Sequence[Event]
             rounds=tuple(round(speedup, 6) for speedup in found.rounds),
         )
     ]
+
+
+async def _measured(source: str, problem: Problem, repeats: int, launch: Launch) -> Measurement:
+    """`measure` in a thread. A cancellation waits until its workers are ended: a thread that went on would keep the
+    process, and them, for as long as a kernel may take.
+    """
+    stop, stopping = os.pipe()
+    measuring = asyncio.create_task(
+        asyncio.to_thread(measure, source, problem, repeats=repeats, launch=launch, stop=stop)
+    )
+    try:
+        return await asyncio.shield(measuring)
+    except asyncio.CancelledError:
+        os.write(stopping, b"1")
+        with suppress(Stopped, BenchUnavailable):
+            await measuring
+        raise
+    finally:
+        os.close(stop)
+        os.close(stopping)

@@ -90,6 +90,10 @@ class Bus(Protocol):
         """All envelopes of one run, kind and key (None: of every key), in the order they were appended."""
         ...
 
+    def traced(self, run: str, kind: str, key: str) -> AsyncIterator[Sequence["Envelope"]]:
+        """What `traces` has, if anything, and then what comes, some at a time and each once, until cancelled."""
+        ...
+
     def feed(self, name: str, batch: int = 500) -> AsyncIterator["Feed"]:
         """Everything on the streams, in order, in batches; `name` keeps the place. Ack a batch to move on.
 
@@ -106,6 +110,7 @@ class Bus(Protocol):
         ...
 
 
+# The two kinds of history, records and traces, which are the names of their streams unless these are cut in several.
 StreamName = Literal["SIA", "SIA_TRACE"]
 
 
@@ -141,13 +146,18 @@ class Consumer:
 
 
 class Streams(Protocol):
-    """The streams as they are kept, message by message, for those who verify them, mend them or carry a run elsewhere.
+    """The streams as they are kept, message by message, for those who verify or mend them, or carry a run elsewhere."""
 
-    `stream` is one of the two that hold history.
-    """
+    def histories(self) -> Sequence[str]:
+        """The streams that hold history."""
+        ...
+
+    def holding(self, stream: StreamName, run: str) -> str:
+        """Which of them has the run's records, or its traces: all of a run's stand in one."""
+        ...
 
     async def runs(self) -> Sequence[str]:
-        """Every run that either stream names, whether or not anything of it can be read."""
+        """Every run that any of them names, whether or not anything of it can be read."""
         ...
 
     def messages(self, stream: StreamName, run: str) -> AsyncIterator[Stored]:
@@ -158,7 +168,7 @@ class Streams(Protocol):
         """The run's envelopes that can be read, of every kind, with their sequences."""
         ...
 
-    async def lost(self, stream: StreamName) -> tuple[int, Sequence[int]]:
+    async def lost(self, stream: str) -> tuple[int, Sequence[int]]:
         """The stream's last sequence, and those up to it that nothing can be read of: nobody deletes a message."""
         ...
 
@@ -167,19 +177,23 @@ class Streams(Protocol):
         ...
 
     async def consumers(self) -> Sequence[Consumer]:
-        """Every consumer of the stream of records."""
+        """Every consumer of records."""
         ...
 
-    async def copied(self, stream: StreamName, feed: str) -> int:
+    async def copied(self, stream: str, feed: str) -> int:
         """The sequence up to which the reader of `feed` has acked."""
         ...
 
-    async def step_back(self, stream: StreamName, feed: str, sequence: int) -> None:
+    async def step_back(self, stream: str, feed: str, sequence: int) -> None:
         """Let `feed` go on behind `sequence`, the next time it is read, where it has come further."""
         ...
 
     async def check_whole(self, run: str) -> None:
         """Raises RunIncomplete where records of the run are lost and later ones stand: nothing can be appended then."""
+        ...
+
+    async def put_back(self, lost: Sequence[tuple[int, "Envelope"]]) -> None:
+        """Append envelopes that the stream has lost, with their sequences; a second time changes nothing."""
         ...
 
     async def restore(self, run: str, records: Sequence[Record]) -> int:
@@ -223,7 +237,7 @@ class Envelope:
 class Feed:
     """One batch for the recorder: `first`..`last` are stream sequences, the same on every redelivery of the batch."""
 
-    stream: StreamName
+    stream: str
     first: int
     last: int
     records: tuple[Record, ...]

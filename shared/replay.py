@@ -22,7 +22,7 @@ from sia_events.shared.events import (
     RunSteered,
     ServiceFailed,
 )
-from sia_events.shared.record import GENESIS, IMPORTED, Record, answers, broken_link, derived_id
+from sia_events.shared.record import GENESIS, IMPORTED, Record, broken_link, derived_id
 from sia_events.shared.service import Lineage, Service
 
 
@@ -95,8 +95,12 @@ def _divergences(
     over = lineage.latest.status == "finished"  # a cancelled run was broken off wherever it stood
     accounted: set[UUID] = set()
     for cause in records:
-        # Nothing of ours decided what was imported, and nothing answers it.
-        for service in () if cause.producer == IMPORTED else services:
+        if cause.producer == IMPORTED:
+            continue  # nothing of ours decided it, and nothing answers it
+        answerers = {record.producer for record in lineage.answered(cause)}
+        for service in services:
+            if service.name not in answerers and type(cause.event) not in service.decides:
+                continue
             given = lineage.given(service, cause)
             accounted.update(record.id for record in given)
             if cause.position not in judged:
@@ -117,7 +121,7 @@ def _divergences(
                 counts["decisions"] += bool(given)
                 if not decided and _told_again(cause, given, records):
                     decided = recorded
-            ids = [draft.id for draft in answers(run, cause, service.name, decided)]
+            ids = [derived_id(run, cause.id, service.name, index) for index in range(len(decided))]
             if recorded != decided or [record.id for record in given] != ids:
                 yield Divergence(cause, service.name, recorded, decided, _difference(recorded, decided))
     for record in records:

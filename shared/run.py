@@ -1,7 +1,7 @@
 """The fold of a run: what its records amount to so far. Pure; every decision is taken on this and nothing else."""
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from sia_events.shared.calls import journal_key
@@ -142,17 +142,25 @@ def final(run: Run, failure: AttemptFailed) -> bool:
     return failure.kind != "infrastructure" or tries >= run.settings.attempt_tries
 
 
+def _changed(run: Run, **changes: Any) -> Run:
+    """The state with some fields changed: what `dataclasses.replace` does, at a thirtieth of its time."""
+    new = object.__new__(Run)
+    new.__dict__.update(run.__dict__, **changes)
+    assert len(new.__dict__) == len(run.__dict__), f"a state has not all of {', '.join(changes)}"
+    return new
+
+
 def evolve(run: Run, record: Record) -> Run:
     """The state after one more record. Total: a fact without a rule here changes only the count."""
     held = run.held
-    run = replace(run, name=record.run, records=run.records + 1, released=())
+    run = _changed(run, name=record.run, records=run.records + 1, released=())
     rule = EVOLVE.get(type(record.event))
     run = rule(run, record.event) if rule else run
     if not held:
         return run
     if run.held:
-        return replace(run, withheld=(*run.withheld, record.event))
-    return replace(run, withheld=(), released=run.withheld)
+        return _changed(run, withheld=(*run.withheld, record.event))
+    return _changed(run, withheld=(), released=run.withheld)
 
 
 def fold(records: Iterable[Record], run: Run | None = None) -> Run:
@@ -177,25 +185,25 @@ def _versioned(run: Run, event: AgentProposed | HarnessPatched | WeightsUpdated)
     )
     # A candidate that a person enters opens its generation; every other comes behind the feedback that did.
     generation = max(run.generation, version.generation)
-    return replace(run, generation=generation, versions={**run.versions, event.version: version})
+    return _changed(run, generation=generation, versions={**run.versions, event.version: version})
 
 
 def _accepted(run: Run, event: VersionAccepted) -> Run:
-    return replace(run, incumbent=event.version, verdicts={**run.verdicts, event.version: event})
+    return _changed(run, incumbent=event.version, verdicts={**run.verdicts, event.version: event})
 
 
 def _requested(run: Run, event: AttemptRequested) -> Run:
-    run = replace(run, attempts={**run.attempts, event.attempt: event})
+    run = _changed(run, attempts={**run.attempts, event.attempt: event})
     if event.split != "train":
         return run
     again = event.tries > 0
     expanded = run.expanded if again else (*run.expanded, *_started_from(event.starts, event.version))
-    return replace(run, levers_pulled=run.levers_pulled | {run.generation}, expanded=expanded)
+    return _changed(run, levers_pulled=run.levers_pulled | {run.generation}, expanded=expanded)
 
 
 def _patching(run: Run, event: HarnessPatchRequested) -> Run:
     expanded = (*run.expanded, *_started_from(event.starts, event.parent))
-    return replace(run, levers_pulled=run.levers_pulled | {event.generation}, expanded=expanded)
+    return _changed(run, levers_pulled=run.levers_pulled | {event.generation}, expanded=expanded)
 
 
 def _started_from(starts: tuple[Start, ...], otherwise: str) -> tuple[str, ...]:
@@ -204,16 +212,16 @@ def _started_from(starts: tuple[Start, ...], otherwise: str) -> tuple[str, ...]:
 
 def _advised(run: Run, event: FeedbackGiven) -> Run:
     # Feedback that a person gives opens its generation; any other was asked for by what did.
-    return replace(run, generation=max(run.generation, event.generation), feedback=(*run.feedback, event))
+    return _changed(run, generation=max(run.generation, event.generation), feedback=(*run.feedback, event))
 
 
 def _barren(run: Run, event: ProposalFailed) -> Run:
-    return replace(run, barren=(*run.barren, event), levers_pulled=run.levers_pulled | {event.generation})
+    return _changed(run, barren=(*run.barren, event), levers_pulled=run.levers_pulled | {event.generation})
 
 
 def _failed(run: Run, event: AttemptFailed) -> Run:
     row = run.failures_in_a_row + (event.kind != "budget")
-    return replace(run, failures={**run.failures, event.attempt: event}, failures_in_a_row=row)
+    return _changed(run, failures={**run.failures, event.attempt: event}, failures_in_a_row=row)
 
 
 def _with_budget(run: Run, event: BudgetChanged) -> RunSettings:
@@ -224,32 +232,32 @@ def _with_budget(run: Run, event: BudgetChanged) -> RunSettings:
 _GOING: dict[str, Any] = {"paused": None, "exhausted": None, "cancelled": None, "waiting": None, "withheld": ()}
 
 EVOLVE: dict[type[Event], Callable[[Run, Any], Run]] = {
-    TaskRegistered: lambda run, e: replace(run, task=e),
-    RunStarted: lambda run, e: replace(run, settings=e.settings),
-    RunBranched: lambda run, e: replace(run, parent=e.parent, settings=e.settings, finished=None, **_GOING),
+    TaskRegistered: lambda run, e: _changed(run, task=e),
+    RunStarted: lambda run, e: _changed(run, settings=e.settings),
+    RunBranched: lambda run, e: _changed(run, parent=e.parent, settings=e.settings, finished=None, **_GOING),
     AgentProposed: _versioned,
     HarnessPatched: _versioned,
     WeightsUpdated: _versioned,
     AttemptRequested: _requested,
     HarnessPatchRequested: _patching,
-    ExecutionLogged: lambda run, e: replace(run, executions={**run.executions, e.attempt: e}),
+    ExecutionLogged: lambda run, e: _changed(run, executions={**run.executions, e.attempt: e}),
     AttemptFailed: _failed,
-    Scored: lambda run, e: replace(run, scores={**run.scores, e.attempt: e}, failures_in_a_row=0),
+    Scored: lambda run, e: _changed(run, scores={**run.scores, e.attempt: e}, failures_in_a_row=0),
     VersionAccepted: _accepted,
-    VersionRejected: lambda run, e: replace(run, verdicts={**run.verdicts, e.version: e}),
-    FeedbackRequested: lambda run, e: replace(run, generation=e.generation),
+    VersionRejected: lambda run, e: _changed(run, verdicts={**run.verdicts, e.version: e}),
+    FeedbackRequested: lambda run, e: _changed(run, generation=e.generation),
     FeedbackGiven: _advised,
     ProposalFailed: _barren,
-    ServiceFailed: lambda run, e: replace(run, service_failures=(*run.service_failures, e)),
-    ApprovalRequested: lambda run, e: replace(run, waiting=e),
-    ApprovalGiven: lambda run, e: replace(run, waiting=None),
-    ApprovalRefused: lambda run, e: replace(run, waiting=None),
-    RunPaused: lambda run, e: replace(run, paused=e.reason),
-    RunResumed: lambda run, e: replace(run, paused=None, failures_in_a_row=0),
-    BudgetExhausted: lambda run, e: replace(run, exhausted=e),
-    BudgetChanged: lambda run, e: replace(run, exhausted=None, settings=_with_budget(run, e)),
-    RunSteered: lambda run, e: replace(run, steering=(*run.steering, e.text)),
-    RunCancelled: lambda run, e: replace(run, cancelled=e.reason),
+    ServiceFailed: lambda run, e: _changed(run, service_failures=(*run.service_failures, e)),
+    ApprovalRequested: lambda run, e: _changed(run, waiting=e),
+    ApprovalGiven: lambda run, e: _changed(run, waiting=None),
+    ApprovalRefused: lambda run, e: _changed(run, waiting=None),
+    RunPaused: lambda run, e: _changed(run, paused=e.reason),
+    RunResumed: lambda run, e: _changed(run, paused=None, failures_in_a_row=0),
+    BudgetExhausted: lambda run, e: _changed(run, exhausted=e),
+    BudgetChanged: lambda run, e: _changed(run, exhausted=None, settings=_with_budget(run, e)),
+    RunSteered: lambda run, e: _changed(run, steering=(*run.steering, e.text)),
+    RunCancelled: lambda run, e: _changed(run, cancelled=e.reason),
     # Earlier releases could record a second end behind the first.
-    RunFinished: lambda run, e: replace(run, finished=run.finished or e),
+    RunFinished: lambda run, e: _changed(run, finished=run.finished or e),
 }

@@ -29,7 +29,8 @@ def asyncapi() -> dict[str, Any]:
         "info": {
             "title": "SIA on events",
             "version": str(SCHEMA),
-            "description": "Records of runs, as CloudEvents 1.0.",
+            "description": "Records of runs, as CloudEvents 1.0. Where history is cut into partitions, an address ends "
+            "in one more word, the number of the run's.",
         },
         "defaultContentType": "application/cloudevents+json",
         "channels": channels,

@@ -79,7 +79,7 @@ class Lineage:
         # A state after each record would grow with the square of a run's length: some are kept, the rest folded again.
         self._kept = [self.latest]
         self._last = 0, self.latest
-        self._given: dict[tuple[UUID | None, str], list[Record]] = {}
+        self._answered: dict[UUID | None, list[Record]] = {}
         # What opens a branch, by its name: where it leaves its parent, and what was said with that.
         self._openings: dict[str, list[Record]] = {}
         # (position that held the run, position that let it go on): what lies between was decided at the latter.
@@ -100,7 +100,7 @@ class Lineage:
                 self._holds.append((self._held_at, record.position))
             if len(self.records) % KEPT_EVERY == 0:
                 self._kept.append(self.latest)
-            self._given.setdefault((record.cause, record.producer), []).append(record)
+            self._answered.setdefault(record.cause, []).append(record)
             if isinstance(record.event, RunBranched):
                 self._openings[record.run] = [record]
             elif (opened := self._openings.get(record.run)) and opens_with(opened, record):
@@ -138,15 +138,21 @@ class Lineage:
         self._last = position, fold(self.records[at:position], state)
         return self._last[1]
 
+    def answered(self, cause: Record) -> Sequence[Record]:
+        """Every record that `cause` gave rise to, whoever wrote it."""
+        return self._answered.get(cause.id, ())
+
     def given(self, service: Service, cause: Record) -> list[Record]:
         """What the service answered to `cause`; a dead letter is no answer."""
-        return [r for r in self._given.get((cause.id, service.name), []) if not isinstance(r.event, ServiceFailed)]
+        mine = (record for record in self.answered(cause) if record.producer == service.name)
+        return [record for record in mine if not isinstance(record.event, ServiceFailed)]
 
     def is_dropped(self, service: Service, cause: Record) -> bool:
         """Whether a person gave up on what the service would answer, behind its last dead letter about it."""
-        failed = [r for r in self._given.get((cause.id, service.name), []) if isinstance(r.event, ServiceFailed)]
-        said = self._given.get((failed[-1].id, "cli"), []) if failed else []
-        return any(isinstance(record.event, LetterDropped) for record in said)
+        mine = (record for record in self.answered(cause) if record.producer == service.name)
+        failed = [record for record in mine if isinstance(record.event, ServiceFailed)]
+        said = self.answered(failed[-1]) if failed else ()
+        return any(record.producer == "cli" and isinstance(record.event, LetterDropped) for record in said)
 
     def inherited(self, service: Service, fork: Record) -> list[Record]:
         """Records before `fork` that the service handles and had not answered there."""
@@ -173,6 +179,7 @@ async def answer(service: Service, lineage: Lineage, cause: Record, run: str, po
     for one in causes:
         if lineage.given(service, one) or lineage.is_dropped(service, one):
             continue
+        reach(f"{service.name} before answering {one.type}")
         if decide := service.decides.get(type(one.event)):
             events = lineage.decided(decide, one, run)
         else:

@@ -43,6 +43,12 @@ class Settings(BaseModel):
     drain_s: float = Field(
         default=20.0, ge=0, description="seconds for which an ending gateway waits for replies that are under way"
     )
+    partitions: int = Field(
+        default=1,
+        ge=1,
+        le=64,
+        description="streams that records are spread over by run, and as many for traces",
+    )
     debug: bool = Field(default=False, description="tracebacks instead of one-line errors")
     providers: Mapping[ProviderName, Provider] = Field(
         default_factory=built_in, description="who answers model calls, by the first part of a model's name"

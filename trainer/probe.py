@@ -20,6 +20,7 @@ EXACT, ROUGH = (1e-3, 1e-4), (0.25, 0.25)
 """Nats a token by which server and learner may differ, and those that rounding makes of nothing: less has not moved.
 The embedded model is float32 on both sides; another server's numbers may be bfloat16."""
 CALL_S = 600.0
+SAID = 500
 
 
 class AdapterNotServed(Exception):
@@ -105,11 +106,16 @@ async def _scored(ports: Ports, run: str, key: str, weights: Weights, texts: Seq
 
 
 def _read(response: httpx.Response, weights: Weights) -> Sequence[float]:
-    reply: Any = response.json()
-    if response.status_code == HTTPStatus.OK:
-        return reply["logprobs"]
-    said = f"{weights.model} with adapter {(weights.adapter or 'none')[:12]} did not answer the probe"
-    said = f"{said} ({response.status_code}): {reply['error']['message']}"
+    name = f"{weights.model} with adapter {(weights.adapter or 'none')[:12]}"
+    try:
+        reply: Any = response.json()
+        if response.status_code == HTTPStatus.OK:
+            return reply["logprobs"]
+        message = reply["error"]["message"]
+    except (ValueError, LookupError, TypeError):
+        # Not the gateway's words: something before it, or one that broke down.
+        message = response.text[:SAID]
+    said = f"{name} did not answer the probe ({response.status_code}): {message}"
     if response.status_code == HTTPStatus.PAYMENT_REQUIRED:
         raise BudgetSpent(said)
     raise ProviderAway(said) if response.status_code in AWAY.values() else AdapterNotServed(said)

@@ -99,7 +99,7 @@ async def stores(settings: Settings) -> AsyncIterator[Node]:
         url = settings.nats_url
         if url is None:
             url = await stack.enter_async_context(nats_running(settings.home / "nats"))
-        bus = await stack.enter_async_context(connect(url, blobs, SystemClock()))
+        bus = await stack.enter_async_context(connect(url, blobs, SystemClock(), partitions=settings.partitions))
         yield Node(settings, bus, blobs, private, bus.streams)
 
 

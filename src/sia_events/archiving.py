@@ -4,7 +4,7 @@ import asyncio
 import hashlib
 import os
 import re
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
@@ -98,12 +98,12 @@ async def restore(settings: Settings, file: Path) -> dict[str, Any]:
         await _check_traces(file, before)
         # Blobs first and records last: whoever finds a record finds what it names, and a run is there when it is whole.
         seen = dict.fromkeys(contents.records, 0)
-        for name, body in archive.read(file):
+        for name, pieces in archive.read(file):
             match = _match(file, name)
             if match["blobs"]:
-                await (node.private if match["blobs"] == "private" else node.blobs).put(body)
+                await (node.private if match["blobs"] == "private" else node.blobs).put(b"".join(pieces))
             elif match["traces"]:
-                for envelope in _envelopes(match["of"], body):
+                for envelope in _envelopes(match["of"], pieces):
                     if seen[envelope.run] >= len(before[envelope.run]):
                         await node.bus.trace(envelope)
                     seen[envelope.run] += 1
@@ -115,10 +115,10 @@ async def _lineage(node: app.Node, run: str) -> dict[str, list[Record]]:
     """The run's own records and those of its parents, each run whole, parents first. Raises Unusable."""
     history = await node.bus.history(run)
     own = [record for record in history if record.run == run]
-    if not own or broken_link(history):
+    if not own or broken_link(history) or len(history) < history[-1].position:
         raise Unusable(f"the records of run {run} are not whole; nothing was written. sia verify {run} --repair")
     first = own[0].event
-    before = await _lineage(node, first.parent) if isinstance(first, RunBranched) else {}
+    before = await _lineage(node, first.parent) if isinstance(first, RunBranched) and own[0].position > 1 else {}
     return {**before, run: own}
 
 
@@ -167,13 +167,13 @@ def _checked(file: Path) -> Contents:
     """What the archive holds, every byte of it read. Raises ArchiveUnusable, NewerRecord."""
     head = archive.read_head(file)
     contents = Contents()
-    for name, body in archive.read(file):
+    for name, pieces in archive.read(file):
         match = _match(file, name)
         try:
             if match["kind"]:
-                contents.records[match["run"]] = [parse_record(line) for line in body.splitlines()]
+                contents.records[match["run"]] = [parse_record(line) for line in archive.lines(pieces)]
             elif match["traces"]:
-                count = sum(1 for _ in _envelopes(match["of"], body))
+                count = sum(1 for _ in _envelopes(match["of"], pieces))
                 contents.envelopes[match["of"]] = contents.envelopes.get(match["of"], 0) + count
         except NewerRecord:
             raise
@@ -181,7 +181,10 @@ def _checked(file: Path) -> Contents:
             raise ArchiveUnusable(f"{file} was altered: {name}: {error}; nothing was written") from error
         if match["blobs"]:
             contents.blobs += 1
-            if hashlib.sha256(body).hexdigest() != match["digest"]:
+            digest = hashlib.sha256()
+            for piece in pieces:
+                digest.update(piece)
+            if digest.hexdigest() != match["digest"]:
                 raise ArchiveUnusable(f"{file} was altered: {name} is another blob; nothing was written")
     _check_chains(file, contents.records)
     if list(contents.records) != head.get("runs") or not contents.envelopes.keys() <= contents.records.keys():
@@ -216,19 +219,20 @@ async def _check_free(node: app.Node, run: str, records: Sequence[Record]) -> No
 async def _check_traces(file: Path, before: Mapping[str, Sequence[str]]) -> None:
     """Whether what is there of a run's traces is what the archive begins with. Raises Unusable."""
     seen = dict.fromkeys(before, 0)
-    for name, body in archive.read(file):
+    for name, pieces in archive.read(file):
         if (match := _match(file, name))["traces"]:
-            for envelope in _envelopes(match["of"], body):
+            for envelope in _envelopes(match["of"], pieces):
                 there = before[envelope.run]
                 if seen[envelope.run] < len(there) and there[seen[envelope.run]] != _mark(envelope):
                     raise Unusable(f"run {envelope.run} has other traces here; nothing was written")
                 seen[envelope.run] += 1
 
 
-def _envelopes(run: str, body: bytes) -> list[Envelope]:
-    traced = [_decode(line) for line in body.splitlines()]
-    # What stands on a stream under another kind than ours is nobody's, and is carried all the same.
-    return [Envelope(run, each.kind, each.key, tuple(line.encode() for line in each.lines)) for each in traced]  # pyright: ignore[reportArgumentType]
+def _envelopes(run: str, pieces: Iterable[bytes]) -> Iterator[Envelope]:
+    for line in archive.lines(pieces):
+        each = _decode(line)
+        # What stands on a stream under another kind than ours is nobody's, and is carried all the same.
+        yield Envelope(run, each.kind, each.key, tuple(text.encode() for text in each.lines))  # pyright: ignore[reportArgumentType]
 
 
 def _mark(envelope: Envelope) -> str:

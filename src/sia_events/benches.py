@@ -4,7 +4,7 @@ import json
 import os
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -81,6 +81,19 @@ async def gateway(settings: Settings, sia_agent: Path | None, as_json: bool) -> 
         (Path(folder) / "builtin").mkdir()
         _tell(found, await overheads.generation(Path(folder) / "builtin", candidates=1))
         _tell(found, *await gateway_figures.generation(Path(folder), sia_agent))
+    return _told(found, load, as_json)
+
+
+async def log(settings: Settings, parts: Collection[str], scale: float, as_json: bool) -> str:
+    """Figures of the event log; the disk is that of SIA_HOME."""
+    from sia_events import log_figures
+
+    settings.home.mkdir(parents=True, exist_ok=True)
+    load = os.getloadavg()[0]
+    found: list[Figure] = []
+    with tempfile.TemporaryDirectory(prefix="bench-", dir=settings.home) as folder:
+        async for figure in log_figures.measured(Path(folder), parts, scale):
+            _tell(found, figure)
     return _told(found, load, as_json)
 
 

@@ -1,6 +1,7 @@
 """Branches: what is different from a fork on, and the runs that go on so. Nothing is copied."""
 
 import json
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -13,8 +14,8 @@ from sia_events.errors import Unusable
 from sia_events.feedback_svc.lever import gather
 from sia_events.following import follow
 from sia_events.forks import Fork, at_generation, at_position
-from sia_events.reading import records
-from sia_events.roles import is_local
+from sia_events.reading import Gap, records
+from sia_events.roles import is_local, require_askable
 from sia_events.run_settings import merged
 from sia_events.shared.events import (
     Algorithm,
@@ -28,11 +29,12 @@ from sia_events.shared.events import (
     Value,
     Weights,
 )
+from sia_events.shared.failpoints import reach
 from sia_events.shared.record import IMPORTED, Record, opening
 from sia_events.shared.registration import REQUIREMENTS
 from sia_events.shared.settings import Settings
 from sia_events.shared.tree import TreeRefused, read_tree, store_tree
-from sia_events.starting import lay_down, require_learnable
+from sia_events.starting import lay_down, require_backend, require_learnable
 
 
 class Feedback(Value):
@@ -83,7 +85,13 @@ async def branch(
     `repeats` of them differ by their seeds; a `control` comes first and changes nothing. Returns the last exit status
     that is not 0. Raises Unusable before anything is written.
     """
-    history = await records(settings, parent)
+    try:
+        history = await records(settings, parent)
+    except Gap as gap:
+        if not gap.whole:
+            raise
+        history = gap.whole
+        print(f"sia: {gap}", file=sys.stderr)
     parent = history[-1].run
     if history[0].producer == IMPORTED:
         raise Unusable(f"run {parent} was imported: SIA keeps no data to go on with; start one with its agent: sia run")
@@ -95,6 +103,9 @@ async def branch(
     require_items(fork, asked, change)
     for each in asked:
         require_learnable(settings, each)
+        if not settings.nats_url:
+            require_askable(settings, each)
+            require_backend(each)
         await app.ready(settings, each.sandbox, is_local(settings, each))
     await lay_down(settings.home, files.get(REQUIREMENTS))
     status = 0
@@ -104,7 +115,9 @@ async def branch(
         branches = [Branch(*each) for each in zip(names, [parent] * len(names), asked, changes, strict=True)]
         for each in branches:
             opened = await _opening(node, each, history[: fork.at], fork, files)
+            reach("sia branch before opening")
             await node.bus.append(each.name, opening(each.name, opened))
+            reach("sia branch after opening")
         for each in branches:
             if go:
                 status = await follow(node, settings, each.name, as_json) or status
@@ -237,6 +250,8 @@ def _names(wanted: str | None, known: Sequence[str], count: int, control: bool) 
     numbered = [f"{wanted}-{i}" for i in range(1, count + 1 - control)]
     names = [*([f"{wanted}-control"] if control else []), *([wanted] if len(numbered) == 1 else numbered)]
     for name in names:
-        if name in known or not NAME.fullmatch(name):
-            raise Unusable(f"run {name} exists or is no name for a run; take another with --run")
+        if not NAME.fullmatch(name):
+            raise Unusable(f"a run's name is letters, digits, - and _, 64 at most, not {name!r}; nothing was written")
+        if name in known:
+            raise Unusable(f"run {name} exists already; nothing was written. Take another name: --run NAME")
     return names

@@ -9,7 +9,6 @@ from sia_events import app, log_here
 from sia_events.errors import MENDABLE, NodeHeld
 from sia_events.event_log import recorder
 from sia_events.home import hold, running_node
-from sia_events.infra.nats_streams import StreamUnfit
 from sia_events.log_here import open_log
 from sia_events.shared.ports import Log
 from sia_events.shared.settings import Settings
@@ -42,7 +41,7 @@ async def _catch_up(settings: Settings) -> None:
             return
         except NodeHeld:
             continue  # somebody was quicker: another reader, or services
-        except (*MENDABLE, StreamUnfit, TimeoutError, OSError) as error:
+        except (*MENDABLE, TimeoutError, OSError) as error:
             why = str(error) or f"not done within {CATCH_UP_S:.0f} s, the next look goes on with it"
             print(f"sia: more may stand in {settings.home / 'nats'} than the log shows: {why}", file=sys.stderr)
             return

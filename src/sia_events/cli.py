@@ -67,7 +67,13 @@ LETTERS = {
     "retry": letters.letters_retry,
     "drop": letters.letters_drop,
 }
-BENCHES = {"kernels": bench.kernels, "loop": bench.loop, "gateway": bench.gateway, "learn": bench.learn}
+BENCHES = {
+    "kernels": bench.kernels,
+    "loop": bench.loop,
+    "gateway": bench.gateway,
+    "learn": bench.learn,
+    "log": bench.log,
+}
 
 EXPERIMENTS = {"levers": experiment.levers}
 

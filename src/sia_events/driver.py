@@ -18,6 +18,7 @@ from sia_events.importing import facts, read_run
 from sia_events.roles import is_local, require_askable
 from sia_events.run_settings import differences
 from sia_events.shared.events import RunSettings, RunStarted, RunSteered
+from sia_events.shared.failpoints import reach
 from sia_events.shared.record import IMPORTED, opening
 from sia_events.shared.registration import REQUIREMENTS, register, requirements
 from sia_events.shared.run import fold
@@ -103,7 +104,9 @@ async def _open(
 ) -> None:
     registered = await register(task, node.blobs, node.private, wanted.rollout_items, first)
     said = [RunSteered(text=steer)] if steer else []
+    reach("sia run before opening")
     await node.bus.append(name, opening(name, [registered, *said, RunStarted(settings=wanted, code=code())]))
+    reach("sia run after opening")
 
 
 @asynccontextmanager

@@ -7,6 +7,7 @@ from sia_events.infra.blobs import BlobsUnavailable
 from sia_events.infra.child import ChildFailed
 from sia_events.infra.clickhouse import LogFull, LogUnavailable, QueryRefused, StoreTooNew, StoreUnsafe
 from sia_events.infra.nats_server import NatsServerFailed
+from sia_events.infra.nats_streams import StreamUnfit
 from sia_events.infra.store_lock import StoreHeld
 from sia_events.infra.tail import RunIncomplete, RunTooNew
 from sia_events.local_model.weights import ModelNotReady
@@ -34,6 +35,7 @@ MENDABLE: tuple[type[Exception], ...] = (
     NatsServerFailed,
     BusFull,
     BusUnreachable,
+    StreamUnfit,
     RunExists,
     RunIncomplete,
     RunTooNew,

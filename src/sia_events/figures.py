@@ -68,13 +68,13 @@ def help_above_python() -> Figure:
     )
 
 
-async def first_model_call(home: Path, model: str) -> Figure:
+async def first_model_call(home: Path, model: str, starts: int = STARTS) -> Figure:
     """From starting `sia run words` in a used home until the gateway has its first call; then it is interrupted."""
     await _first_call(home, "cold", model)
-    found = [await _first_call(home, f"warm{number}", model) for number in range(STARTS)]
+    found = [await _first_call(home, f"warm{number}", model) for number in range(starts)]
     made, answered = (statistics.median(column) for column in zip(*found, strict=True))
-    imports = statistics.median(_timed([sys.executable, "-c", "import sia_events.driver"]) for _ in range(STARTS))
-    beside = {"first reply": answered, "imports alone": imports, "starts": STARTS, "model": model}
+    imports = statistics.median(_timed([sys.executable, "-c", "import sia_events.driver"]) for _ in range(starts))
+    beside = {"first reply": answered, "imports alone": imports, "starts": starts, "model": model}
     return Figure("sia run to its first model call", made, "s", "<= 3", made <= 3, beside)
 
 

@@ -25,7 +25,6 @@ from sia_events.views.summaries import ending_text, stopped_text
 
 CATCH_UP_S = 30.0
 SILENCE_S = 5.0
-STEPS_S = 1.0
 
 
 async def follow(node: app.Node, settings: Settings, name: str, as_json: bool) -> int:
@@ -124,6 +123,8 @@ async def _until_over(node: app.Node, name: str, screen: Screen) -> RunFinished 
             state = fold([record], state)
             screen.tell(record, state)
             if isinstance(record.event, WeightUpdateRequested):
+                if learning is not None:
+                    learning.cancel()
                 key = f"g{record.event.generation}"
                 learning = asyncio.create_task(_tell_steps(node.bus, record.run, key, screen.step))
             elif learning is not None and isinstance(record.event, LEARNED):
@@ -145,16 +146,21 @@ async def _until_over(node: app.Node, name: str, screen: Screen) -> RunFinished 
 
 
 async def _tell_steps(bus: Bus, run: str, key: str, tell: Callable[[Step], None]) -> None:
-    """Tell each newest step of a learner that the trace has, until cancelled."""
-    seen = 0
-    while True:
-        envelopes = await bus.traces(run, "training", key)
-        if len(envelopes) > seen:
+    """Tell each newest step of a learner that the trace has, until cancelled.
+
+    Where that fails it is said once, and the run goes on: nothing but what is shown depends on it.
+    """
+    try:
+        async for envelopes in bus.traced(run, "training", key):
             step = msgspec.json.decode(envelopes[-1].lines[-1])
             if not step.get("done"):
                 tell(step)
-        seen = len(envelopes)
-        await asyncio.sleep(STEPS_S)
+    except Exception as error:
+        print(
+            f"sia: no more steps of {key} are shown: {type(error).__name__}: {error}. It learns on, its trace is kept",
+            file=sys.stderr,
+            flush=True,
+        )
 
 
 def _tell_of_silence(last: Record) -> None:

@@ -8,7 +8,7 @@ from sia_events.driver import code
 from sia_events.errors import Unusable
 from sia_events.shared.events import RunBranched
 from sia_events.shared.record import Record, derived_id, opening, place
-from sia_events.shared.run import Run, fold
+from sia_events.shared.run import Run, evolve, fold
 from sia_events.shared.service import Lineage
 
 
@@ -46,14 +46,15 @@ def at_position(history: Sequence[Record], position: int) -> Fork:
             f"position {position} of run {name} is inside records {start} to {end}, which were written together or not "
             f"at all; branch at {before}{end}"
         )
-    state = fold(history[:position])
+    before = fold(history[: position - 1])
+    state = evolve(before, history[position - 1])
     # Behind its end a run may have had work under way, which brings no other end.
-    if state.finished or not _owes(history[:position]):
+    if state.finished or not _owes(history[:position], state):
         why = "the run is over there" if state.status in ("finished", "cancelled") else f"it is {state.status} there"
         if state.waiting:
             why = f"it waits there for approval of {state.waiting.subject}, and a branch puts its own questions"
         raise Unusable(f"behind position {position} of run {name} nothing is left to do: {why}. Take an earlier one")
-    return Fork(position, state, closed=_is_closed(state) and not _is_closed(fold(history[: position - 1])))
+    return Fork(position, state, closed=_is_closed(state) and not _is_closed(before))
 
 
 def _is_closed(run: Run) -> bool:
@@ -87,9 +88,9 @@ def _joins(history: Sequence[Record], position: int) -> bool:
     return False
 
 
-def _owes(history: Sequence[Record]) -> bool:
+def _owes(history: Sequence[Record], state: Run) -> bool:
     """Whether a service would act on what stands unanswered behind the last record, if a branch began there."""
-    last, state = history[-1], fold(history)
+    last = history[-1]
     name = f"{last.run} branched"
     event = RunBranched(
         parent=last.run, at=last.position, generation=0, overrides={}, settings=state.settings, code=code()

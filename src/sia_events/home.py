@@ -17,6 +17,9 @@ from sia_events.errors import NodeHeld, Unusable
 from sia_events.infra.store_lock import owner
 from sia_events.shared.settings import Settings
 
+# Folders of sockets, in the place for temporary files, and what in them leads to the home that they are of.
+SOCKETS, HOME = f"sia-{os.getuid()}-", "home"
+
 
 def make_home(settings: Settings) -> None:
     """Raises Unusable where the home cannot be."""
@@ -47,8 +50,7 @@ async def hold(settings: Settings, purpose: str) -> AsyncIterator[None]:
         yield
     finally:
         note.unlink(missing_ok=True)
-        with suppress(OSError):  # not there, or not empty: whoever has a socket in it still runs
-            socket_place(settings).rmdir()
+        _remove_sockets(socket_place(settings))
         lock.release()
 
 
@@ -62,7 +64,12 @@ def at_work(settings: Settings) -> Iterator[None]:
 
 
 def _sweep(settings: Settings) -> None:
-    """Remove the scratch folders that were left behind, unless somebody is at work in this home."""
+    """Remove the scratch folders that were left behind, unless somebody is at work in this home; and the sockets of
+    homes that are no more, whose services were killed.
+    """
+    for place in Path(tempfile.gettempdir()).glob(f"{SOCKETS}*"):
+        if os.path.islink(place / HOME) and not os.path.exists(place / HOME):
+            shutil.rmtree(place, ignore_errors=True)
     with _scratch_lock(settings) as lock, suppress(BlockingIOError):
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         for left in (settings.home / "tmp").glob("*-*"):
@@ -131,13 +138,23 @@ def socket_folder(settings: Settings) -> Path:
     folder.mkdir(mode=0o700, exist_ok=True)
     if folder.stat().st_uid != os.getuid():
         raise PermissionError(f"{folder} belongs to somebody else; remove it or set TMPDIR")
+    with suppress(FileExistsError):
+        (folder / HOME).symlink_to(settings.home.absolute())
     return folder
 
 
 def socket_place(settings: Settings) -> Path:
     """That folder's name; whoever holds the home removes it at its end."""
     mark = hashlib.sha256(str(settings.home).encode()).hexdigest()[:12]
-    return Path(tempfile.gettempdir()) / f"sia-{os.getuid()}-{mark}"
+    return Path(tempfile.gettempdir()) / f"{SOCKETS}{mark}"
+
+
+def _remove_sockets(folder: Path) -> None:
+    """Remove a folder of sockets, unless one is in it: whoever has that still runs, or was killed and comes again."""
+    with suppress(OSError):
+        if [each.name for each in folder.iterdir()] == [HOME]:
+            (folder / HOME).unlink()
+        folder.rmdir()
 
 
 def door_socket(settings: Settings) -> Path:

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from sia_events.reading import lineage, look, resolve
+from sia_events.reading import every_lineage, look, resolve, unreadable
 from sia_events.shared.events import FeedbackGiven, HarnessPatched, RunBranched, RunSteered
 from sia_events.shared.ports import Log
 from sia_events.shared.record import Record, opens_with
@@ -16,19 +16,20 @@ async def tree(settings: Settings, run: str | None) -> list[dict[str, Any]]:
     """Every run that is no branch, oldest first, or the one that `run` descends from; branches are within `branches`.
 
     A run has what `sia runs` has of it, and {at, branched_at_generation, changed, score, branches}: its fork, None for
-    a root, what was said to be different, and its final version's sealed score, or else that on the gate.
+    a root, what was said to be different, and its final version's sealed score, or else that on the gate. A run that
+    cannot be read stands as a root of its own.
     """
 
     async def ask(log: Log) -> list[dict[str, Any]]:
         wanted = await resolve(log, run) if run else None
-        return grown({name: await lineage(log, name) for name in await log.runs()}, wanted)
+        return grown(await every_lineage(log), wanted)
 
     return await look(settings, ask)
 
 
-def grown(histories: Mapping[str, Sequence[Record]], run: str | None) -> list[dict[str, Any]]:
-    """The tree of these runs; of the root that `run` descends from, where one is named."""
-    nodes = {name: _node(history) for name, history in histories.items()}
+def grown(histories: Mapping[str, Sequence[Record] | str], run: str | None) -> list[dict[str, Any]]:
+    """The tree of these runs, or why one cannot be read; of the root that `run` descends from, where one is named."""
+    nodes = {name: _leaf(name, each) if isinstance(each, str) else _node(each) for name, each in histories.items()}
     roots: list[dict[str, Any]] = []
     for node in nodes.values():
         (nodes[node["parent"]]["branches"] if node["parent"] else roots).append(node)
@@ -38,6 +39,11 @@ def grown(histories: Mapping[str, Sequence[Record]], run: str | None) -> list[di
     while root["parent"]:
         root = nodes[root["parent"]]
     return [root]
+
+
+def _leaf(run: str, why: str) -> dict[str, Any]:
+    unknown = {"at": None, "branched_at_generation": None, "changed": {}, "score": None, "branches": []}
+    return {**unreadable(run, why), **unknown}
 
 
 def _node(history: Sequence[Record]) -> dict[str, Any]:

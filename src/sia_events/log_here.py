@@ -21,11 +21,13 @@ OWNER_S = 0.5
 
 
 @asynccontextmanager
-async def open_log(settings: Settings) -> AsyncIterator[clickhouse.ClickHouseLog]:
+async def open_log(
+    settings: Settings, answer_s: float = clickhouse.ANSWER_S
+) -> AsyncIterator[clickhouse.ClickHouseLog]:
     """The log, for reading: the embedded store's owner is asked when there is one, else the store is opened here."""
     make_home(settings)
     dsn = settings.log_dsn or f"chdb://{settings.home / 'log'}"
-    log = await asyncio.to_thread(clickhouse.connect, dsn)
+    log = await asyncio.to_thread(clickhouse.connect, dsn, answer_s)
     try:
         yield log
     finally:

@@ -161,7 +161,7 @@ async def driven(settings: Settings, run: str, wanted: RunSettings, feedback: Se
         async with node.answering(run):
             ports = app.ports_of(feedback.name, node)
             node.tasks.append(asyncio.create_task(serve(feedback, node.bus, ports, run)))
-            await node.guard(_recorded(node))
+            await node.guard(recorded(node))
             await node.bus.append(run, opening(run, [registered, RunStarted(settings=wanted, code="bench")]))
             await node.guard(_finished(node, run))
         return await node.bus.history(run)
@@ -183,7 +183,7 @@ async def publish_to_queryable(home: Path, seconds: float = SECONDS) -> Figure:
         published: dict[str, list[tuple[int, float]]] = {f"publish{n}": [] for n in range(RUNS)}
         async with node.answering(None):
             await asyncio.gather(*(node.bus.append(run, opening(run, [_news()])) for run in published))
-            await node.guard(_recorded(node))
+            await node.guard(recorded(node))
             async with open_log(settings) as log:
                 latencies, rate = await node.guard(_flow(node, log, published, seconds))
                 raw = await _raw_inserts(log, (await node.bus.history("publish0"))[: RUNS * BATCH])
@@ -193,7 +193,7 @@ async def publish_to_queryable(home: Path, seconds: float = SECONDS) -> Figure:
     return Figure("publish to queryable, p99", p99, "s", "<= 1.5", p99 <= 1.5, beside)
 
 
-async def _recorded(node: app.Node) -> None:
+async def recorded(node: app.Node) -> None:
     """Wait until the recorder has opened the log and caught up: before that, the store would be ours or half made."""
     while True:
         if not await lag(node.bus):

@@ -2,9 +2,11 @@
 
 import asyncio
 import difflib
+import sys
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, suppress
+from itertools import chain
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -30,6 +32,19 @@ T = TypeVar("T")
 Opened = Callable[[Settings], AbstractAsyncContextManager[Log]]
 
 
+class Gap(Unusable):
+    """Records of a run are lost, and later ones stand; `whole` are those before."""
+
+    def __init__(self, run: str, whole: Sequence[Record], behind: int) -> None:
+        last = len(whole)
+        go_on = f" What stands before can be gone on from: sia branch {run} --at-position {last}" if whole else ""
+        super().__init__(
+            f"run {run} cannot be read: behind record {last} the log has record {behind}, and none between. "
+            f"Nothing was changed. What the streams still have is put back by: sia verify {run} --repair.{go_on}"
+        )
+        self.whole = whole
+
+
 async def look(settings: Settings, ask: Callable[[Log], Awaitable[T]], opened: Opened = current_log) -> T:
     """What `ask` finds in the log. It is asked again where the embedded log's owner has just come or gone meanwhile.
 
@@ -47,13 +62,11 @@ async def look(settings: Settings, ask: Callable[[Log], Awaitable[T]], opened: O
 
 
 async def all_runs(settings: Settings) -> list[dict[str, Any]]:
-    """A row a run, oldest first."""
+    """A row a run, oldest first; one that cannot be read has the status "unreadable" and a `reason`."""
     running = await settled(settings)
 
-    async def rows_of(log: Log) -> list[dict[str, Any]]:
-        return [row(await lineage(log, name)) for name in await log.runs()]
-
-    rows = await look(settings, rows_of)
+    found = await look(settings, every_lineage)
+    rows = [unreadable(name, each) if isinstance(each, str) else row(each) for name, each in found.items()]
     for each in rows:
         # A run is under way only while some process runs the services; else it waits to be resumed.
         if each["status"] == "running" and not running and not settings.nats_url:
@@ -71,8 +84,13 @@ async def records(settings: Settings, run: str, opened: Opened = current_log) ->
 
 
 async def each_record(settings: Settings, run: str, follow: bool) -> AsyncIterator[Record]:
-    """The run's records; with `follow` also those to come, to the run's end."""
-    history = await records(settings, run)
+    """The run's records, to a gap if there is one; with `follow` also those to come, to the run's end. Raises Gap."""
+    try:
+        history = await records(settings, run)
+    except Gap as gap:
+        for record in gap.whole:
+            yield record
+        raise
     name, seen = history[-1].run, 0
     while True:
         for record in history[seen:]:
@@ -148,17 +166,51 @@ async def resolve(log: Log, given: str) -> str:
     raise Unusable(f"no run {given!r}; there are: {', '.join(names) or 'none yet (sia run words starts one)'}")
 
 
+async def every_lineage(log: Log) -> dict[str, list[Record] | str]:
+    """The lineage of every run, oldest first; of one that cannot be read, why not."""
+    found: dict[str, list[Record] | str] = {}
+    for name in await log.runs():
+        try:
+            found[name] = await lineage(log, name)
+        except (Unusable, NewerRecord) as error:
+            found[name] = str(error)
+    return found
+
+
+def unreadable(run: str, why: str) -> dict[str, Any]:
+    """The row of a run that cannot be read."""
+    return {**dict.fromkeys(row(())), "run": run, "status": "unreadable", "reason": why}
+
+
 async def lineage(log: Log, run: str) -> list[Record]:
-    """A run's records behind those of its parents up to the fork. Raises NewerRecord and Unusable."""
+    """A run's records behind those of its parents up to the fork. Raises NewerRecord, Unusable, and Gap."""
+    history = await _joined(log, run)
+    for expected, record in enumerate(history, start=1):
+        if record.position != expected:
+            raise Gap(run, history[: expected - 1], record.position)
+    return history
+
+
+async def _joined(log: Log, run: str) -> list[Record]:
+    parts: dict[str, list[Record]] = {}
+    end = sys.maxsize
+    # What somebody forged may come back to itself, and is a history without a beginning.
+    while run not in parts:
+        own = await _own(log, run)
+        parts[run] = [record for record in own if record.position <= end]
+        fork = own[0].event if own else None
+        if not isinstance(fork, RunBranched):
+            break
+        run, end = fork.parent, min(end, fork.at)
+    return list(chain.from_iterable(reversed(parts.values())))
+
+
+async def _own(log: Log, run: str) -> Sequence[Record]:
     try:
-        own = list(await log.records(run))
+        return await log.records(run)
     except NewerRecord:
         raise
     except UnreadableRecord as error:
         raise Unusable(
             f"run {run} cannot be read: {error}. Nothing was changed; the release that wrote it can"
         ) from error
-    if own and isinstance(own[0].event, RunBranched):
-        fork = own[0].event
-        return [*(await lineage(log, fork.parent))[: fork.at], *own]
-    return own

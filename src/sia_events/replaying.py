@@ -5,9 +5,8 @@ from dataclasses import dataclass
 
 from sia_events import app
 from sia_events.errors import Unusable
-from sia_events.reading import lineage, look, records
-from sia_events.shared.ports import Log
-from sia_events.shared.record import NewerRecord, Record
+from sia_events.reading import every_lineage, look, records
+from sia_events.shared.record import Record
 from sia_events.shared.replay import Replayed, replay
 from sia_events.shared.run import Run, fold
 from sia_events.shared.settings import Settings
@@ -33,10 +32,10 @@ async def one(settings: Settings, run: str, stretch: Stretch, keep_going: bool) 
 async def every(settings: Settings, keep_going: bool) -> Mapping[str, Replayed | str]:
     """Replay all runs, oldest first; of a run that this release cannot read, why not."""
 
-    async def each(log: Log) -> Mapping[str, Replayed | str]:
-        return {name: await _judged(log, name, keep_going) for name in await log.runs()}
-
-    return await look(settings, each)
+    found = await look(settings, every_lineage)
+    return {
+        name: each if isinstance(each, str) else _decided(each, Stretch(), keep_going) for name, each in found.items()
+    }
 
 
 async def state(settings: Settings, run: str, at: int | None) -> Run:
@@ -45,14 +44,6 @@ async def state(settings: Settings, run: str, at: int | None) -> Run:
     if at is not None and not 1 <= at <= len(found):
         raise Unusable(f"run {found[-1].run} has positions 1 to {len(found)}, and no {at}")
     return fold(found[:at])
-
-
-async def _judged(log: Log, name: str, keep_going: bool) -> Replayed | str:
-    try:
-        history = await lineage(log, name)
-    except (Unusable, NewerRecord) as error:
-        return str(error)
-    return _decided(history, Stretch(), keep_going)
 
 
 def _decided(history: Sequence[Record], stretch: Stretch, keep_going: bool) -> Replayed:

@@ -82,7 +82,7 @@ def up(settings: Settings) -> dict[str, Any]:
     if not line:
         raise Unusable(f"the services did not start; see {settings.home / 'serve.log'}")
     told = json.loads(line)
-    note = {"pid": child.pid, "born": psutil.Process(child.pid).create_time(), "purpose": "serve"}
+    note = {"pid": child.pid, "born": born(psutil.Process(child.pid)), "purpose": "serve"}
     (settings.home / STARTED).write_text(json.dumps(note))
     return told
 
@@ -110,6 +110,11 @@ def _in_background(settings: Settings) -> Mapping[str, object] | None:
     with suppress(OSError, ValueError, LookupError, psutil.Error):
         note = json.loads((settings.home / STARTED).read_text())
         process = psutil.Process(note["pid"])
-        if process.create_time() == note["born"] and process.status() != psutil.STATUS_ZOMBIE:
+        if born(process) == note["born"] and process.status() != psutil.STATUS_ZOMBIE:
             return note
     return None
+
+
+def born(process: psutil.Process) -> float:
+    """When the process began, in seconds since the machine did: somebody may set the time of day meanwhile."""
+    return round(process.create_time() - psutil.boot_time(), 2)

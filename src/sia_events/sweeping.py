@@ -13,11 +13,9 @@ from sia_events.infra.blobs import Kept, StoredBlobs
 from sia_events.infra.clickhouse import ClickHouseLog
 from sia_events.log_here import open_log
 from sia_events.shared.events import RunCancelled, RunFinished
-from sia_events.shared.ports import StreamName
 from sia_events.shared.settings import Settings
 
 YOUNG = timedelta(hours=1)
-STREAMS: tuple[StreamName, ...] = ("SIA", "SIA_TRACE")
 
 
 async def sweep(settings: Settings, remove: bool, now: datetime | None = None) -> dict[str, Any]:
@@ -53,7 +51,7 @@ async def sweep(settings: Settings, remove: bool, now: datetime | None = None) -
 
 async def _marked(node: app.Node, log: ClickHouseLog) -> tuple[set[str], list[datetime]]:
     """Every digest that is written in a record or a trace, and when each run began that is not over."""
-    for stream in STREAMS:
+    for stream in node.streams.histories():
         _, lost = await node.streams.lost(stream)
         copied = await node.streams.copied(stream, recorder.NAME)
         if any(sequence > copied for sequence in lost):

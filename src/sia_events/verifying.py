@@ -16,12 +16,11 @@ from sia_events.infra.blobs import open_blobs
 from sia_events.infra.clickhouse import ClickHouseLog, QueryRefused
 from sia_events.log_here import open_log
 from sia_events.shared.events import RunBranched
-from sia_events.shared.ports import BlobCorrupt, BlobMissing, RunExists, StreamName
+from sia_events.shared.ports import BlobCorrupt, BlobMissing, RunExists
 from sia_events.shared.record import NewerRecord, Record, UnreadableRecord, parse_record
 from sia_events.shared.settings import Settings
 
-STREAMS: tuple[StreamName, ...] = ("SIA", "SIA_TRACE")
-Copied = dict[StreamName, int]
+Copied = dict[str, int]
 
 
 @dataclass
@@ -29,18 +28,20 @@ class Looked:
     """What one look found, and what mending it needs; `private` where the evaluator's blobs are kept here.
 
     `lines` has a run's trace sequences whose rows are wrong, and those that only the tables have; `ends` the last
-    sequence of each stream; `blobs` who named each, by digest and whether it is private.
+    sequence of each stream; `blobs` who named each, by digest and whether it is private. `under_way` are runs that are
+    just being looked at.
     """
 
     all: bool
     runs: dict[str, Reconciled] = field(default_factory=dict)
     lines: dict[str, tuple[frozenset[int], frozenset[int]]] = field(default_factory=dict)
-    ends: dict[StreamName, int] = field(default_factory=dict)
+    ends: dict[str, int] = field(default_factory=dict)
     torn: bool = False
     private: bool = True
     findings: list[Finding] = field(default_factory=list)
     blobs: dict[tuple[str, bool], str | None] = field(default_factory=dict)
     counted: int = 0
+    under_way: set[str] = field(default_factory=set)
 
     @property
     def open(self) -> list[Finding]:
@@ -95,7 +96,7 @@ async def _look(
     shared = settings.nats_url is not None and not [each async for each in node.private.listed()]
     looked = Looked(everything, private=not shared)
     # First of all how far the tables are, then the tables, then the stream: what comes meanwhile is not missed.
-    copied: Copied = {stream: await node.streams.copied(stream, recorder.NAME) for stream in STREAMS}
+    copied: Copied = {stream: await node.streams.copied(stream, recorder.NAME) for stream in node.streams.histories()}
     for table, part, why in await log.torn():
         looked.torn = True
         looked.findings.append(Finding("unreadable", "tables", None, f"part {part} of {table}", why))
@@ -110,6 +111,7 @@ async def _look(
 async def _look_at(node: app.Node, log: ClickHouseLog, name: str, copied: Copied, looked: Looked) -> Reconciled:
     if name in looked.runs:
         return looked.runs[name]
+    looked.under_way.add(name)
     try:
         rows, tabled = await log.rows(name), await log.lines(name)
     except QueryRefused:
@@ -118,13 +120,14 @@ async def _look_at(node: app.Node, log: ClickHouseLog, name: str, copied: Copied
         looked.findings.append(Finding("unreadable", "tables", name, "its rows", "they lie in a torn part"))
     wires = [(each.sequence, each.body) async for each in node.streams.messages("SIA", name)]
     start = await _start(node, log, [wire for _, wire in (*wires, *rows)], copied, looked)
-    found = reconcile(name, wires, rows, copied["SIA"], start)
+    found = reconcile(name, wires, rows, copied[node.streams.holding("SIA", name)], start)
     envelopes = [
         (sequence, [hashlib.sha256(line).hexdigest() for line in envelope.lines])
         async for sequence, envelope in node.streams.envelopes(name)
     ]
-    of_lines, wrong, lost = reconcile_lines(name, envelopes, tabled, copied["SIA_TRACE"])
+    of_lines, wrong, lost = reconcile_lines(name, envelopes, tabled, copied[node.streams.holding("SIA_TRACE", name)])
     looked.runs[name], looked.lines[name] = found, (wrong, lost)
+    looked.under_way.remove(name)
     looked.findings += [*found.findings, *of_lines]
     looked.counted += sum(len(digests) for _, digests in envelopes)
     return found
@@ -151,14 +154,18 @@ async def _start(
 
 
 async def _lineage(node: app.Node, log: ClickHouseLog, name: str, copied: Copied, looked: Looked) -> Sequence[Record]:
-    own = (await _look_at(node, log, name, copied, looked)).records
-    if own and isinstance(own[0].event, RunBranched):
-        return [*await _lineage(node, log, own[0].event.parent, copied, looked), *own]
-    return own
+    """The records of the run and of those that it descends from. What was forged may descend from itself."""
+    parts: dict[str, Sequence[Record]] = {}
+    while name not in parts and name not in looked.under_way:
+        parts[name] = own = (await _look_at(node, log, name, copied, looked)).records
+        if not own or not isinstance(own[0].event, RunBranched):
+            break
+        name = own[0].event.parent
+    return [record for own in reversed(parts.values()) for record in own]
 
 
 async def _look_for_gaps(node: app.Node, copied: Copied, looked: Looked) -> None:
-    for stream in STREAMS:
+    for stream in node.streams.histories():
         last, lost = await node.streams.lost(stream)
         looked.ends[stream] = last
         told = "it had been copied: what its run lacks is named there"
@@ -218,8 +225,8 @@ async def _mend(
             refused[name] = "no good copy of it is left in the stream or in the tables; an archive may have one"
         lost = sorted(looked.lines[name][1])
         if lost and not looked.torn:
-            for _, envelope in await log.envelopes(name, lost):
-                await node.bus.trace(envelope)
+            # What is cut short here is begun again: neither step does anything twice.
+            await node.streams.put_back(await log.envelopes(name, lost))
             await log.remove_lines(name, lost)
     for stream, end in looked.ends.items():
         await node.streams.step_back(stream, recorder.NAME, end)

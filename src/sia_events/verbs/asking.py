@@ -19,6 +19,8 @@ def sql(
     from sia_events import asking
     from sia_events.views import answers
 
+    if query is not None and not query.strip(" ;\n"):
+        raise Wrong("nothing is asked: give one SELECT, or leave it out and be told what there is to ask")
     if query is None:
         if parquet:
             raise Wrong("--parquet FILE needs a SELECT whose rows go into it")

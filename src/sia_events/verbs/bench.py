@@ -1,11 +1,13 @@
 """The verbs of `sia bench`: figures of this machine."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal, get_args
 
 import typer
 
 from sia_events.terminal import Json, say, settings, wait_for
+
+LogPart = Literal["append", "trace", "events", "rows", "replay", "branch"]
 
 
 def kernels(
@@ -58,3 +60,14 @@ def learn(as_json: Json = False) -> None:
     from sia_events import benches
 
     say(benches.learn(settings(), as_json))
+
+
+def log(
+    part: Annotated[LogPart | None, typer.Option(help="Measure only this; a part at full size takes minutes.")] = None,
+    scale: Annotated[float, typer.Option(min=0.0001, max=1, help="Times the sizes that the goals are for.")] = 1.0,
+    as_json: Json = False,
+) -> None:
+    """The event log at size, beside nats-py, chDB and eventsourcing: streams, tables, replay, branches, a kill."""
+    from sia_events import benches
+
+    say(wait_for(benches.log(settings(), (part,) if part else get_args(LogPart), scale, as_json)))

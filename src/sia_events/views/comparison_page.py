@@ -7,7 +7,13 @@ from typing import Any
 from sia_events.views.comparisons import RUN_HEADS, aligned, gain_text, generation_rows, run_cells
 
 COLOURS = ("#1f6feb", "#d1242f", "#1a7f37", "#9a6700", "#8250df", "#bc4c00", "#0a7ea4", "#57606a")
-WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 760, 300, 48, 16, 16, 32
+WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 760, 300, 48, 8, 16, 32
+INSET, APART = 44, 10.0
+"""What the outermost points stand from the sides, and lines from each other, at most."""
+
+LONG = 60
+"""A longer diff is folded, in lines."""
+
 STYLE = """
 :root { color-scheme: light dark; --line: #8886; --soft: #8882 }
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 1100px; margin: 2rem auto; padding: 0 1rem }
@@ -22,9 +28,9 @@ svg { max-width: 100%; height: auto } svg text { font: 12px system-ui, sans-seri
 def comparison_page(compared: Mapping[str, Any]) -> str:
     """The whole page."""
     names = [str(run["run"]) for run in compared["runs"]]
-    title = escape(f"{' against '.join(names)}")
+    title, at = escape(", ".join(names)), aligned(compared)
     parts = [
-        f"<h1>{title}</h1><p>{escape(aligned(compared))}.</p>",
+        f"<h1>{title}</h1><p>{escape(at[:1].upper() + at[1:])}.</p>",
         _table(RUN_HEADS, [run_cells(run) for run in compared["runs"]]),
         "<h2>Gate score of the accepted version, by generation</h2>",
         _legend(names),
@@ -58,7 +64,10 @@ def _legend(names: Sequence[str]) -> str:
 
 
 def _chart(compared: Mapping[str, Any], names: Sequence[str]) -> str:
-    """A line a run, with 95 % intervals. Lines stand a little apart, since shared generations are the same points."""
+    """A line a run, with 95 % intervals.
+
+    Shared generations are the same points: lines stand a little apart, and later ones have gaps that show the first.
+    """
     rows = compared["generations"]
     points = {name: _gate_scores(rows, name) for name in names}
     ends = [end for line in points.values() for _, score in line for end in (score["low"], score["high"])]
@@ -66,9 +75,11 @@ def _chart(compared: Mapping[str, Any], names: Sequence[str]) -> str:
         return "<p>No version has met the gate.</p>"
     low, high = min(0.0, *ends), max(1.0, *ends)
     last = max(1, len(rows) - 1)
+    middle = (len(names) - 1) / 2
+    apart = min(APART, (INSET - 8) / max(middle, 1))
 
-    def x(generation: float, i: int) -> float:
-        return LEFT + (WIDTH - LEFT - RIGHT) * generation / last + 4 * (i - (len(names) - 1) / 2)
+    def x(generation: float, i: float) -> float:
+        return LEFT + INSET + (WIDTH - LEFT - RIGHT - 2 * INSET) * generation / last + apart * (i - middle)
 
     def y(value: float) -> float:
         return TOP + (HEIGHT - TOP - BOTTOM) * (high - value) / (high - low)
@@ -79,15 +90,17 @@ def _chart(compared: Mapping[str, Any], names: Sequence[str]) -> str:
         marks.append(f'<line x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y(value):.1f}" y2="{y(value):.1f}" stroke="#8884"/>')
         marks.append(f'<text x="4" y="{y(value) + 4:.1f}">{value:.2f}</text>')
     for row in rows:
-        marks.append(f'<text x="{x(row["generation"], 0):.1f}" y="{HEIGHT - 8}">g{row["generation"]}</text>')
+        at = f'x="{x(row["generation"], middle):.1f}" y="{HEIGHT - 8}" text-anchor="middle"'
+        marks.append(f"<text {at}>g{row['generation']}</text>")
     for i, name in enumerate(names):
         line, stroke = points[name], f'stroke="{_colour(i)}"'
         path = " ".join(f"{x(g, i):.1f},{y(score['value']):.1f}" for g, score in line)
-        marks.append(f'<polyline points="{path}" fill="none" stroke-width="2" {stroke}/>')
+        gaps = f' stroke-dasharray="8 {8 * i}"' if i else ""
+        marks.append(f'<polyline points="{path}" fill="none" stroke-width="2" {stroke}{gaps}/>')
         for g, score in line:
-            at, down, up = x(g, i), y(score["low"]), y(score["high"])
-            marks.append(f'<line x1="{at:.1f}" x2="{at:.1f}" y1="{down:.1f}" y2="{up:.1f}" {stroke}/>')
-            marks.append(f'<circle cx="{at:.1f}" cy="{y(score["value"]):.1f}" r="4" fill="{_colour(i)}"/>')
+            across, down, up = x(g, i), y(score["low"]), y(score["high"])
+            marks.append(f'<line x1="{across:.1f}" x2="{across:.1f}" y1="{down:.1f}" y2="{up:.1f}" {stroke}/>')
+            marks.append(f'<circle cx="{across:.1f}" cy="{y(score["value"]):.1f}" r="4" fill="{_colour(i)}"/>')
     return f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" width="{WIDTH}" role="img">{"".join(marks)}</svg>'
 
 
@@ -99,16 +112,18 @@ def _gate_scores(rows: Sequence[Mapping[str, Any]], name: str) -> list[tuple[int
 def _pair(pair: Mapping[str, Any]) -> str:
     old, new = (version or "none accepted" for version in pair["versions"])
     parts = [f"<h2>{escape(pair['after'])} ({escape(new)}) against {escape(pair['before'])} ({escape(old)})</h2>"]
+    if pair["splits"]:
+        parts.append(_table(("split", "gain"), [(split, gain_text(found)) for split, found in pair["splits"].items()]))
     for split, found in pair["splits"].items():
-        parts.append(f"<h3>{escape(split)}</h3><p>{escape(gain_text(found))}</p>")
         flipped = [(kind, *each.values()) for kind, items in found["flips"].items() for each in items]
         if flipped:
             body = _table(("", "item", "before", "after"), flipped)
-            parts.append(f"<details><summary>{len(flipped)} items flipped</summary>{body}</details>")
+            parts.append(f"<details><summary>{escape(split)}: {len(flipped)} items flipped</summary>{body}</details>")
     adapters = [(adapter or "none")[:12] for adapter in pair["adapters"]]
-    parts.append(f"<p>adapter {escape(' → '.join(dict.fromkeys(adapters)))}</p>")
+    parts.append(f"<p>Adapter: {escape(' → '.join(dict.fromkeys(adapters)))}</p>")
     for path, diff in pair["files"].items():
-        parts.append(f"<details open><summary>{escape(path)}</summary><pre>{_coloured(diff)}</pre></details>")
+        unfolded = "" if diff.count("\n") > LONG else " open"
+        parts.append(f"<details{unfolded}><summary>{escape(path)}</summary><pre>{_coloured(diff)}</pre></details>")
     if not pair["files"]:
         parts.append("<p>The harness is the same.</p>")
     return "\n".join(parts)

@@ -95,7 +95,9 @@ def status_text(found: Mapping[str, Any]) -> str:
         "",
         table(("stream", "messages", "size", "of its limit", "not copied"), streams),
         "",
-        table(("table", "rows", "size", "parts"), tables),
+        f"the stream keeps everything, and the recorder goes on from there: {found['log']}"
+        if found["log"]
+        else table(("table", "rows", "size", "parts"), tables),
     ]
     if at_work:
         lines += ["", table(("service", "records waiting", "being answered", "runs asked for"), at_work)]

@@ -8,10 +8,14 @@ def runs_table(rows: Sequence[Mapping[str, Any]]) -> str:
     if not rows:
         return "no runs yet: sia run words starts one"
     cells = [
-        (r["run"], r["task"], r["status"], r["generations"], r["best"], r["outcome"], r["records"], r["started"][:19])
+        (
+            *(r[name] for name in ("run", "task", "status", "generations", "best", "outcome", "records")),
+            (r["started"] or "")[:19],
+        )
         for r in rows
     ]
-    return table(("run", "task", "status", "generation", "best", "outcome", "records", "started (UTC)"), cells)
+    heads = ("run", "task", "status", "generation", "best", "outcome", "records", "started (UTC)")
+    return "\n".join([table(heads, cells), *(r["reason"] for r in rows if r["status"] == "unreadable")])
 
 
 def tasks_table(rows: Sequence[Mapping[str, Any]]) -> str:

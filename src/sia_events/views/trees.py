@@ -23,6 +23,8 @@ def _lines(run: Mapping[str, Any], first: str, rest: str) -> list[str]:
 
 
 def _line(run: Mapping[str, Any]) -> str:
+    if run["status"] == "unreadable":
+        return f"{run['run']}   {run['reason']}"
     parts = [run["run"]]
     if run["at"] is None:
         parts.append(f"task {run['task']}")
