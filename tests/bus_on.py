@@ -7,16 +7,18 @@ import signal
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 
 import nats
 
 from sia_events.infra.memory import MemoryBlobs, MemoryBus, SystemTime
 from sia_events.infra.nats import NatsBus, connect
+from sia_events.infra.nats_partitions import EVENTS, Partitions
 from sia_events.infra.nats_server import running
-from sia_events.shared.events import Event, RunResumed, RunSettings, RunStarted
+from sia_events.shared.events import Event, RunBranched, RunResumed, RunSettings, RunStarted
 from sia_events.shared.ports import Bus
-from sia_events.shared.record import Draft, Record, answers, opening
+from sia_events.shared.record import SCHEMA, Draft, Record, answers, link, opening, place, to_wire
 
 
 @dataclass
@@ -41,22 +43,23 @@ async def in_memory() -> AsyncIterator[Bench]:
 
 
 @asynccontextmanager
-async def on_a_server(store: Path) -> AsyncIterator[Bench]:
+async def on_a_server(store: Path, partitions: int = 1) -> AsyncIterator[Bench]:
     blobs = MemoryBlobs()
-    async with running(store) as url, on(url, blobs) as bus, on(url, blobs) as other:
+    async with running(store) as url, on(url, blobs, partitions) as bus, on(url, blobs, partitions) as other:
 
         async def inject(run: str, kind: str, wire: bytes) -> None:
             client = await nats.connect(url)
-            await client.jetstream().publish(f"sia.events.{run}.{kind}", wire)
+            await client.jetstream().publish(Partitions(partitions).subject(EVENTS, run, kind), wire)
             await client.close()
 
         yield Bench(bus, other, blobs, inject)
 
 
 @asynccontextmanager
-async def on(url: str, blobs: MemoryBlobs | None = None) -> AsyncIterator[NatsBus]:
+async def on(url: str, blobs: MemoryBlobs | None = None, partitions: int = 1) -> AsyncIterator[NatsBus]:
     """A bus that is quick to try again and quick to take a heartbeat for missing."""
-    async with connect(url, blobs or MemoryBlobs(), SystemTime(), ack_wait=1.0, retry_delay=0.02, patience=20.0) as bus:
+    quick = {"ack_wait": 1.0, "retry_delay": 0.02, "patience": 20.0}
+    async with connect(url, blobs or MemoryBlobs(), SystemTime(), **quick, partitions=partitions) as bus:
         yield bus
 
 
@@ -101,3 +104,21 @@ async def until(holds: Callable[[], bool], seconds: float = 20.0) -> None:
     async with asyncio.timeout(seconds):
         while not holds():  # noqa: ASYNC110 - what is waited for happens in other processes
             await asyncio.sleep(0.01)
+
+
+def branch(parent: str, at: int) -> RunBranched:
+    return RunBranched(parent=parent, at=at, generation=0, overrides={}, settings=RunSettings(), code="test")
+
+
+def forged_branch(run: str, parent: str) -> bytes:
+    """A record that says of itself that it opens `run`, behind the first record of `parent`."""
+    first = place(opening(run, [branch(parent, 1)])[0], run, 2, "0" * 64, SystemTime().now())
+    return to_wire(first)
+
+
+def of_a_later_release(draft: Draft, position: int, chain: str, time: datetime) -> bytes:
+    """A record as a release that came after this one may write it, linked into the chain."""
+    body = json.loads(to_wire(place(draft, "r", position, chain, time)))
+    body.update(schema=SCHEMA + 1, data={"unheard": "of"})
+    body["chain"] = link(chain, json.dumps(body).encode())
+    return json.dumps(body).encode()

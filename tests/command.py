@@ -1,7 +1,6 @@
 """The real `sia` command, in a home of its own, on a task and a model that are small enough to be instant."""
 
 import asyncio
-import ctypes
 import json
 import os
 import signal
@@ -14,7 +13,9 @@ from io import StringIO
 from pathlib import Path
 from typing import Any
 
+import forking
 import psutil
+from forking import Forked
 
 from sia_events.cli import main
 from sia_events.log_here import open_log
@@ -74,8 +75,19 @@ def environment(home: Path, **more: str) -> dict[str, str]:
     return {**clean, "SIA_HOME": str(home), "OMP_NUM_THREADS": "1", **more}
 
 
-def sia(home: Path, *words: object, before: Sequence[str] = (), **more: str) -> subprocess.CompletedProcess[str]:
-    """Run the command to its end; `before` are words in front of it, such as a program that confines it."""
+def sia(home: Path, *words: object, **more: str) -> subprocess.CompletedProcess[str]:
+    """Run the command to its end."""
+    with Forked([*map(str, words)], environment(home, **more)) as process:
+        try:
+            out, talk = process.communicate(timeout=120)
+        except BaseException:
+            process.kill()
+            raise
+    return subprocess.CompletedProcess(process.args, process.returncode, out, talk)
+
+
+def anew(home: Path, *words: object, before: Sequence[str] = (), **more: str) -> subprocess.CompletedProcess[str]:
+    """`sia` in an interpreter of its own; `before` are words in front of it, such as a program that confines it."""
     command = [*before, sys.executable, "-m", "sia_events", *map(str, words)]
     return subprocess.run(command, env=environment(home, **more), capture_output=True, text=True, timeout=120)
 
@@ -131,6 +143,11 @@ def calls(home: Path, run: str = "r1") -> list[ModelCall]:
 
 def start(home: Path, *words: object, **more: str) -> subprocess.Popen[str]:
     """Start the command as the leader of a process group of its own."""
+    return Forked([*map(str, words)], environment(home, **more), leads=True)
+
+
+def start_anew(home: Path, *words: object, **more: str) -> subprocess.Popen[str]:
+    """`start` in an interpreter of its own."""
     pipe = subprocess.PIPE
     return subprocess.Popen(
         [sys.executable, "-m", "sia_events", *map(str, words)],
@@ -147,13 +164,13 @@ def start(home: Path, *words: object, **more: str) -> subprocess.Popen[str]:
 @contextmanager
 def adopting() -> Iterator[Callable[[], list[psutil.Process]]]:
     """While this lasts, whoever loses its parent becomes a child of ours; gives what lists the children there are."""
-    set_child_subreaper = 36  # prctl(2)
-    ctypes.CDLL(None).prctl(set_child_subreaper, 1)
 
     def children() -> list[psutil.Process]:
         alive: list[psutil.Process] = []
         for child in psutil.Process().children(recursive=True):
             try:
+                if forking.is_server(child.pid):
+                    continue
                 if child.status() != psutil.STATUS_ZOMBIE:
                     alive.append(child)
                 elif child.ppid() == os.getpid():
@@ -162,10 +179,8 @@ def adopting() -> Iterator[Callable[[], list[psutil.Process]]]:
                 continue
         return alive
 
-    try:
+    with forking.orphans_adopted():
         yield children
-    finally:
-        ctypes.CDLL(None).prctl(set_child_subreaper, 0)
 
 
 def assert_none_left(children: Callable[[], list[psutil.Process]], seconds: float = 20.0) -> None:

@@ -1,5 +1,6 @@
 """What several test files start from."""
 
+import os
 import socket
 import subprocess
 import sys
@@ -14,6 +15,14 @@ from command import adopting, small_task
 from filelock import FileLock
 
 from sia_events.local_model.weights import prepare
+
+# Before anything imports torch or numpy, whose threads spin while they wait for each other: the tests run side by side,
+# on as many cores as there are of them.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--seed", type=int, help="of tests/faults/test_simulation.py: this one schedule, and no other")
 
 
 @pytest.fixture(scope="module")

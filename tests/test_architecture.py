@@ -22,9 +22,10 @@ SERVICES = {
 }
 VENDORS = {
     "faststream": "infra/nats",
-    "nats": "infra/nats",
+    "nats": ("infra/nats", "src/sia_events/raw_engines"),
     "clickhouse_connect": "infra/clickhouse",
-    "chdb": "infra/chdb",
+    "chdb": ("infra/chdb", "src/sia_events/raw_engines"),
+    "eventsourcing": "src/sia_events/raw_engines",
     "obstore": "infra/blobs",
     "transformers": ("local_model/", "trainer/hugging_face", "trainer/trl_loss", "src/sia_events/learning_bench"),
     "peft": ("trainer/hugging_face", "src/sia_events/learning_bench"),

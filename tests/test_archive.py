@@ -5,6 +5,7 @@ import hashlib
 import io
 import json
 import tarfile
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from sia_events import app
 from sia_events.archiving import restore
 from sia_events.errors import Unusable
 from sia_events.home import hold
-from sia_events.infra.archive import ArchiveUnusable
+from sia_events.infra.archive import ArchiveUnusable, read
 from sia_events.infra.zstd import zstd
 from sia_events.shared.record import broken_link
 from sia_events.shared.settings import Settings
@@ -203,6 +204,21 @@ async def test_a_file_that_is_cut_altered_or_of_a_later_release_is_refused_and_n
     with pytest.raises(ArchiveUnusable, match=said) as refused:
         await restore(Settings(home=home), file)
     assert "othing was written" in str(refused.value) and tree(home) == {}
+
+
+def test_a_large_member_is_read_without_being_held(archive: Path, tmp_path: Path):
+    body = bytes(64 * 2**20)
+    head, *_ = unpacked(archive)
+    members = [head, (f"blobs/{hashlib.sha256(body).hexdigest()}", body)]
+    sealed = {name: {"size": len(body), "sha256": hashlib.sha256(body).hexdigest()} for name, body in members}
+    file = packed([*members, ("manifest.json", json.dumps({"members": sealed}).encode())], tmp_path / "large")
+    tracemalloc.start()
+    try:
+        taken = {name: sum(map(len, pieces)) for name, pieces in read(file)}
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert list(taken.values()) == [len(body)] and peak < 8 * 2**20
 
 
 def test_the_command_refuses_with_exit_status_2(tmp_path: Path):

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import nats
 import pytest
-from command import SMALL, answered, sia, small_task, tree
+from command import SMALL, anew, answered, sia, small_task, tree
 from small_disk import small_disk
 
 from sia_events.cli import main
@@ -49,7 +49,10 @@ def home(finished: Path, tmp_path: Path) -> Path:
 
 def refused(home: Path, *words: object, **more: str) -> str:
     """What the command says when it cannot do as asked: one short paragraph, no traceback; nothing is on stdout."""
-    done = sia(home, *words, **more)
+    return refusal(sia(home, *words, **more))
+
+
+def refusal(done: subprocess.CompletedProcess[str]) -> str:
     assert done.returncode == 2, f"status {done.returncode}\n{done.stdout}\n{done.stderr}"
     assert done.stdout == "" and "Traceback" not in done.stderr
     return " ".join(done.stderr.split())
@@ -314,15 +317,16 @@ def a_bwrap_that_fails(folder: Path) -> dict[str, str]:
 
 def test_without_user_namespaces_nothing_runs_and_the_mend_is_given(tmp_path: Path, task: Path):
     broken = a_bwrap_that_fails(tmp_path)
-    said = refused_and_nothing_written(tmp_path / "home", "run", task, *SMALL, **broken)
+    said = refusal(anew(tmp_path / "home", "run", task, *SMALL, **broken))
+    assert not (tmp_path / "home").exists()
     assert_says(said, "No permissions to create new namespace", "sysctl", "Nothing was run")
-    checks = {c["name"]: c for c in json.loads(sia(tmp_path / "home", "doctor", "--json", **broken).stdout)["checks"]}
+    checks = {c["name"]: c for c in json.loads(anew(tmp_path / "home", "doctor", "--json", **broken).stdout)["checks"]}
     assert checks["sandbox"]["status"] == "fail" and checks["sandbox"]["fix"]
 
 
 def test_without_user_namespaces_the_unsafe_sandbox_is_used_only_when_it_is_asked_for(tmp_path: Path, task: Path):
     broken = a_bwrap_that_fails(tmp_path)
-    done = sia(tmp_path / "home", "run", task, *SMALL, "--sandbox", "process", **broken)
+    done = anew(tmp_path / "home", "run", task, *SMALL, "--sandbox", "process", **broken)
     assert done.returncode == 0, done.stderr
 
 

@@ -29,7 +29,7 @@ async def test_everything_published_becomes_queryable(tmp_path: Path):
 
 
 async def test_the_first_model_call_comes_before_its_reply(tmp_path: Path):
-    figure = await first_model_call(tmp_path, INSTANT)
+    figure = await first_model_call(tmp_path, INSTANT, starts=1)
     assert 0 < figure.value <= figure.beside["first reply"]
 
 

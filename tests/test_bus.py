@@ -6,14 +6,29 @@ import os
 import random
 import time
 from collections.abc import AsyncIterator, Sequence
-from contextlib import suppress
+from contextlib import aclosing, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 
 import nats
 import psutil
 import pytest
-from bus_on import STARTED, Bench, in_memory, kill_server, note, notes, on, on_a_server, opened, serving, until
+from bus_on import (
+    STARTED,
+    Bench,
+    branch,
+    forged_branch,
+    in_memory,
+    kill_server,
+    note,
+    notes,
+    of_a_later_release,
+    on,
+    on_a_server,
+    opened,
+    serving,
+    until,
+)
 from nats.js import api
 from small_disk import fill, small_disk
 
@@ -25,7 +40,7 @@ from sia_events.infra.nats import NatsBus, connect
 from sia_events.infra.nats_server import running
 from sia_events.infra.nats_streams import StreamUnfit
 from sia_events.infra.tail import RunIncomplete, RunTooNew, Tail, following
-from sia_events.shared.events import RunBranched, RunFinished, RunSettings, ServiceFailed
+from sia_events.shared.events import RunFinished, ServiceFailed
 from sia_events.shared.ports import BusFull, BusUnreachable, Envelope, NoSuchPosition, ProviderAway, RunExists
 from sia_events.shared.record import (
     SCHEMA,
@@ -34,7 +49,6 @@ from sia_events.shared.record import (
     answers,
     broken_link,
     derived_id,
-    link,
     opening,
     parse_record,
     place,
@@ -44,21 +58,19 @@ from sia_events.shared.service import gave_up
 
 MEMORY_ONLY = "memory"
 REAL = "nats-server"
+CUT = "nats-server, 8 partitions"
 
 
-@pytest.fixture(params=[MEMORY_ONLY, REAL])
+@pytest.fixture(params=[MEMORY_ONLY, REAL, pytest.param(CUT, marks=pytest.mark.slow)])
 async def bench(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[Bench]:
-    made = in_memory() if request.param == MEMORY_ONLY else on_a_server(tmp_path / "nats")
+    partitions = 8 if request.param == CUT else 1
+    made = in_memory() if request.param == MEMORY_ONLY else on_a_server(tmp_path / "nats", partitions)
     async with made as bench:
         yield bench
 
 
 def texts(records: Sequence[Record]) -> list[str]:
     return [getattr(record.event, "reason", record.type) for record in records]
-
-
-def branch(parent: str, at: int) -> RunBranched:
-    return RunBranched(parent=parent, at=at, generation=0, overrides={}, settings=RunSettings(), code="test")
 
 
 async def test_records_stand_at_positions_without_gaps_and_in_one_chain(bench: Bench):
@@ -141,6 +153,17 @@ async def test_a_branch_goes_on_from_its_parent_and_copies_nothing(bench: Bench)
     assert broken_link(history) is None
     assert texts(await bench.bus.history("child")) == ["RunStarted", "a", "RunBranched", "c"]
     assert texts(await bench.bus.history("parent")) == ["RunStarted", "a", "b"]
+
+
+async def test_what_was_forged_to_descend_from_itself_is_read_and_stops_nobody(bench: Bench):
+    for run, parent in (("r", "r"), ("a", "b"), ("b", "a")):
+        await bench.inject(run, "RunBranched", forged_branch(run, parent))
+    for run in "rab":
+        assert {record.position for record in await bench.other.history(run)} == {2}
+        with pytest.raises(NoSuchPosition):
+            await bench.bus.append("c", opening("c", [branch(run, 1)]))
+    await opened(bench.bus, "well")
+    assert texts(await bench.other.history("well")) == ["RunStarted"]
 
 
 @pytest.mark.parametrize(("parent", "at"), [("parent", 0), ("parent", 3), ("nobody", 1), ("child", 1)])
@@ -389,14 +412,6 @@ async def test_what_looks_like_a_record_and_is_none_of_the_run_is_answered_by_no
     assert letter.failed is None and "no part of run r" in letter.error
 
 
-def of_a_later_release(draft: Draft, position: int, chain: str, time: datetime) -> bytes:
-    """A record as a release that came after this one may write it, linked into the chain."""
-    body = json.loads(to_wire(place(draft, "r", position, chain, time)))
-    body.update(schema=SCHEMA + 1, data={"unheard": "of"})
-    body["chain"] = link(chain, json.dumps(body).encode())
-    return json.dumps(body).encode()
-
-
 async def test_a_run_that_a_later_release_wrote_to_is_refused_and_nothing_is_written_behind_it(bench: Bench):
     first, second = await opened(bench.bus, "r", note("a"))
     draft = answers("r", first, "later", [note("b")])[0]
@@ -436,16 +451,16 @@ async def test_a_number_alone_stops_no_run(bench: Bench):
     assert texts(seen) == texts(await bench.bus.history("r")) == ["RunStarted", "a", "ServiceFailed"]
 
 
-async def test_a_run_that_lost_records_and_has_later_ones_is_read_up_to_there_and_not_written_to(bench: Bench):
+async def test_a_run_that_lost_records_and_has_later_ones_is_read_up_to_there_copied_and_not_written_to(bench: Bench):
     drafts = opening("r", [STARTED, note("lost"), note("a"), note("b")])
-    records = following(Tail("r"), drafts, (), datetime.now(UTC))
+    records = following(Tail("r"), drafts, None, datetime.now(UTC))
     for record in (records[0], *records[2:]):
         await bench.inject("r", record.type, to_wire(record))
     for bus in (bench.bus, bench.other):
         with pytest.raises(RunIncomplete, match="sia verify r --repair"):
             await bus.append("r", notes("r", records[0], "c"))
     async for batch in bench.other.feed("f"):
-        assert texts(batch.records) == ["RunStarted"]
+        assert texts(batch.records) == ["RunStarted", "a", "b"], "who reads the copy has to see the gap"
         await batch.ack()
         break
     assert await bench.bus.lag("f") == 0, "no letter is written either"
@@ -454,7 +469,7 @@ async def test_a_run_that_lost_records_and_has_later_ones_is_read_up_to_there_an
 
 async def test_one_record_that_says_it_stands_further_on_stops_no_run(bench: Bench):
     drafts = opening("r", [STARTED, note("a"), note("b")])
-    first, _, further = following(Tail("r"), drafts, (), datetime.now(UTC))
+    first, _, further = following(Tail("r"), drafts, None, datetime.now(UTC))
     for record in (first, further):
         await bench.inject("r", record.type, to_wire(record))
     await bench.bus.append("r", notes("r", first, "c"))
@@ -506,6 +521,23 @@ async def test_traces_come_back_by_key_in_order(bench: Bench):
     assert [each.key for each in every] == ["v1/dev.0 *"] * 3 + ["another"]
 
 
+async def test_who_follows_a_trace_is_told_what_is_there_and_then_what_comes_each_once(bench: Bench):
+    async def put(number: int) -> None:
+        for key in ("k", "another"):
+            await bench.bus.trace(Envelope("r", "training", key, (b'{"n":%d}' % number,)))
+
+    for number in range(3):
+        await put(number)
+    told: list[bytes] = []
+    async with aclosing(bench.other.traced("r", "training", "k")) as news:
+        async for envelopes in news:
+            told += [body for envelope in envelopes for body in envelope.lines]
+            if len(told) >= 5:
+                break
+            await put(len(told))
+    assert told == [b'{"n":%d}' % number for number in range(5)]
+
+
 async def test_the_feed_hands_out_everything_once_and_the_same_batch_until_it_is_acked(bench: Bench):
     await opened(bench.bus, "r", note("a"), note("b"))
     await bench.bus.trace(Envelope("r", "log", "k", (b"{}",)))
@@ -517,7 +549,7 @@ async def test_the_feed_hands_out_everything_once_and_the_same_batch_until_it_is
     batches: list[tuple[str, int, int]] = []
     records: list[Record] = []
     async for batch in bench.other.feed("f", batch=500):
-        batches.append((batch.stream, batch.first, batch.last))
+        batches.append((batch.stream.rstrip("_0123456789"), batch.first, batch.last))
         records.extend(batch.records)
         await batch.ack()
         if not await bench.bus.lag("f"):
@@ -640,6 +672,24 @@ async def test_a_second_append_finds_its_records_after_a_restart_and_beyond_the_
     async with running(store) as url, on(url) as bus:
         assert list(await bus.append("r", drafts)) == list(stored)
         assert len(await bus.history("r")) == 3
+
+
+async def test_a_run_whose_last_message_is_damaged_is_not_written_to_until_it_is_put_back(tmp_path: Path):
+    store = tmp_path / "nats"
+    async with running(store) as url, on(url) as bus:
+        records = await opened(bus, "r", note("a"), note("to be damaged"))
+        await opened(bus, "another")
+    (block,) = (store / "jetstream/$G/streams/SIA/msgs").glob("*.blk")
+    block.write_bytes(block.read_bytes().replace(b"to be damaged", b"to be dbmaged"))
+    async with running(store) as url, on(url) as bus:
+        assert len(await bus.history("r")) == 2
+        async with asyncio.timeout(20):
+            with pytest.raises(RunIncomplete, match="cannot read what it has there; nothing was written"):
+                await bus.append("r", notes("r", records[0], "b"))
+        assert await bus.streams.restore("r", records) == 1
+        await bus.append("r", notes("r", records[0], "b"))
+        async with on(url) as fresh:
+            assert texts(await fresh.history("r")) == ["RunStarted", "a", "to be damaged", "b"]
 
 
 async def test_only_the_runs_asked_about_last_are_kept_and_the_others_read_again(

@@ -16,6 +16,7 @@ import pytest
 from command import (
     SMALL,
     SPLITS,
+    anew,
     answered,
     assert_none_left,
     environment,
@@ -49,7 +50,7 @@ pytestmark = pytest.mark.usefixtures("children")
 @pytest.fixture(scope="module")
 def ran(task: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, subprocess.CompletedProcess[str]]:
     home = tmp_path_factory.mktemp("home")
-    return home, sia(home, "run", task, *SMALL, "--set", "rollout_items=4")
+    return home, anew(home, "run", task, *SMALL, "--set", "rollout_items=4")
 
 
 @pytest.fixture
@@ -152,7 +153,7 @@ def test_replay_agrees_and_writes_nothing_to_streams_or_blobs(home: Path):
 def test_replay_works_with_no_network_and_no_server(home: Path, children: Callable[[], list[psutil.Process]]):
     assert not children()
     alone = (shutil.which("unshare") or "unshare", "--net")
-    done = sia(home, "replay", "r1", "--json", before=alone, SIA_NATS_SERVER="/nowhere", PATH="/nowhere")
+    done = anew(home, "replay", "r1", "--json", before=alone, SIA_NATS_SERVER="/nowhere", PATH="/nowhere")
     assert done.returncode == 0 and done.stderr == "", done.stderr
     assert json.loads(done.stdout)["diverged"] is False
 

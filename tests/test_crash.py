@@ -3,7 +3,6 @@
 import asyncio
 import os
 import random
-import re
 import signal
 import subprocess
 import sys
@@ -18,11 +17,6 @@ from sia_events.infra.blobs import open_blobs
 from sia_events.shared.calls import decode_call
 from sia_events.shared.events import ExecutionLogged, RunFinished
 from sia_events.shared.record import Record, broken_link
-
-ROOT = Path(__file__).parent.parent
-SOURCES = [f for f in ROOT.rglob("*.py") if not {"tests", "build", ".venv"} & set(f.relative_to(ROOT).parts)]
-KILLED = -signal.SIGKILL
-
 
 pytestmark = pytest.mark.usefixtures("children")
 
@@ -56,40 +50,6 @@ def assert_whole(home: Path, records: Sequence[Record], undisturbed: Sequence[Re
         assert len({(call.digest, call.n) for call in calls}) == len(calls) == logged.calls
     replayed = read(home, "replay", "r1")
     assert not replayed["diverged"] and replayed["records"] == len(records)
-
-
-def points(records: Sequence[Record]) -> list[str]:
-    """Every point that the run came past, in its order: those named in the sources, and a service's by its causes."""
-    text = "\n".join(file.read_text() for file in SOURCES)
-    # A learner's own are come past in tests/test_trainer.py: this run's model has no weights to change.
-    patterns = {point for point in re.findall(r'reach\(f"(.+?)"\)', text) if not point.startswith("learner")}
-    assert patterns == {f"{{service.name}} {when} publishing on {{one.type}}" for when in ("before", "after")}
-    of_services: list[str] = []
-    by_id = {record.id: record for record in records}
-    for record in records:
-        if record.cause and record.producer != "cli":
-            about = f"publishing on {by_id[record.cause].type}"
-            of_services += [f"{record.producer} before {about}", f"{record.producer} after {about}"]
-    named = re.findall(r'reach\("(.+?)"\)', text)
-    calls = [point for point in named if point.startswith("model_gateway")]
-    ends = [point for point in named if point.startswith("sia run")]
-    assert sorted(calls + ends) == sorted(named), "a new point: say here when a run comes past it"
-    return list(dict.fromkeys([*of_services[:4], *calls, *of_services[4:], *ends]))
-
-
-def test_killed_at_every_named_point_one_after_the_other_the_run_comes_to_the_same_end(
-    task: Path, tmp_path: Path, undisturbed: list[Record], children: Callable[[], list[psutil.Process]]
-):
-    reached = points(undisturbed)
-    assert len(reached) > 20
-    for point in reached:
-        died = sia(tmp_path, *command(task), SIA_FAIL_AT=point)
-        assert died.returncode == KILLED, f"{point}: {died.returncode}\n{died.stderr}"
-        assert_none_left(children)
-    end = sia(tmp_path, *command(task))
-    assert end.returncode == 0 and "improved" in end.stdout, end.stderr
-    assert_whole(tmp_path, log(tmp_path), undisturbed)
-    assert_none_left(children)
 
 
 def going(task: Path, home: Path, changes: int) -> subprocess.Popen[str]:

@@ -1,8 +1,13 @@
-"""A home's scratch folders: what was left behind is removed, and what somebody works in is not."""
+"""A home's scratch folders and sockets: what was left behind is removed, and what somebody works in is not."""
 
+import shutil
+import socket
+import tempfile
 from pathlib import Path
 
-from sia_events.home import at_work, hold
+import pytest
+
+from sia_events.home import at_work, door_socket, hold, socket_place
 from sia_events.shared.settings import Settings
 
 
@@ -14,3 +19,21 @@ async def test_scratch_folders_go_with_the_next_holder_but_not_from_under_servic
             assert live.exists()
     async with hold(settings, "run r1"):
         assert not live.exists()
+
+
+async def test_the_sockets_of_a_home_go_at_its_end_or_once_the_home_is_no_more(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    first, killed, still = (Settings(home=tmp_path / name) for name in ("first", "killed", "still"))
+    async with hold(first, "run r1"):
+        door_socket(first)
+    assert not socket_place(first).exists()
+    for each in (killed, still):
+        async with hold(each, "run r1"):
+            with socket.socket(socket.AF_UNIX) as listening:
+                listening.bind(str(door_socket(each)))
+        assert socket_place(each).exists(), "whoever has a socket in it may still run"
+    shutil.rmtree(killed.home)
+    async with hold(first, "run r2"):
+        assert not socket_place(killed).exists() and socket_place(still).exists()

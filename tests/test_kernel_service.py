@@ -1,13 +1,17 @@
 """kernel_bench as a service: an attempt's kernel.py measured in a box, and nothing said of other tasks."""
 
+import asyncio
 import importlib.util
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
+from command import assert_none_left, until
 from given import recorded
 from story import OPENING, asked, logged, registered
 
@@ -65,6 +69,18 @@ async def test_a_boxed_kernel_reads_no_private_data_and_no_other_kernel_and_reac
     assert spying != shipped("reference")
     (event,) = await answered(spying, tmp_path, monkeypatch)
     assert isinstance(event, KernelMeasured) and event.correct, event.reason
+
+
+async def test_a_measurement_that_is_cancelled_ends_with_its_workers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, children: Callable[[], list[psutil.Process]]
+):
+    sleeping = "import time\ndef custom_kernel(data):\n    time.sleep(100)\n"
+    measuring = asyncio.create_task(answered(sleeping, tmp_path, monkeypatch))
+    await asyncio.to_thread(until, lambda: any("worker.py" in " ".join(child.cmdline()) for child in children()))
+    measuring.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await measuring
+    assert_none_left(children)
 
 
 async def test_a_task_without_a_kernel_is_none_of_its_business(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -119,21 +119,23 @@ def test_a_disk_without_room_for_a_checkpoint_or_the_adapter_is_named_and_learni
     assert made[0] == made[1]
 
 
-def test_layers_that_the_model_does_not_have_are_refused_with_those_it_has(tiny: Path, tmp_path: Path) -> None:
-    settings = spec(tiny, tmp_path / "it", choice_lines(tiny, count=4), targets=("query",))
-    failed = run(PROGRAM, written(settings, tmp_path / "spec.json"))
+def refused(tiny: Path, folder: Path, **options: Any) -> str:
+    """What the program says that refuses to learn so, with nothing told or written."""
+    settings = spec(tiny, folder / "it", choice_lines(tiny, count=4), **options)
+    failed = run(PROGRAM, written(settings, folder / "spec.json"))
     assert failed.returncode == os.EX_DATAERR, failed.stderr
-    assert "No layer's name ends in query; tiny has down_proj, gate_proj" in failed.stderr
-    assert failed.stdout == "" and not (tmp_path / "it" / "adapter").exists()
+    assert failed.stdout == "" and not (folder / "it" / "adapter").exists()
+    return failed.stderr
+
+
+def test_layers_that_the_model_does_not_have_are_refused_with_those_it_has(tiny: Path, tmp_path: Path) -> None:
+    said = refused(tiny, tmp_path, targets=("query",))
+    assert "No layer's name ends in query; tiny has down_proj, gate_proj" in said
 
 
 def test_an_adapter_for_another_base_is_refused_before_anything_is_learned(tiny: Path, tmp_path: Path) -> None:
     adapter.write(stirred(network.load(tiny), seed=1), tmp_path / "other", "another model", "c" * 64)
-    lines = choice_lines(tiny, count=4)
-    settings = spec(tiny, tmp_path / "it", lines, adapter_in=str(tmp_path / "other"))
-    failed = run(PROGRAM, written(settings, tmp_path / "spec.json"))
-    assert failed.returncode == os.EX_DATAERR and "belongs to 'another model'" in failed.stderr, failed.stderr
-    assert failed.stdout == "" and not (tmp_path / "it" / "adapter").exists()
+    assert "belongs to 'another model'" in refused(tiny, tmp_path, adapter_in=str(tmp_path / "other"))
 
 
 def test_samples_without_siblings_teach_nothing_and_leave_no_adapter(tiny: Path, tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 import psutil
 import pytest
-from command import AGENT, assert_none_left, calls, log, sia, start
+from command import AGENT, anew, assert_none_left, calls, log, start_anew
 from llm_author import BETTER, KEY, SMALL, Author, reached
 from loopback import Fault, Loopback, Wire
 from loopback_wires import Reply
@@ -37,7 +37,7 @@ def test_the_key_is_in_no_event_blob_call_log_line_command_line_sandbox_or_file(
 ):
     author = Author(agents=(CURIOUS, BETTER))
     with Loopback(author) as provider:
-        process = start(
+        process = start_anew(
             tmp_path, "run", task, "--run", "r1", *SMALL, "--backend", "agentic", "--json", **reached(provider)
         )
         command_lines, holders = watched(process)
@@ -59,7 +59,7 @@ def test_a_provider_that_repeats_the_key_it_refuses_puts_it_in_no_message(tmp_pa
         return Fault("unauthorised")
 
     with Loopback(careless) as provider:
-        died = sia(tmp_path, "run", task, "--run", "r1", *SMALL, **reached(provider))
+        died = anew(tmp_path, "run", task, "--run", "r1", *SMALL, **reached(provider))
     assert died.returncode == 1
     assert "openai refused the key (401); check the key in OPENAI_API_KEY" in died.stderr
     assert_nowhere(tmp_path, died.stdout, died.stderr)

@@ -175,6 +175,19 @@ async def test_an_adapter_that_the_server_refuses_did_not_reach_it(trainer: Trai
         await probe(trainer.ports, "r1", "g1", broken, BASE, TEXTS, trainer.server.learned(8))
 
 
+@pytest.mark.parametrize(("status", "kind"), [(500, AdapterNotServed), (503, ProviderAway), (200, AdapterNotServed)])
+async def test_a_reply_that_is_no_json_is_told_as_it_came(status: int, kind: type[Exception], tmp_path: Path) -> None:
+    async def broken(scope: Any, receive: Any, send: Any) -> None:
+        await send({"type": "http.response.start", "status": status, "headers": []})
+        await send({"type": "http.response.body", "body": b"upstream fell over"})
+
+    door = TokenDoor(tmp_path / "g", SECRET)
+    async with serving(broken, door.socket):
+        ports = Ports(MemoryBus(), MemoryBlobs(), UnsafeProcess(), SystemTime(), door, tmp_path)
+        with pytest.raises(kind, match=rf"{MODEL} .* \({status}\): upstream fell over"):
+            await probe(ports, "r1", "g1", BASE, BASE, TEXTS, [[0.0] * 3, [0.0], [0.0] * 4])
+
+
 @pytest.mark.parametrize("own", [[[0.0] * 3], [[0.0] * 3, [0.0], [0.0] * 3], [[0.0] * 3, [float("nan")], [0.0] * 4]])
 async def test_a_learner_that_does_not_tell_of_every_token_proves_nothing(trainer: Trainer, own: Sequence[Any]) -> None:
     with pytest.raises(AdapterNotServed):

@@ -74,10 +74,7 @@ def test_who_wants_no_progress_is_told_of_no_step(capsys: pytest.CaptureFixture[
     assert capsys.readouterr().err == ""
 
 
-async def test_who_follows_a_run_sees_the_steps_of_a_learner_anywhere_on_the_bus_as_they_come(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(following, "STEPS_S", 0.0)
+async def test_who_follows_a_run_sees_the_steps_of_a_learner_anywhere_on_the_bus_as_they_come() -> None:
     bus = MemoryBus()
     (first, *_, requested) = await bus.append("r1", opening("r1", [registered(), started(), proposed(), REQUESTED]))
     nothing = cast(Any, None)
@@ -95,3 +92,24 @@ async def test_who_follows_a_run_sees_the_steps_of_a_learner_anywhere_on_the_bus
     assert await asyncio.wait_for(follower, 60) == over
     await bus.trace(Envelope("r1", "training", "g1", (msgspec.json.encode(line(3)),)))
     assert steps.empty() and first.position == 1
+
+
+async def test_a_trace_that_cannot_be_read_is_said_once_and_ends_no_run(capsys: pytest.CaptureFixture[str]) -> None:
+    bus, said = MemoryBus(), ""
+    (*_, requested) = await bus.append("r1", opening("r1", [registered(), started(), proposed(), REQUESTED]))
+    nothing = cast(Any, None)
+    node = app.Node(settings=nothing, bus=bus, blobs=nothing, private=nothing, streams=nothing)
+    screen = progress.Screen(lambda record, run: None, lambda step: None)
+    follower = asyncio.create_task(following._until_over(node, "r1", screen))
+    await bus.trace(Envelope("r1", "training", "g1", (b"junk",)))
+    async with asyncio.timeout(60):
+        while not said:
+            await asyncio.sleep(0.01)
+            said = capsys.readouterr().err
+    await bus.trace(Envelope("r1", "training", "g1", (b"junk",)))
+    (learned,) = await bus.append("r1", answers("r1", requested, "trainer", [trained("g1a", "g0a")]))
+    over = RunFinished(outcome="improved", best="g1a", reason="over", sealed=None)
+    await bus.append("r1", answers("r1", learned, "feedback_svc", [over]))
+    assert await asyncio.wait_for(follower, 60) == over
+    said += capsys.readouterr().err
+    assert said.count("no more steps of g1 are shown: DecodeError") == said.count("\n") == 1

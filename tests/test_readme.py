@@ -11,6 +11,7 @@ from dataclasses import fields
 from pathlib import Path
 
 import pytest
+from command import SMALL, answered, environment
 from typer.main import get_command
 
 from sia_events.cli import cli
@@ -19,7 +20,6 @@ from sia_events.shared.events import EVENTS, Learning, RunSettings
 from sia_events.shared.ports import Limits
 from sia_events.shared.settings import TABLES, Settings
 from sia_events.shared.task import Task
-from tests.command import SMALL, answered, environment
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()

@@ -155,6 +155,9 @@ def test_a_branch_of_a_branch_in_the_midst_of_an_attempt_copies_nothing_and_ends
         (("--at", "1", "--set", "sed=1"), "did you mean seed"),
         (("--at", "1", "--n", "2", "--set", "seed=2147483647"), "seed"),
         (("--at", "1", "--replace-harness", "."), "target_agent.py is missing"),
+        (("--at", "1", "--model", "nonsense"), "no provider of the model 'nonsense'"),
+        (("--at", "1", "--run", "b"), "run b exists already; nothing was written"),
+        (("--at", "1", "--run", "a b"), "a run's name is letters"),
     ],
 )
 def test_a_branch_that_cannot_be_is_refused_and_says_what_can(

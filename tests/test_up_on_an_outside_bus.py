@@ -17,7 +17,7 @@ from sia_events.shared.settings import Settings
 def test_down_ends_what_up_noted_and_no_later_process_of_its_number(tmp_path: Path, older: float, found: bool):
     settings = Settings(home=tmp_path)
     process = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(30)"])
-    born = psutil.Process(process.pid).create_time() - older
+    born = serving.born(psutil.Process(process.pid)) - older
     (tmp_path / serving.STARTED).write_text(json.dumps({"pid": process.pid, "born": born, "purpose": "serve"}))
     try:
         if found:

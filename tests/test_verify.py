@@ -1,5 +1,6 @@
 """`sia verify` on the real stream, the real tables and real blobs: real bits are flipped in their files."""
 
+import asyncio
 import json
 from collections.abc import Awaitable, Callable
 from pathlib import Path
@@ -7,8 +8,8 @@ from typing import Any
 
 import nats
 import pytest
-from bus_on import note, notes, opened
-from command import SMALL, sia
+from bus_on import forged_branch, note, notes, opened
+from command import SMALL, read, sia, told
 
 from sia_events import app
 from sia_events.event_log import recorder
@@ -159,6 +160,28 @@ async def test_one_flipped_bit_in_a_trace_is_found_and_mended_from_the_tables(ho
     assert again["left"] == [] and again["lines"] == 8
 
 
+async def test_a_repair_that_was_killed_between_stream_and_tables_is_gone_on_with_and_doubles_nothing(home: Path):
+    body = block(home, "SIA_TRACE").read_bytes()
+    flip(block(home, "SIA_TRACE"), body[body.index(b"sia.trace.r1.log.a") + 25 :][:8])
+
+    async def half(node: app.Node) -> None:
+        async with open_log(Settings(home=home)) as log:
+            lost = await log.envelopes("r1", [1])
+            assert [sequence for sequence, _ in lost] == [1]
+            await node.streams.put_back(lost)
+
+    await on_home(home, half)
+    assert places(await looked(home)) == {("missing", "stream", "r1", "trace sequence 1")}
+    assert (await looked(home, repair=True))["left"] == []
+    again = await looked(home)
+    assert again["left"] == [] and again["lines"] == 8
+
+    async def traced(node: app.Node) -> list[Envelope]:
+        return list(await node.bus.traces("r1", "log", "a"))
+
+    assert len(await on_home(home, traced)) == 1
+
+
 @pytest.mark.parametrize("file", ["data.bin", "primary.cidx", "count.txt", "data.cmrk4", "checksums.txt"])
 async def test_one_flipped_bit_in_any_file_of_a_part_is_found_and_the_tables_are_filled_anew(home: Path, file: str):
     flip(parts(home, file)[0])
@@ -223,6 +246,59 @@ async def test_what_somebody_else_put_on_the_stream_is_named_and_no_damage_once_
     await on_home(home, nothing)
     found = await looked(home, "r2")
     assert found["left"] == [] and "record" in found["findings"][0]["harmless"]
+
+
+async def test_what_was_forged_to_descend_from_itself_keeps_nobody_looking_for_ever(home: Path):
+    settings = Settings(home=home)
+    async with hold(settings, "test"), running(home / "nats") as url:
+        client = await nats.connect(url)
+        for run, parent in (("x", "x"), ("y", "z"), ("z", "y"), ("v", "x")):
+            await client.jetstream().publish(f"sia.events.{run}.RunBranched", forged_branch(run, parent))
+        await client.close()
+    found = await looked(home)
+    assert found["runs"] == 7 and {each["run"] for each in found["findings"]} <= {None, *"vxyz"}
+
+
+async def test_no_reader_takes_what_is_left_of_a_run_for_the_run(home: Path):
+    async with open_log(Settings(home=home)) as log:
+        await log._remove("events", "position", "r1", [4, 9])
+    why = "behind record 3 the log has record 5, and none between"
+    for run, first in (("r1", 3), ("b1", 3)):
+        for words in (("show", run), ("replay", run), ("state", run), ("log", run)):
+            status, out, talk = await asyncio.to_thread(told, home, *words)
+            assert status == 2 and why in talk and f"sia verify {run} --repair" in talk
+            assert len(out.splitlines()) == (first if words[0] == "log" else 0)
+    rows = {row["run"]: row for row in await asyncio.to_thread(read, home, "runs")}
+    assert [rows[run]["status"] for run in ("r1", "b1", "r2")] == ["unreadable", "unreadable", "interrupted"]
+    assert why in rows["r1"]["reason"] and rows["r2"].keys() < rows["r1"].keys()
+    assert [root["run"] for root in await asyncio.to_thread(read, home, "tree")] == ["r1", "r2", "b1"]
+    for words in (("runs",), ("tree",)):
+        assert (await asyncio.to_thread(told, home, *words))[1].count(why) == 2
+    assert (await looked(home, "b1", repair=True))["left"] == []
+    assert [root["run"] for root in await asyncio.to_thread(read, home, "tree")] == ["r1", "r2"]
+
+
+async def test_a_parent_of_which_the_tables_have_nothing_is_told_in_the_tree(home: Path):
+    async with open_log(Settings(home=home)) as log:
+        await log._remove("events", "position", "r1", range(1, NOTES + 3))
+    out = (await asyncio.to_thread(told, home, "tree"))[1]
+    assert [line.split()[0] for line in out.splitlines()] == ["r2", "b1"]
+    assert "run b1 cannot be read: behind record 0 the log has record 6" in out and "sia verify b1 --repair" in out
+
+
+async def test_what_the_stream_lost_before_it_was_copied_is_a_gap_to_readers_and_can_be_branched_before(home: Path):
+    async def more(node: app.Node) -> None:
+        first, *_ = await node.bus.history("r2")
+        for number in range(4):
+            await node.bus.append("r2", notes("r2", first, f"late {number}", producer=f"late {number}"))
+
+    await on_home(home, more, copy=False)
+    flip(block(home), b"late 1")
+    for _ in range(2):
+        status, _, talk = await asyncio.to_thread(told, home, "show", "r2")
+        assert status == 2 and "behind record 14 the log has record 16" in talk and "--at-position 14" in talk
+    found = await looked(home, "r2")
+    assert places(found) == {("missing", "stream", "r2", "position 15")}
 
 
 async def test_while_records_come_in_it_answers_for_what_has_been_copied(home: Path):

@@ -17,7 +17,7 @@ from sia_events.infra.nats_wire import packed, read_envelope, trace_subject
 from sia_events.shared import record as module
 from sia_events.shared.events import EVENTS
 from sia_events.shared.ports import Envelope
-from sia_events.shared.record import NewerRecord, UnreadableRecord, broken_link, parse_record, place, to_wire
+from sia_events.shared.record import NewerRecord, UnreadableRecord, broken_link, follows, parse_record, place, to_wire
 
 # A line is added with a new event and with a new schema, and none is ever changed: old streams hold them.
 GOLDEN = (Path(__file__).parent / "golden/events.jsonl").read_bytes().splitlines()
@@ -37,6 +37,15 @@ def test_a_golden_line_is_read_and_written_byte_for_byte(line: bytes):
 
 def test_the_chain_over_the_golden_lines_is_whole():
     assert broken_link([parse_record(line) for line in GOLDEN]) is None
+
+
+def test_a_record_follows_from_the_one_before_however_its_bytes_are_put():
+    one, two = recorded(*SECOND)[:2]
+    padded = json.dumps(json.loads(two.wire), indent=1).encode()
+    assert follows(one.chain, two.wire, two.chain) and follows(one.chain, padded, two.chain)
+    for wire in (two.wire, padded):
+        assert not follows(two.chain, wire, two.chain), "behind another record"
+        assert not follows(one.chain, wire.replace(b"test", b"tesT"), two.chain), "and not as something else"
 
 
 @pytest.mark.parametrize("line", GOLDEN, ids=lambda line: json.loads(line)["type"])

@@ -1,0 +1,55 @@
+"""A disk is full, or slow, under a run: what was acknowledged stays, and with room again the run goes on to its end."""
+
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+from command import sia
+from disturbed import assert_as_undisturbed, child_of, command, going, log
+from small_disk import fill, small_disk
+
+from sia_events.shared.record import Record
+
+
+@pytest.fixture(scope="module")
+def undisturbed(task: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Record]:
+    home = tmp_path_factory.mktemp("undisturbed")
+    assert sia(home, *command(task)).returncode == 0
+    return log(home)
+
+
+@pytest.mark.slow  # the bus is waited for, a minute long
+def test_a_run_whose_stream_has_no_room_says_so_and_goes_on_when_there_is(
+    task: Path, tmp_path: Path, undisturbed: list[Record]
+):
+    (tmp_path / "nats").mkdir()
+    with small_disk(tmp_path / "nats", megabytes=100):
+        process = going(task, tmp_path, 3)
+        filler = fill(tmp_path / "nats")
+        _, talk = process.communicate(timeout=200)
+        assert process.returncode == 2 and "What it acknowledged is kept" in talk, talk
+        filler.unlink()
+        again = sia(tmp_path, "run", "--resume", "r1")
+        assert again.returncode == 0, again.stderr
+        assert_as_undisturbed(tmp_path, undisturbed)
+
+
+@pytest.mark.slow  # the disk is
+@pytest.mark.skipif(shutil.which("strace") is None, reason="a slow disk takes strace")
+def test_a_run_on_a_slow_disk_takes_longer_and_comes_to_the_same_end(
+    task: Path, tmp_path: Path, undisturbed: list[Record]
+):
+    """Every sync of the stream's server takes 0.2 s more."""
+    process = going(task, tmp_path, 1)
+    slow = ("-e", "trace=fsync,fdatasync", "-e", "inject=fsync,fdatasync:delay_exit=200000")
+    server = str(child_of(process.pid, "nats-server").pid)
+    tracer = subprocess.Popen(["strace", "-f", "-qq", "-o", tmp_path / "syncs", *slow, "-p", server])
+    try:
+        _, talk = process.communicate(timeout=200)
+    finally:
+        tracer.terminate()
+        tracer.wait()
+    assert process.returncode == 0, talk
+    assert (tmp_path / "syncs").read_text().count("sync(") > 20
+    assert_as_undisturbed(tmp_path, undisturbed)
