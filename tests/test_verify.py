@@ -83,8 +83,11 @@ def block(home: Path, stream: str = "SIA") -> Path:
 
 
 def parts(home: Path, name: str) -> list[Path]:
-    """The files of that name in the tables' parts, the biggest first."""
-    return sorted((home / "log/store").rglob(name), key=lambda file: -file.stat().st_size)
+    """The files of that name in the parts of what was recorded, the biggest first."""
+    found = (home / "log/store").rglob(name)
+    # The table of migrations is none of those: nothing that it says was recorded.
+    ours = [file for file in found if "`applied`" not in (file.parent / "columns.txt").read_text()]
+    return sorted(ours, key=lambda file: -file.stat().st_size)
 
 
 def places(found: dict[str, Any], which: str = "left") -> set[tuple[str, str, str, str]]:

@@ -5,8 +5,8 @@ from collections.abc import Iterator, Sequence
 
 from sia_events.trainer.groups import RolloutGroup
 
-TOKENS = 4096
-"""Of a part's prompts and continuations: what bounds the memory that activations take."""
+PROMPTS, TOKENS = 24, 4096
+"""Of a part of a batch, at most: what bounds the memory that activations take."""
 
 
 def batches(groups: Sequence[RolloutGroup], size: int, epochs: int, seed: int) -> Iterator[list[RolloutGroup]]:
@@ -20,12 +20,10 @@ def batches(groups: Sequence[RolloutGroup], size: int, epochs: int, seed: int) -
 
 
 def parts(batch: Sequence[RolloutGroup], scenes: int) -> Iterator[list[RolloutGroup]]:
-    """A batch cut into runs of whole groups with at most that many scenes and TOKENS, or of one group that has more."""
+    """A batch cut into runs of whole groups with at most that many scenes, or of one group that has more."""
     part: list[RolloutGroup] = []
     for group in batch:
-        both = [*part, group]
-        crowded = sum(len(each.scenes) for each in both) > scenes or sum(map(_tokens, both)) > TOKENS
-        if part and (crowded or _kind(group) != _kind(part[0])):
+        if part and (sum(len(g.scenes) for g in part) + len(group.scenes) > scenes or _kind(group) != _kind(part[0])):
             yield part
             part = []
         part.append(group)
@@ -33,8 +31,10 @@ def parts(batch: Sequence[RolloutGroup], scenes: int) -> Iterator[list[RolloutGr
         yield part
 
 
-def _tokens(group: RolloutGroup) -> int:
-    return sum(len(scene.prompt) + sum(map(len, scene.continuations)) for scene in group.scenes)
+def scenes_at_once(groups: Sequence[RolloutGroup]) -> int:
+    """How many of the longest scene a part may have."""
+    longest = max(len(scene.prompt) + sum(map(len, scene.continuations)) for group in groups for scene in group.scenes)
+    return max(1, min(PROMPTS, TOKENS // longest))
 
 
 def _kind(group: RolloutGroup) -> tuple[bool, float]:

@@ -25,7 +25,7 @@ from sia_events.local_model import parent, weights
 from sia_events.shared.failpoints import reach
 from sia_events.trainer.algorithms import ALGORITHMS, RewardRefused
 from sia_events.trainer.backends import named, why_not_trl
-from sia_events.trainer.batches import batches
+from sia_events.trainer.batches import batches, scenes_at_once
 from sia_events.trainer.checkpoints import SavingFailed
 from sia_events.trainer.credit import teaching
 from sia_events.trainer.engines import Engine, OutOfMemory, TargetsRefused
@@ -72,7 +72,8 @@ def learn(spec: Spec, open_engine: Callable[[Spec], tuple[Engine, weights.ModelF
     engine, folder = open_engine(spec)
     plan = list(batches(groups, learning.batch_prompts, spec.epochs, spec.seed))
     theirs = _trl_loss(engine, spec, groups) if by_trl else None
-    learner = Learner(engine, spec, len(plan) * learning.updates, theirs)
+    scenes = spec.micro_prompts or scenes_at_once([*groups, *held])
+    learner = Learner(engine, spec, len(plan) * learning.updates, scenes, theirs)
     stopped, begun = "end", time.monotonic()
     if held and learner.progress.looks is None:
         learner.look(held)

@@ -27,7 +27,7 @@ class Progress:
     """How far learning has come. `scenes` is how many go through the model at once, `masked` counts no sample twice."""
 
     step: int = 0
-    scenes: int = 8
+    scenes: int = 1
     tokens: int = 0
     masked: set[str] = field(default_factory=set)
     recent: deque[Answers] = field(default_factory=lambda: deque(maxlen=COLLAPSE_WINDOW))
@@ -39,14 +39,14 @@ class Progress:
 class Learner:
     """One update under way. It goes on from the spec's checkpoint where there is one of the same update.
 
-    With `theirs` the loss is TRL's; what is told of a step is computed as ever.
+    `scenes` go through the model at once. With `theirs` the loss is TRL's; what is told of a step is computed as ever.
     """
 
-    def __init__(self, engine: Engine, spec: Spec, steps: int, theirs: PartLoss | None = None) -> None:
+    def __init__(self, engine: Engine, spec: Spec, steps: int, scenes: int, theirs: PartLoss | None = None) -> None:
         self.steps = steps
         self._theirs = theirs
         self._best: list[Tensor] = []
-        self.progress = Progress(scenes=spec.micro_prompts)
+        self.progress = Progress(scenes=scenes)
         self._engine, self._spec = engine, spec
         algorithm = ALGORITHMS[spec.algorithm]
         head = torch.nn.Linear(engine.width, 1, device=engine.device) if algorithm.critic else None

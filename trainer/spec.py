@@ -17,9 +17,9 @@ class Spec:
     `model` is a model folder, `adapter_in` the adapter that made the rollouts (None: the base weights), `rollouts` a
     file as `groups.read` takes it, `checkpoint` a file that a killed process goes on from (None: none is kept).
     `targets` are the layers that a fresh adapter changes, by the end of their names (none: all linear ones).
-    `micro_prompts` bounds memory, and changes the result by the rounding of sums alone. `max_seconds` (wall) ends
-    learning, at the price that a repeat may end elsewhere; everything else repeats bit for bit on one machine with one
-    number of `threads`. `recompute` trades a third more time for the memory of activations; None: for large models.
+    `micro_prompts` (None: by their length) bounds memory, and changes the result by the rounding of sums alone.
+    `max_seconds` (wall) ends learning, at the price that a repeat may end elsewhere; everything else repeats bit for
+    bit on one machine with one number of `threads`. `recompute` trades a third more time for the memory of activations; None: for large models.
     `engine` is what computes (`opening.py`).
     """
 
@@ -32,7 +32,7 @@ class Spec:
     learning: Learning = field(default_factory=Learning)
     seed: int = 0
     epochs: int = 1
-    micro_prompts: int = 24
+    micro_prompts: int | None = None
     targets: tuple[str, ...] = ()
     warmup: int = 5
     grad_norm: float = 1.0

@@ -72,6 +72,7 @@ def one_by_one(folder: Path) -> dict[str, Any]:
 def own(folder: Path, engine: str = "own") -> dict[str, Any]:
     """A step of GRPO by our learner."""
     from sia_events.shared.events import Learning
+    from sia_events.trainer.batches import scenes_at_once
     from sia_events.trainer.groups import read
     from sia_events.trainer.learner import Learner
     from sia_events.trainer.opening import opened
@@ -81,7 +82,7 @@ def own(folder: Path, engine: str = "own") -> dict[str, Any]:
     paths = (str(folder / "model"), str(folder / "batch.jsonl"), str(folder / "adapter"))
     spec = Spec(*paths, algorithm="grpo", learning=learning, engine=engine)  # type: ignore[arg-type]
     groups, _ = read(folder / "batch.jsonl")
-    learner = Learner(opened(spec)[0], spec, STEPS)
+    learner = Learner(opened(spec)[0], spec, STEPS, scenes_at_once(groups))
 
     def step(number: int) -> float:
         loss = learner.gradients(groups, fresh=True).loss
