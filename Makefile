@@ -20,7 +20,7 @@ test: $(VENV)/.ready
 	$(BIN)/python -m pytest -n 2 -m "not slow"
 
 slow: $(VENV)/.ready
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest -n 2 -m slow
 
 lint: $(VENV)/.ready
 	$(BIN)/ruff check .

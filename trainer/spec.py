@@ -19,8 +19,8 @@ class Spec:
     `targets` are the layers that a fresh adapter changes, by the end of their names (none: all linear ones).
     `micro_prompts` (None: by their length) bounds memory, and changes the result by the rounding of sums alone.
     `max_seconds` (wall) ends learning, at the price that a repeat may end elsewhere; everything else repeats bit for
-    bit on one machine with one number of `threads`. `recompute` trades a third more time for the memory of activations; None: for large models.
-    `engine` is what computes (`opening.py`).
+    bit on one machine with one number of `threads`. `recompute` trades a third more time for the memory of
+    activations; None: for large models. `engine` is what computes (`opening.py`).
     """
 
     model: str
