@@ -32,8 +32,6 @@ def rollouts(run: Run, feedback: FeedbackGiven) -> AttemptRequested:
     In an `archive` they start from what archived versions wrote, as many of these as a generation has candidates.
     """
     settings, version = run.settings, feedback.incumbent
-    there = run.task.sizes["train"] if run.task else settings.rollout_items
-    items = min(settings.rollout_items, there)
     reuse = settings.search == "archive"
     return AttemptRequested(
         attempt=f"{version}.train.g{feedback.generation}",
@@ -42,7 +40,7 @@ def rollouts(run: Run, feedback: FeedbackGiven) -> AttemptRequested:
         items=settings.rollout_items,
         samples=settings.rollout_samples,
         seed=settings.seed + feedback.generation,
-        starts=starts(run, items, settings.candidates) if reuse else (),
+        starts=starts(run, settings.rollout_items, settings.candidates) if reuse else (),
     )
 
 

@@ -85,13 +85,14 @@ async def connected(
         graceful_timeout=5.0,
     )
     try:
-        async with asyncio.timeout(CONNECT_S):
-            client = await broker.connect()
-            _end_when_untaken(client)
-            await ensure_streams(client, replicas, partitions)
-    except (TimeoutError, *UNANSWERED) as error:
-        raise BusUnreachable(f"the NATS server at {_shown(url)} lets us in but does not answer: {error!r}") from error
-    try:
+        try:
+            async with asyncio.timeout(CONNECT_S):
+                client = await broker.connect()
+                _end_when_untaken(client)
+                await ensure_streams(client, replicas, partitions)
+        except (TimeoutError, *UNANSWERED) as error:
+            said = f"the NATS server at {_shown(url)} lets us in but does not answer: {error!r}"
+            raise BusUnreachable(said) from error
         yield Connection(broker, client, patience, partitions)
     finally:
         with suppress(TimeoutError, *UNANSWERED):

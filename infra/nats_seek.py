@@ -56,7 +56,8 @@ async def _near(
     """
     (low, at), last = first, first[1] + behind
     end, halve = last, False
-    while position - at > NEAR:
+    # With nothing left between the two the count was wrong, of messages that nobody can read: what is read will tell.
+    while position - at > NEAR and low < high:
         # Where a run stands alone or spreads evenly the first guess is good; halving bounds the rest.
         ahead = (high - low) // 2 if halve else (high - low) * (position - NEAR // 2 - at) // (end - at)
         middle, halve = low + max(1, ahead), not halve

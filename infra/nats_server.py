@@ -227,7 +227,9 @@ async def _healthy(server: NatsServer) -> bool:
 async def _lacks_a_setup(server: NatsServer) -> bool:
     """Whether it runs, but for a stream that is made anew by the first who comes."""
     with suppress(OSError, ValueError, TimeoutError):
-        await server_info("127.0.0.1", server.port)  # it listens there once it has read its store
+        # It listens there once it has read its store, unless somebody else was given the port.
+        if (await server_info("127.0.0.1", server.port)).get("server_name") != server.name:
+            return False
         why = await ailment(server.health_port, HEALTH_S)
         return why is not None and set_aside_setup(server.store, why)
     return False

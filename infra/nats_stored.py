@@ -105,12 +105,14 @@ class NatsStreams:
         return await self._runs.restore(run, records)
 
     async def put_back(self, lost: Sequence[tuple[int, Envelope]]) -> None:
+        known: dict[str, set[str]] = {}
         for sequence, envelope in lost:
             subject = trace_subject(envelope.run, envelope.kind, envelope.key, self._partitions)
             stream = self._partitions.of(TRACE, envelope.run)
-            there = {message.in_place_of for message in await self._nats.read(stream, 1, subject)}
+            if subject not in known:
+                known[subject] = {message.in_place_of for message in await self._nats.read(stream, 1, subject)}
             for part, body in enumerate(packed(envelope.lines, self._nats.client.max_payload - 1024)):
-                if (place := f"{sequence}.{part}") not in there:
+                if (place := f"{sequence}.{part}") not in known[subject]:
                     # As the id this would not do: the server takes what it has lost lately for what it still has.
                     headers = {"Nats-Msg-Id": uuid4().hex, "Content-Encoding": ENCODING, IN_PLACE_OF: place}
                     message = (subject, body, headers)

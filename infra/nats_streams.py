@@ -145,6 +145,8 @@ async def _check_cut(client: Client, partitions: Partitions) -> None:
     """Raises StreamUnfit where history stands here that is cut into another number of streams."""
     ask = json.dumps({"subject": f"{ROOTS[EVENTS]}.>"}).encode()
     reply = json.loads((await client.request("$JS.API.STREAM.LIST", ask, ANSWER_S)).data)
+    if error := reply.get("error"):
+        raise APIError.from_error(error)
     for found in reply.get("streams") or ():
         count = int((found["config"].get("metadata") or {}).get(CUT, 1))
         if holds_history(found["config"]["name"]) and count != partitions.count:

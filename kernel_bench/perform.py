@@ -46,9 +46,12 @@ async def _measured(source: str, problem: Problem, repeats: int, launch: Launch)
     process, and them, for as long as a kernel may take.
     """
     stop, stopping = os.pipe()
-    measuring = asyncio.create_task(
-        asyncio.to_thread(measure, source, problem, repeats=repeats, launch=launch, stop=stop)
-    )
+
+    def measured() -> Measurement:
+        with open(stop, "rb"):  # closed by who reads it: a second cancellation waits for nobody
+            return measure(source, problem, repeats=repeats, launch=launch, stop=stop)
+
+    measuring = asyncio.create_task(asyncio.to_thread(measured))
     try:
         return await asyncio.shield(measuring)
     except asyncio.CancelledError:
@@ -57,5 +60,4 @@ async def _measured(source: str, problem: Problem, repeats: int, launch: Launch)
             await measuring
         raise
     finally:
-        os.close(stop)
         os.close(stopping)

@@ -17,11 +17,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache
 from importlib import import_module
+from threading import Lock
 
 import msgspec
 
 PR_SET_CHILD_SUBREAPER, PR_GET_CHILD_SUBREAPER = 36, 37  # prctl(2)
 LARGEST = 1 << 17  # bytes of a request
+_ONE_AT_A_TIME = Lock()  # the line to the server has one end here
 AT_THE_START = ("LD_", "PYTHON")  # how the variables begin that are read when an interpreter starts
 
 
@@ -51,11 +53,11 @@ class Forked(subprocess.Popen[str]):
 
     def _execute_child(self, *_: object) -> None:
         # Popen's own hook. What comes of it is a child of ours, so all that Popen does with a process holds.
-        with orphans_adopted():
+        with _ONE_AT_A_TIME, orphans_adopted():
             socket.send_fds(_server().door, [msgspec.json.encode(self._request)], [self._out, self._err])
             forked = _server().door.recv(20)
         assert forked, "the process that forks has ended; its last words stand on stderr"
-        self.pid = int(forked)
+        self.pid, self._child_created = int(forked), True
         os.close(self._out)
         os.close(self._err)
 
@@ -114,13 +116,18 @@ def serve(door: socket.socket) -> None:
         told, tell = os.pipe()
         between = os.fork()
         if not between:
-            if forked := os.fork():
-                os.write(tell, str(forked).encode())
+            if os.fork():
                 # It is left an orphan, so that whoever asked for it can adopt it.
                 os._exit(0)
+            request = msgspec.json.decode(body, type=Request)
+            if request.leads:
+                os.setsid()
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+            # Told once it is what was asked for: whoever knows it may send it, or its group, a signal.
+            os.write(tell, str(os.getpid()).encode())
             for end in (door.detach(), told, tell):
                 os.close(end)
-            return run(msgspec.json.decode(body, type=Request), ends)
+            return run(request, ends)
         os.waitpid(between, 0)
         for end in (*ends, tell):
             os.close(end)
@@ -130,9 +137,6 @@ def serve(door: socket.socket) -> None:
 
 def run(request: Request, ends: Sequence[int]) -> None:
     """Be `python -m sia_events`, or `python PROGRAM`."""
-    if request.leads:
-        os.setsid()
-    signal.signal(signal.SIGINT, signal.default_int_handler)
     for end, number in zip(ends, (1, 2), strict=True):
         os.dup2(end, number)
         os.close(end)

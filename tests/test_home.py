@@ -37,3 +37,19 @@ async def test_the_sockets_of_a_home_go_at_its_end_or_once_the_home_is_no_more(
     shutil.rmtree(killed.home)
     async with hold(first, "run r2"):
         assert not socket_place(killed).exists() and socket_place(still).exists()
+
+
+async def test_sockets_that_somebody_answers_on_stay_though_their_home_is_out_of_sight(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    first, away = Settings(home=tmp_path / "first"), Settings(home=tmp_path / "away")
+    with socket.socket(socket.AF_UNIX) as listening:
+        async with hold(away, "run r1"):
+            listening.bind(str(door_socket(away)))
+        listening.listen()
+        away.home.rename(tmp_path / "elsewhere")
+        async with hold(first, "run r2"):
+            assert socket_place(away).exists()
+    async with hold(first, "run r3"):
+        assert not socket_place(away).exists()

@@ -121,9 +121,9 @@ def test_a_version_with_other_weights_is_a_state_and_its_rollouts_an_expansion_h
     assert (best.version, best.expansions) == ("g2a", 2)
 
 
-def under(search: str, *past: Event, **settings: Any) -> list[Event]:
+def under(search: str, *past: Event) -> list[Event]:
     """The past of a run that searches so."""
-    opening = started(search=search, candidates=2, **settings)
+    opening = started(search=search, candidates=2)
     return [opening if event.type == "RunStarted" else event for event in past]  # type: ignore[attr-defined]
 
 
@@ -146,19 +146,12 @@ def test_each_search_starts_its_candidates_from_another_place():
 
 
 @pytest.mark.parametrize(
-    ("search", "items", "picked"),
-    [
-        ("line", 512, ()),
-        ("best-of-k", 512, ()),
-        ("archive", 3, (("g2a", 2), ("g1b", 1))),
-        # Of the four items that there are to be asked, no more are dealt, however many are wanted.
-        ("archive", 512, (("g2a", 2), ("g1b", 2))),
-    ],
+    ("search", "picked"), [("line", ()), ("best-of-k", ()), ("archive", (("g2a", 256), ("g1b", 256)))]
 )
 def test_rollouts_are_the_incumbents_and_in_an_archive_start_from_what_puct_picks(
-    search: str, items: int, picked: tuple[tuple[str, int], ...]
+    search: str, picked: tuple[tuple[str, int], ...]
 ):
-    past = under(search, *TWO, accepted("g1a", "g0a"), feedback_asked(3, "g1a"), rollout_items=items)
+    past = under(search, *TWO, accepted("g1a", "g0a"), feedback_asked(3, "g1a"))
     (event,) = given(feedback_svc, *past).when(fed_back(3, "weights", "g1a")).then_types(AttemptRequested)
     assert isinstance(event, AttemptRequested) and (event.version, event.split) == ("g1a", "train")
     assert tuple((start.version, start.share) for start in event.starts) == picked

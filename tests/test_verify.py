@@ -107,6 +107,14 @@ async def test_what_is_whole_is_found_whole(home: Path):
     assert (found["runs"], found["records"], found["lines"], found["blobs"]) == (3, 2 * (NOTES + 1) + 3, 8, 1)
 
 
+async def test_a_branch_of_a_branch_is_whole_though_the_first_run_went_on_behind_its_fork(home: Path):
+    branched = RunBranched(parent="b1", at=7, generation=0, overrides={}, settings=RunSettings(), code="test")
+    await on_home(home, lambda node: node.bus.append("b2", opening("b2", [branched, note("further on")])))
+    assert len((await histories(home))["r1"]) > branched.at
+    found = await looked(home)
+    assert found["findings"] == [] and found["runs"] == 4
+
+
 async def test_one_flipped_bit_in_the_stream_is_found_and_mended_from_the_tables(home: Path):
     before = await histories(home)
     flip(block(home), b"note 7 of r1")

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 
 from sia_events.trainer.groups import RolloutGroup
 
-PROMPTS, TOKENS = 24, 4096
+PROMPTS, TOKENS = 24, 2048
 """Of a part of a batch, at most: what bounds the memory that activations take."""
 
 

@@ -1,10 +1,10 @@
 """The learner: adapter, critic and optimiser in motion, a step at a time, and their way to the checkpoint and back."""
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -20,6 +20,8 @@ from sia_events.trainer.preparing import Method, Prepared, prepare
 from sia_events.trainer.spec import Spec
 from sia_events.trainer.updating import Part, PartLoss, part_loss, totals
 from sia_events.trainer.views import view
+
+T = TypeVar("T")
 
 
 @dataclass
@@ -68,8 +70,11 @@ class Learner:
         """
         if fresh:
             self.progress.prepared = None
+        return self._fitting(lambda: self._gradients(batch))
+
+    def _fitting(self, work: Callable[[], T]) -> T:
         try:
-            return self._gradients(batch)
+            return work()
         except (RuntimeError, MemoryError) as error:
             if not out_of_memory(error):
                 raise
@@ -77,7 +82,7 @@ class Learner:
         # Outside of the handler, whose error still holds what was computed.
         self.progress.scenes = halved
         try:
-            return self._gradients(batch)
+            return work()
         except (RuntimeError, MemoryError) as error:
             if not out_of_memory(error):
                 raise
@@ -132,9 +137,12 @@ class Learner:
         self.progress.step = step
 
     def look(self, held: Sequence[RolloutGroup]) -> None:
-        """See what reward the weights can expect of the groups that are held out; the best weights are kept."""
+        """See what reward the weights can expect of the groups that are held out; the best weights are kept.
+
+        Raises OutOfMemory.
+        """
         progress = self.progress
-        expected = expected_reward(self._engine, held, progress.scenes)
+        expected = self._fitting(lambda: expected_reward(self._engine, held, progress.scenes))
         if progress.looks is None:
             progress.looks = Looks(expected, expected, expected)
             return

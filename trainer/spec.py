@@ -1,6 +1,6 @@
 """What a learning process is told: from what to learn, where to, and how."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from hashlib import sha256
 from pathlib import Path
 from typing import Literal
@@ -44,7 +44,8 @@ class Spec:
     @property
     def identity(self) -> str:
         """SHA-256 of all that the finished adapter depends on: a checkpoint of another identity is another update's."""
-        told = to_json(self, places=False)
+        # As earlier releases told it, whose checkpoints are gone on from.
+        told = to_json(replace(self, micro_prompts=self.micro_prompts or 8), places=False)
         data = Path(self.rollouts).read_bytes()
         parent = Path(self.adapter_in, "adapter_model.safetensors").read_bytes() if self.adapter_in else b""
         return sha256(b"".join(sha256(part).digest() for part in (told, data, parent))).hexdigest()

@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 import shutil
+import socket
 import tempfile
 from collections.abc import AsyncIterator, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager, suppress
@@ -68,12 +69,21 @@ def _sweep(settings: Settings) -> None:
     homes that are no more, whose services were killed.
     """
     for place in Path(tempfile.gettempdir()).glob(f"{SOCKETS}*"):
-        if os.path.islink(place / HOME) and not os.path.exists(place / HOME):
+        if os.path.islink(place / HOME) and not os.path.exists(place / HOME) and not _listened_to(place):
             shutil.rmtree(place, ignore_errors=True)
     with _scratch_lock(settings) as lock, suppress(BlockingIOError):
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         for left in (settings.home / "tmp").glob("*-*"):
             shutil.rmtree(left, ignore_errors=True)
+
+
+def _listened_to(place: Path) -> bool:
+    """Whether somebody answers on a socket there: the home may only be out of our sight, in another container."""
+    for each in place.glob("*.sock"):
+        with socket.socket(socket.AF_UNIX) as probe, suppress(OSError):
+            probe.connect(str(each))
+            return True
+    return False
 
 
 def _scratch_lock(settings: Settings) -> TextIO:

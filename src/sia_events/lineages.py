@@ -22,7 +22,7 @@ async def tree(settings: Settings, run: str | None) -> list[dict[str, Any]]:
 
     async def ask(log: Log) -> list[dict[str, Any]]:
         wanted = await resolve(log, run) if run else None
-        return grown(await every_lineage(log), wanted)
+        return grown(await every_lineage(log, lambda history: history), wanted)
 
     return await look(settings, ask)
 

@@ -37,10 +37,11 @@ class Gap(Unusable):
 
     def __init__(self, run: str, whole: Sequence[Record], behind: int) -> None:
         last = len(whole)
-        go_on = f" What stands before can be gone on from: sia branch {run} --at-position {last}" if whole else ""
+        go_on = f" What stands before can be gone on from: sia branch {run} --at-position {last}." if whole else ""
         super().__init__(
             f"run {run} cannot be read: behind record {last} the log has record {behind}, and none between. "
-            f"Nothing was changed. What the streams still have is put back by: sia verify {run} --repair.{go_on}"
+            f"Nothing was changed. What the streams still have is put back by: sia verify {run} --repair."
+            f"{go_on} Where sia status shows a lag, it may only be on its way: look again then"
         )
         self.whole = whole
 
@@ -64,9 +65,8 @@ async def look(settings: Settings, ask: Callable[[Log], Awaitable[T]], opened: O
 async def all_runs(settings: Settings) -> list[dict[str, Any]]:
     """A row a run, oldest first; one that cannot be read has the status "unreadable" and a `reason`."""
     running = await settled(settings)
-
-    found = await look(settings, every_lineage)
-    rows = [unreadable(name, each) if isinstance(each, str) else row(each) for name, each in found.items()]
+    found = await look(settings, lambda log: every_lineage(log, row))
+    rows = [unreadable(name, each) if isinstance(each, str) else each for name, each in found.items()]
     for each in rows:
         # A run is under way only while some process runs the services; else it waits to be resumed.
         if each["status"] == "running" and not running and not settings.nats_url:
@@ -166,12 +166,12 @@ async def resolve(log: Log, given: str) -> str:
     raise Unusable(f"no run {given!r}; there are: {', '.join(names) or 'none yet (sia run words starts one)'}")
 
 
-async def every_lineage(log: Log) -> dict[str, list[Record] | str]:
-    """The lineage of every run, oldest first; of one that cannot be read, why not."""
-    found: dict[str, list[Record] | str] = {}
+async def every_lineage(log: Log, told: Callable[[list[Record]], T]) -> dict[str, T | str]:
+    """What is told of every run's lineage, oldest first, one held at a time; of one that cannot be read, why not."""
+    found: dict[str, T | str] = {}
     for name in await log.runs():
         try:
-            found[name] = await lineage(log, name)
+            found[name] = told(await lineage(log, name))
         except (Unusable, NewerRecord) as error:
             found[name] = str(error)
     return found

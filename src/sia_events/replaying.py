@@ -32,10 +32,10 @@ async def one(settings: Settings, run: str, stretch: Stretch, keep_going: bool) 
 async def every(settings: Settings, keep_going: bool) -> Mapping[str, Replayed | str]:
     """Replay all runs, oldest first; of a run that this release cannot read, why not."""
 
-    found = await look(settings, every_lineage)
-    return {
-        name: each if isinstance(each, str) else _decided(each, Stretch(), keep_going) for name, each in found.items()
-    }
+    def decided(history: Sequence[Record]) -> Replayed:
+        return _decided(history, Stretch(), keep_going)
+
+    return await look(settings, lambda log: every_lineage(log, decided))
 
 
 async def state(settings: Settings, run: str, at: int | None) -> Run:

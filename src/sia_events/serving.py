@@ -110,11 +110,13 @@ def _in_background(settings: Settings) -> Mapping[str, object] | None:
     with suppress(OSError, ValueError, LookupError, psutil.Error):
         note = json.loads((settings.home / STARTED).read_text())
         process = psutil.Process(note["pid"])
-        if born(process) == note["born"] and process.status() != psutil.STATUS_ZOMBIE:
+        # Earlier releases noted the time of day.
+        if note["born"] in (born(process), process.create_time()) and process.status() != psutil.STATUS_ZOMBIE:
             return note
     return None
 
 
 def born(process: psutil.Process) -> float:
     """When the process began, in seconds since the machine did: somebody may set the time of day meanwhile."""
-    return round(process.create_time() - psutil.boot_time(), 2)
+    # Only Linux counts from its boot; elsewhere a process keeps the time of day that it was given.
+    return round(process.create_time() - (psutil.boot_time() if psutil.LINUX else 0.0), 2)

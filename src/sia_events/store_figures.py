@@ -37,13 +37,12 @@ COLUMNS = "id, type, producer, cause, correlation, time, schema, version, attemp
 
 async def reconciled(home: Path, events: int) -> Figure:
     """So many events in runs of RUN: appended, recorded, and then verified, stream against tables and every chain."""
-    waiting = iter(range(max(1, events // RUN)))
-    length = min(RUN, events)
+    waiting = iter(range(0, events, RUN))
     async with bus_on(home, ("recorder",)) as node:
 
         async def one_after_another() -> None:
-            for number in waiting:
-                await _fill(node.bus, f"run-{number}", length)
+            for start in waiting:
+                await _fill(node.bus, f"run-{start}", min(RUN, events - start))
 
         began = time.perf_counter()
         await node.guard(together(lambda _: one_after_another(), range(APPENDERS)))

@@ -1,6 +1,7 @@
 """`sia verify`: what was recorded, held against what can be read of it in every place; and mended from the others."""
 
 import hashlib
+import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -156,11 +157,13 @@ async def _start(
 async def _lineage(node: app.Node, log: ClickHouseLog, name: str, copied: Copied, looked: Looked) -> Sequence[Record]:
     """The records of the run and of those that it descends from. What was forged may descend from itself."""
     parts: dict[str, Sequence[Record]] = {}
+    end = sys.maxsize
     while name not in parts and name not in looked.under_way:
-        parts[name] = own = (await _look_at(node, log, name, copied, looked)).records
+        own = (await _look_at(node, log, name, copied, looked)).records
+        parts[name] = [record for record in own if record.position <= end]
         if not own or not isinstance(own[0].event, RunBranched):
             break
-        name = own[0].event.parent
+        name, end = own[0].event.parent, min(end, own[0].event.at)
     return [record for own in reversed(parts.values()) for record in own]
 
 

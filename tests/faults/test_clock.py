@@ -114,7 +114,7 @@ def test_set_forward_under_an_agent_it_costs_a_try_at_most(
     assert process.returncode == 0, talk
     records = log(home)
     failed = [record.event for record in records if isinstance(record.event, AttemptFailed)]
-    assert {event.reason for event in failed} <= {"infrastructure"} and len(failed) <= 3
+    assert {event.kind for event in failed} <= {"infrastructure"} and len(failed) <= 3
     scores = [[(e.version, e.split, e.items) for e in sorted_scores(each)] for each in (records, undisturbed)]
     assert scores[0] == scores[1] and isinstance(records[-1].event, RunFinished)
     assert answered(home, "verify", "--all")["left"] == [] and not answered(home, "replay", "r1")["diverged"]
