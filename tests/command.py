@@ -163,13 +163,14 @@ def start_anew(home: Path, *words: object, **more: str) -> subprocess.Popen[str]
 
 @contextmanager
 def adopting() -> Iterator[Callable[[], list[psutil.Process]]]:
-    """While this lasts, whoever loses its parent becomes a child of ours; gives what lists the children there are."""
+    """While this lasts, whoever loses its parent becomes a child of ours; gives what lists the children since then."""
+    before = set(psutil.Process().children(recursive=True))
 
     def children() -> list[psutil.Process]:
         alive: list[psutil.Process] = []
         for child in psutil.Process().children(recursive=True):
             try:
-                if forking.is_server(child.pid):
+                if child in before or forking.is_server(child.pid):
                     continue
                 if child.status() != psutil.STATUS_ZOMBIE:
                     alive.append(child)
