@@ -52,12 +52,12 @@ async def _measured(source: str, problem: Problem, repeats: int, launch: Launch)
             return measure(source, problem, repeats=repeats, launch=launch, stop=stop)
 
     measuring = asyncio.create_task(asyncio.to_thread(measured))
-    try:
-        return await asyncio.shield(measuring)
-    except asyncio.CancelledError:
-        os.write(stopping, b"1")
-        with suppress(Stopped, BenchUnavailable):
-            await measuring
-        raise
-    finally:
-        os.close(stopping)
+    with os.fdopen(stopping, "wb", buffering=0) as open_end:
+        try:
+            return await asyncio.shield(measuring)
+        except asyncio.CancelledError:
+            # Nothing is written: the thread sees the end of the pipe, and may have closed its own already.
+            open_end.close()
+            with suppress(Stopped, BenchUnavailable):
+                await measuring
+            raise

@@ -216,9 +216,9 @@ def _divided(
         if len(alike) == len(some):
             mine = alike
         else:
-            along, families = _divided(prompts, alike, len(start), kept)
+            along, others = _divided(prompts, alike, len(start), kept)
             mine += along
-            apart += families
+            apart += others
     known = max((len(each) for each in kept if start[: len(each)] == each), default=0)
     saved = len(mine) * (len(start) - above) - (len(start) - max(known, above))
     return (mine, apart) if saved <= PASS_COST else ([], [*apart, mine])

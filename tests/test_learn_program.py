@@ -16,6 +16,8 @@ from small_disk import fill, small_disk
 from tiny import make_model, stirred
 
 from sia_events.local_model import adapter, network
+from sia_events.trainer.batches import scenes_at_once
+from sia_events.trainer.groups import read
 from sia_events.trainer.spec import Spec, to_json
 
 Done = subprocess.CompletedProcess[str]
@@ -89,6 +91,19 @@ def test_what_does_not_fit_in_halves_either_fails_with_what_to_do(tiny: Path, tm
     assert failed.returncode == 1, failed.stderr
     assert "Out of memory, also with 48 prompts at once. The last checkpoint is kept." in failed.stderr
     assert (tmp_path / "few" / "adapter").exists() and not (tmp_path / "whole" / "adapter").exists()
+
+
+def test_the_longer_the_prompts_the_fewer_go_through_the_model_at_once(tiny: Path, tmp_path: Path) -> None:
+    counts = []
+    for name, lines in (("short", choice_lines(tiny, count=4)), ("long", long_lines(4))):
+        groups, _ = read(Path(spec(tiny, tmp_path / name, lines).rollouts), True)
+        counts.append(scenes_at_once(groups))
+    assert counts == [24, 5]
+
+
+def test_learning_under_way_since_an_earlier_release_is_taken_for_the_same(tiny: Path, tmp_path: Path) -> None:
+    fitted = spec(tiny, tmp_path / "one", long_lines(4), micro_prompts=None)
+    assert fitted.identity == replace(fitted, micro_prompts=8).identity != replace(fitted, seed=1).identity
 
 
 def test_a_disk_without_room_for_a_checkpoint_or_the_adapter_is_named_and_learning_goes_on_once_there_is(

@@ -216,6 +216,15 @@ def test_a_long_template_that_sorts_behind_the_rest_is_computed_once(tiny: Path)
     assert families([*short, *short]) == [[0, 6, 1, 7, 2, 8, 3, 9, 4, 10, 5, 11]]
 
 
+def test_what_serves_and_what_learns_multiply_alike(tiny: Path) -> None:
+    net = network.load(tiny)
+    for rows in (1, 3, 4, 5, 40):
+        hidden = torch.randn(rows, net.weight("model.embed_tokens").shape[1], generator=torch.manual_seed(rows))
+        learned = net.logits(hidden)
+        with torch.inference_mode():
+            assert torch.allclose(net.logits(hidden), learned, atol=1e-5)
+
+
 def damage(folder: Path, **config: Any) -> None:
     path = folder / adapter.CONFIG
     path.write_text(json.dumps(json.loads(path.read_text()) | config))
