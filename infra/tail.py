@@ -7,11 +7,11 @@ from uuid import UUID
 
 from sia_events.shared.events import RunBranched
 from sia_events.shared.ports import NoSuchPosition, RunExists
-from sia_events.shared.record import GENESIS, Draft, NewerRecord, Record, UnreadableRecord, link, place
+from sia_events.shared.record import GENESIS, Draft, NewerRecord, Record, UnreadableRecord, follows, place
 
 
 class RunTooNew(Exception):
-    """A later release has written to the run: whoever cannot read all of it must not write behind it."""
+    """Other code has written to the run: whoever cannot read all of it must not write behind it."""
 
 
 class RunIncomplete(Exception):
@@ -23,7 +23,7 @@ class Tail:
     """Grows with the stream. `sequence` is that of the last message read under the run's subjects, readable or not.
 
     A message that is no record of this run at the next position (unreadable, forged, published twice by hand) is
-    counted in `skipped` and is no part of the run. `newer` is a record of the run that only a later release can read.
+    counted in `skipped` and is no part of the run. `newer` is a record of the run that only other code can read.
     `beyond` is the last position that stands behind some that are lost; `ahead` the last record read that may be such,
     and `past_gap` are those that are.
     """
@@ -35,7 +35,7 @@ class Tail:
     skipped: int = 0
     newer: NewerRecord | None = None
     beyond: int = 0
-    ahead: Record | None = None
+    ahead: Record | NewerRecord | None = None
     past_gap: dict[UUID, Record] = field(default_factory=dict)
 
     def take(self, sequence: int, read: Record | UnreadableRecord) -> None:
@@ -45,11 +45,11 @@ class Tail:
             self.newer = self.newer or read
         elif isinstance(read, UnreadableRecord) or read.run != self.run or read.position != self._next(read):
             self.skipped += 1
-            if isinstance(read, Record) and read.run == self.run and read.position > self._next(read):
+            if isinstance(read, Record | NewerRecord) and read.run == self.run and read.position > self._next(read):
                 # A number alone is anybody's, and stops no run; two that follow from each other are what was appended.
-                if self.ahead and link(self.ahead.chain, read.wire) == read.chain:
+                if self.ahead and follows(self.ahead.chain, read.wire, read.chain):
                     self.beyond = max(self.beyond, read.position)
-                    self.past_gap |= {each.id: each for each in (self.ahead, read)}
+                    self.past_gap |= {each.id: each for each in (self.ahead, read) if isinstance(each, Record)}
                 self.ahead = read
         else:
             self.records.append(read)
@@ -80,14 +80,15 @@ class Tail:
         if newer.run != self.run:
             return False
         if not self.records:
-            return newer.position > 1 or link(GENESIS, newer.wire) == newer.chain
+            return newer.position > 1 or follows(GENESIS, newer.wire, newer.chain)
         last = self.records[-1]
-        return newer.position == last.position + 1 and link(last.chain, newer.wire) == newer.chain
+        return newer.position == last.position + 1 and follows(last.chain, newer.wire, newer.chain)
 
-    def _next(self, record: Record) -> int:
+    def _next(self, read: Record | NewerRecord) -> int:
         if self.records:
             return self.records[-1].position + 1
-        return record.event.at + 1 if isinstance(record.event, RunBranched) else 1
+        opens = read.event if isinstance(read, Record) else None
+        return opens.at + 1 if isinstance(opens, RunBranched) else 1
 
     @property
     def fork(self) -> RunBranched | None:

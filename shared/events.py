@@ -86,7 +86,8 @@ class Learning(Value):
     `backend`: whose trainer makes the update; what TRL has no way to learn is learned by ours, and said. `hold_out`: of
     so many of the items nothing is learned; every `look_every` steps, and behind the last, their samples tell what
     reward the new weights can expect. Once that was below its best for `patience` looks, learning ends; the weights of
-    the best look are the update.
+    the best look are the update. `targets`: the layers that a fresh adapter changes, by the end of their names, or all
+    linear ones. `recompute` trades a third more time for the memory of activations; None: for large models.
     """
 
     lr: float = Field(default=5e-4, gt=0, le=1)
@@ -113,6 +114,8 @@ class Learning(Value):
     hold_out: float = Field(default=0.0, ge=0, le=0.5)
     look_every: int = Field(default=4, ge=1)
     patience: int = Field(default=2, ge=1)
+    targets: tuple[Annotated[str, Field(min_length=1)], ...] = ()
+    recompute: bool | None = None
 
 
 class Probe(Value):
@@ -138,9 +141,25 @@ class RolloutSource(Value):
     lag: int = 0
 
 
-class Start(Value):
-    """An archived version that candidates, or groups of rollouts, start from, with the terms of PUCT that chose it.
+class WholeAttempt(Value):
+    """A rollout that is a whole attempt, as those of a task without items are: its calls share the `reward`.
 
+    Attempts of one `group` began alike. The reward is the attempt's score, turned so that more is better. `lag`: how
+    many adapters it is behind the parent.
+    """
+
+    attempt: str
+    version: str
+    group: str
+    trajectory: Digest
+    reward: float
+    lag: int = 0
+
+
+class Start(Value):
+    """An archived state that candidates, or groups of rollouts, start from, with the terms of PUCT that chose it.
+
+    It is what `version` wrote on dev; with `attempt`, what that rollout of the version wrote.
     `share` is how many of them do. `reward` is its own dev score, turned so that more is better, `value` that of its
     best child where it has one; `visits` counts how often it or a descendant was started from, `expansions` how often
     any version was. `scale` is the spread of rewards in the archive. `puct` follows from them
@@ -156,19 +175,25 @@ class Start(Value):
     expansions: int
     scale: float
     puct: float
+    attempt: str | None = None
+
+    @property
+    def state(self) -> str:
+        """What the state is told by."""
+        return self.attempt or self.version
 
 
 class RunSettings(Value):
     """What a run was asked to do; a branch changes some of it."""
 
-    generations: int = Field(default=3, ge=1, le=1000)
+    generations: int = Field(default=3, ge=0, le=1000)
     candidates: int = Field(default=3, ge=1, le=26)
     lever: LeverPolicy = "auto"
     search: Search = "line"
     seed: int = Field(default=0, ge=0, lt=2**31)
     target_model: str = "local/smollm2-135m-instruct"
     sandbox: Literal["bubblewrap", "process"] = "bubblewrap"
-    algorithm: Algorithm | Literal["auto"] = "reinforce"
+    algorithm: Algorithm | Literal["auto"] = "auto"
     rollout_items: int = Field(default=512, ge=1)
     rollout_samples: int = Field(default=8, ge=2, le=64)
     epochs: int = Field(default=1, ge=1, le=10)
@@ -210,9 +235,10 @@ class Written(Value):
 class Evidence(Value):
     """What a lever and an algorithm were chosen on: figures of the log, each of them recomputable from it.
 
-    `rewards` counts the incumbent's dev items in ten equal bins of their reward (the score, turned so that more is
-    better), lowest first; `reward_mean` and `reward_skew` (third standardised moment) are of the same. `seconds_of`
-    and `usd_of` are what a try of each lever took so far, in the mean.
+    `rewards` counts the incumbent's rollouts, or where it has none its dev items, as `rewards_of` says, in ten equal
+    bins of their reward (the score, turned so that more is better), lowest first; `reward_mean` and `reward_skew`
+    (third standardised moment) are of the same. `calls_an_item` is of dev; where a task has no items, of an attempt.
+    `seconds_of` and `usd_of` are what a try of each lever took so far, in the mean.
     """
 
     incumbent: str
@@ -228,13 +254,17 @@ class Evidence(Value):
     rewards: tuple[int, ...] = ()
     reward_mean: float | None = None
     reward_skew: float | None = None
+    rewards_of: Split = "dev"
     calls_an_item: float | None = None
     seconds_of: dict[str, float] = {}
     usd_of: dict[str, float | None] = {}
 
 
 class TaskRegistered(Event):
-    """A task was checked and its data laid down: public data a split, answers with the evaluator only."""
+    """A task was checked and its data laid down: public data a split, answers with the evaluator only.
+
+    `whole`: it has no items to ask one by one, so a rollout is a whole attempt, scored on what dev is scored on.
+    """
 
     type: Literal["TaskRegistered"] = "TaskRegistered"
     task: str
@@ -248,6 +278,7 @@ class TaskRegistered(Event):
     reference: Digest
     sizes: dict[str, int]
     floor: float | None
+    whole: bool = False
 
 
 class RunStarted(Event):
@@ -273,7 +304,8 @@ class AgentProposed(Event):
 class AttemptRequested(Event):
     """A version is owed a run on a split, each item `samples` times; above one, replies are drawn at temperature 1.
 
-    In a search, rollouts of an item start from what one of the `starts` wrote, dealt round the items.
+    In a search, rollouts of an item start from what one of the `starts` wrote, dealt round the items. On a task without
+    items a whole attempt is one rollout: those of a `group` start alike, and replies are drawn at temperature 1.
     """
 
     type: Literal["AttemptRequested"] = "AttemptRequested"
@@ -285,6 +317,12 @@ class AttemptRequested(Event):
     samples: int = 1
     seed: int
     starts: tuple[Start, ...] = ()
+    group: str | None = None
+
+    @property
+    def sampled(self) -> bool:
+        """Whether these are rollouts: replies are drawn at temperature 1, whatever is asked for."""
+        return self.samples > 1 or self.group is not None
 
 
 class ExecutionLogged(Event):
@@ -424,7 +462,7 @@ class HarnessPatchRequested(Event):
 
 
 class HarnessPatched(Event):
-    """A candidate with another harness and its parent's weights."""
+    """A candidate with another harness, and its parent's weights or, where the gate refused these, the incumbent's."""
 
     type: Literal["HarnessPatched"] = "HarnessPatched"
     version: str
@@ -439,18 +477,22 @@ class HarnessPatched(Event):
 
 
 class WeightUpdateRequested(Event):
-    """The next generation changes the weights: learn from these rollouts of the incumbent, and from `older` ones."""
+    """The next generation changes the weights: learn from these rollouts of the incumbent, and from `older` ones.
+
+    They are one attempt's, of many items, with a reward each; of a task without items they are `whole` attempts.
+    """
 
     type: Literal["WeightUpdateRequested"] = "WeightUpdateRequested"
     generation: int
     parent: str
     algorithm: str
-    trajectory: Digest
-    rewards: Digest
+    trajectory: Digest | None = None
+    rewards: Digest | None = None
     epochs: int
     seed: int
     learning: Learning = Learning()
     older: tuple[RolloutSource, ...] = ()
+    whole: tuple[WholeAttempt, ...] = ()
 
 
 class WeightsUpdated(Event):
@@ -459,6 +501,9 @@ class WeightsUpdated(Event):
     `counts` says what became of the rollouts: learned from, or left out and why. `manifest` is the digest of the
     adapter's own: base, parent, algorithm, data, metrics. `backend` names whose trainer made it: "trl 1.16.0", or
     "ours" with the reason why it was not TRL's where that was asked for.
+
+    It cost `seconds`, from the rollouts to the proof, of which the learner computed `metrics["cpu_seconds"]`. `usd` is
+    what these were worth where the machine that learns has a price an hour; None where it has none, so is one's own.
     """
 
     type: Literal["WeightsUpdated"] = "WeightsUpdated"
@@ -475,6 +520,7 @@ class WeightsUpdated(Event):
     probe: Probe | None = None
     manifest: Digest | None = None
     backend: str = "ours"
+    usd: float | None = None
 
 
 class ProposalFailed(Event):

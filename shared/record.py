@@ -9,10 +9,11 @@ from uuid import UUID, uuid5
 
 import msgspec
 
+from sia_events.shared.code import code
 from sia_events.shared.events import EVENTS, Event
 
 NAMESPACE = UUID("5f4c9e52-2f0d-5b3a-9d3e-6b1f6f0f51a0")
-SCHEMA = 3
+SCHEMA = 4
 GENESIS = "0" * 64
 # The producer of what another program ran: facts that no service of ours decided, or has to answer.
 IMPORTED = "import"
@@ -23,13 +24,14 @@ class UnreadableRecord(Exception):
 
 
 class NewerRecord(UnreadableRecord):
-    """Bytes that say of themselves that a later release wrote them, and where they stand."""
+    """A record, by what stands around its data, that other code wrote; where it says that it stands.
 
-    def __init__(self, run: str, position: int, schema: int, chain: str, wire: bytes) -> None:
-        super().__init__(
-            f"record {position} of run {run} is of schema {schema}; this release reads up to {SCHEMA}. "
-            "Nothing was changed. Use the release that wrote it, or a later one."
-        )
+    A number, a name or a field alone is anybody's: whether it is the run's is for its link in the chain to say.
+    """
+
+    def __init__(self, run: str, position: int, chain: str, wire: bytes, code: str | None, why: str) -> None:
+        wrote = f"the release that wrote it{f' ({code})' if code else ''}"
+        super().__init__(f"record {position} of run {run} {why}. Nothing was changed. Use {wrote}, or a later one.")
         self.run, self.position, self.chain, self.wire = run, position, chain, wire
 
 
@@ -46,7 +48,10 @@ class Draft:
 
 @dataclass(frozen=True)
 class Record:
-    """A fact and where it stands. `cause` is None for the first record of a run only."""
+    """A fact and where it stands. `cause` is None for the first record of a run only.
+
+    `code` is what wrote it (shared/code.py), None up to schema 3.
+    """
 
     id: UUID
     run: str
@@ -58,6 +63,7 @@ class Record:
     schema: int
     chain: str
     event: Event
+    code: str | None = None
     wire: bytes = field(default=b"", compare=False, repr=False)
     """The bytes it is stored as, which are the bytes that are hashed, whatever became of its event's type since."""
 
@@ -107,6 +113,7 @@ def place(draft: Draft, run: str, position: int, previous_chain: str, time: date
         schema=SCHEMA,
         chain="",
         event=draft.event,
+        code=code(),
     )
     body = cloud_event(record)
     del body["chain"]
@@ -145,6 +152,8 @@ def cloud_event(record: Record) -> dict[str, Any]:
     }
     if record.cause is not None:
         body["cause"] = str(record.cause)
+    if record.code is not None:
+        body["code"] = record.code
     return body
 
 
@@ -172,55 +181,70 @@ class _Wire(msgspec.Struct):
     chain: Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{64}$")]
     data: msgspec.Raw
     cause: UUID | msgspec.UnsetType = msgspec.UNSET
+    code: str | None = None
 
 
 _read = msgspec.json.Decoder(_Wire).decode
+_NOT_SO = (msgspec.DecodeError, ValueError, KeyError, TypeError, RecursionError)
 
 
 def parse_record(wire: bytes) -> Record:
     """Read a record of this or any earlier schema; the one door where old records are mended.
 
-    Raises UnreadableRecord for anything else: not JSON, not a record, an unknown type, a newer schema.
+    Raises NewerRecord for a record of a later schema, of an unknown type or with data that its type does not have, and
+    UnreadableRecord for what is no record at all.
     """
     try:
         body = _read(wire)
         msgspec.json.decode(wire)  # other people's attributes are hashed too: a link over them must be possible
-        if body.schema > SCHEMA:
-            raise NewerRecord(body.run, body.position, body.schema, body.chain, wire)
-        kind = EVENTS.get(body.type)
-        if kind is None:
-            raise UnreadableRecord(f"unknown event type {body.type!r}")
+    except _NOT_SO as error:
+        raise UnreadableRecord(f"not a record: {type(error).__name__}: {error}") from error
+
+    def unknown(why: str) -> NewerRecord:
+        return NewerRecord(body.run, body.position, body.chain, wire, body.code, why)
+
+    if body.schema > SCHEMA:
+        raise unknown(f"is of schema {body.schema}; this release reads up to {SCHEMA}")
+    kind = EVENTS.get(body.type)
+    if kind is None:
+        raise unknown(f"is of the unknown event type {body.type!r}")
+    try:
         data = bytes(body.data)
         for version in range(body.schema, SCHEMA):
             if upcast := UPCASTS.get((body.type, version)):
                 data = msgspec.json.encode(upcast(msgspec.json.decode(data)))
-        return Record(
-            id=body.id,
-            run=body.run,
-            position=body.position,
-            producer=body.producer,
-            cause=None if body.cause is msgspec.UNSET else body.cause,
-            correlation=body.correlation,
-            time=body.time,
-            schema=body.schema,
-            chain=body.chain,
-            event=kind.model_validate_json(data),
-            wire=wire,
-        )
-    except (msgspec.DecodeError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise UnreadableRecord(f"not a record: {type(error).__name__}: {error}") from error
+        event = kind.model_validate_json(data)
+    except _NOT_SO as error:
+        altered = f"sia verify {body.run} tells whether it was altered"
+        raise unknown(f"has data that no {body.type} has here ({altered}): {error}") from error
+    return Record(
+        id=body.id,
+        run=body.run,
+        position=body.position,
+        producer=body.producer,
+        cause=None if body.cause is msgspec.UNSET else body.cause,
+        correlation=body.correlation,
+        time=body.time,
+        schema=body.schema,
+        chain=body.chain,
+        event=event,
+        code=body.code,
+        wire=wire,
+    )
 
 
 Upcast = Callable[[Mapping[str, Any]], Mapping[str, Any]]
 
 
 def _never_paused(data: Mapping[str, Any]) -> Mapping[str, Any]:
-    """A run of schema 1 knew no pause: the threshold that came later must not decide otherwise in its replay."""
+    """A run that says nothing of a pause knew none: the threshold that came must not decide otherwise in its replay."""
     return {**data, "settings": {"pause_after_failures": 0, **data["settings"]}}
 
 
 # (type, schema it was written under) -> the same data one schema later.
-UPCASTS: dict[tuple[str, int], Upcast] = {("RunStarted", 1): _never_paused, ("RunBranched", 1): _never_paused}
+UPCASTS: dict[tuple[str, int], Upcast] = {
+    (opens, schema): _never_paused for opens in ("RunStarted", "RunBranched") for schema in (1, 2)
+}
 
 
 def broken_link(records: Sequence[Record], previous_chain: str = GENESIS) -> Record | None:
@@ -237,4 +261,7 @@ def follows(previous_chain: str, wire: bytes, chain: str) -> bool:
     # As we write a record, its chain is one stretch of its bytes, behind its cause: without that, they are what was
     # hashed. Bytes that somebody has put otherwise are taken apart.
     rest = wire.replace(b'"chain":"%b",' % chain.encode(), b"", 1)
-    return _digest(previous_chain, rest) == chain or link(previous_chain, wire) == chain
+    try:
+        return _digest(previous_chain, rest) == chain or link(previous_chain, wire) == chain
+    except RecursionError:  # nested as deep as could just be read, which nobody appends
+        return False

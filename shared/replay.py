@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Container, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from uuid import UUID
 
 from sia_events.shared.events import (
@@ -30,7 +30,8 @@ from sia_events.shared.service import Lineage, Service
 class Divergence:
     """A place where today's code decides otherwise than the log records, or the log contradicts itself.
 
-    `code` is the release that opened the run in which it was recorded, where the log tells.
+    `code` is what wrote the records in question, or the cause where there are none; up to schema 3 a record does not
+    tell, and it is what opened the run. None where the log does not tell either.
     """
 
     cause: Record
@@ -75,7 +76,7 @@ def replay(
     last = len(records) if last is None else last
     lineage, counts = Lineage(records), Counter[str]()
     for divergence in _divergences(records, services, lineage, range(first, last + 1), counts):
-        found.append(replace(divergence, code=_code(lineage, divergence.cause)))
+        found.append(divergence)
         if not keep_going:
             break
     judged = sum(first <= record.position <= last for record in records)
@@ -91,7 +92,8 @@ def _divergences(
 ) -> Iterator[Divergence]:
     """Each divergence at the positions that are judged; `counts` learns of the rest."""
     if broken := broken_link(records, GENESIS):
-        yield Divergence(broken, broken.producer, (broken.event,), (), "hash chain broken")
+        code = _code(lineage, broken)
+        yield Divergence(broken, broken.producer, (broken.event,), (), "hash chain broken", code)
     over = lineage.latest.status == "finished"  # a cancelled run was broken off wherever it stood
     accounted: set[UUID] = set()
     for cause in records:
@@ -123,18 +125,21 @@ def _divergences(
                     decided = recorded
             ids = [derived_id(run, cause.id, service.name, index) for index in range(len(decided))]
             if recorded != decided or [record.id for record in given] != ids:
-                yield Divergence(cause, service.name, recorded, decided, _difference(recorded, decided))
+                code = _code(lineage, given[0] if given else cause)
+                yield Divergence(cause, service.name, recorded, decided, _difference(recorded, decided), code)
     for record in records:
         if record.position not in judged or record.id in accounted or isinstance(record.event, ServiceFailed):
             continue
         if not _from_outside(record):
-            yield Divergence(record, record.producer, (record.event,), (), "nothing in the log gave rise to it")
+            why, code = "nothing in the log gave rise to it", _code(lineage, record)
+            yield Divergence(record, record.producer, (record.event,), (), why, code)
 
 
-def _code(lineage: Lineage, cause: Record) -> str | None:
-    """The release that opened the run in which `cause` stands, as the log tells it."""
-    opened = [r.event.code for r in lineage.records[: cause.position] if isinstance(r.event, RunStarted | RunBranched)]
-    return opened[-1] if opened else None
+def _code(lineage: Lineage, record: Record) -> str | None:
+    """What wrote the record; for those that do not tell, what opened the run in which it stands."""
+    before = lineage.records[: record.position]
+    opened = [each.event.code for each in before if isinstance(each.event, RunStarted | RunBranched)]
+    return record.code or (opened[-1] if opened else None)
 
 
 def _told_again(cause: Record, given: Sequence[Record], records: Sequence[Record]) -> bool:

@@ -57,9 +57,10 @@ def _record(name: str) -> dict[str, Any]:
         "correlation": uuid,
         "schema": {"type": "integer"},
         "chain": {"type": "string", "pattern": "^[0-9a-f]{64}$"},
+        "code": text,
         "data": {"$ref": f"#/components/schemas/{name}"},
     }
-    required = [key for key in properties if key != "cause"]
+    required = [key for key in properties if key not in ("cause", "code")]
     return {"type": "object", "properties": properties, "required": required}
 
 

@@ -116,9 +116,20 @@ def forged_branch(run: str, parent: str) -> bytes:
     return to_wire(first)
 
 
-def of_a_later_release(draft: Draft, position: int, chain: str, time: datetime) -> bytes:
-    """A record as a release that came after this one may write it, linked into the chain."""
-    body = json.loads(to_wire(place(draft, "r", position, chain, time)))
-    body.update(schema=SCHEMA + 1, data={"unheard": "of"})
+UNHEARD_OF = {"unheard": "of"}
+FOREIGN = {
+    "a later schema": {"schema": SCHEMA + 1, "data": UNHEARD_OF},
+    "an unknown type": {"type": "NotYetInvented", "data": UNHEARD_OF},
+    "a field more": {"data": {"reason": "b", **UNHEARD_OF}},
+}
+"""What other code than ours may write."""
+
+
+def of_a_later_release(
+    draft: Draft, position: int, chain: str, time: datetime, run: str = "r", kind: str = "a later schema"
+) -> bytes:
+    """A record as other code may write it, linked into the chain."""
+    body = json.loads(to_wire(place(draft, run, position, chain, time)))
+    body.update(FOREIGN[kind])
     body["chain"] = link(chain, json.dumps(body).encode())
     return json.dumps(body).encode()

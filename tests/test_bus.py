@@ -14,6 +14,7 @@ import nats
 import psutil
 import pytest
 from bus_on import (
+    FOREIGN,
     STARTED,
     Bench,
     branch,
@@ -412,43 +413,68 @@ async def test_what_looks_like_a_record_and_is_none_of_the_run_is_answered_by_no
     assert letter.failed is None and "no part of run r" in letter.error
 
 
-async def test_a_run_that_a_later_release_wrote_to_is_refused_and_nothing_is_written_behind_it(bench: Bench):
-    first, second = await opened(bench.bus, "r", note("a"))
-    draft = answers("r", first, "later", [note("b")])[0]
-    await bench.inject("r", "RunResumed", of_a_later_release(draft, 3, second.chain, second.time))
+async def foreign(bench: Bench, run: str, kind: str, linked: bool = True) -> Record:
+    """Put what other code writes behind a run's two first records; returns the first."""
+    first, second = await opened(bench.bus, run, note("a"))
+    draft = answers(run, first, "later", [note("b")])[0]
+    wire = of_a_later_release(draft, 3, second.chain if linked else "0" * 64, second.time, run, kind)
+    await bench.inject(run, json.loads(wire)["type"], wire)
+    return first
+
+
+async def test_a_run_that_other_code_wrote_to_is_refused_and_nothing_is_written_behind_it(bench: Bench):
     await opened(bench.bus, "another")
-    for bus in (bench.bus, bench.other):
-        with pytest.raises(
-            RunTooNew, match=rf"record 3 of run r is of schema {SCHEMA + 1}.*Use the release that wrote it"
-        ):
-            await bus.append("r", notes("r", first, "c"))
-        with pytest.raises(RunTooNew):
-            await bus.history("r")
+    for run, (kind, why) in {
+        "r1": ("a later schema", rf"is of schema {SCHEMA + 1}; this release reads up to {SCHEMA}"),
+        "r2": ("an unknown type", "is of the unknown event type 'NotYetInvented'"),
+        "r3": ("a field more", "has data that no RunResumed has here.*unheard"),
+    }.items():
+        first = await foreign(bench, run, kind)
+        said = rf"(?s)record 3 of run {run} {why}.*Nothing was changed. Use the release that wrote it \(sia-events 0"
+        for bus in (bench.bus, bench.other):
+            with pytest.raises(RunTooNew, match=said):
+                await bus.append(run, notes(run, first, "c"))
+            with pytest.raises(RunTooNew):
+                await bus.history(run)
     assert texts(await bench.other.history("another")) == ["RunStarted"]
+    assert await bench.bus.lag("f") == 10, "one of another, and three a run"
 
 
-async def test_the_feed_stops_at_a_record_of_a_later_release_and_keeps_its_place(bench: Bench):
-    first, *_ = await opened(bench.bus, "r")
-    draft = answers("r", first, "later", [note("b")])[0]
-    await bench.inject("r", "RunResumed", of_a_later_release(draft, 2, first.chain, first.time))
+@pytest.mark.parametrize("kind", ["a later schema", "an unknown type"])
+async def test_the_feed_stops_at_a_record_of_other_code_and_keeps_its_place(bench: Bench, kind: str):
+    await foreign(bench, "r", kind)
     for _ in range(2):
         with pytest.raises(RunTooNew):
             await anext(bench.other.feed("f"))
-    assert await bench.bus.lag("f") == 2
+    assert await bench.bus.lag("f") == 3
 
 
-async def test_a_number_alone_stops_no_run(bench: Bench):
-    first, *_ = await opened(bench.bus, "r")
-    draft = answers("r", first, "forger", [note("b")])[0]
-    await bench.inject("r", "RunResumed", of_a_later_release(draft, 2, "0" * 64, first.time))
-    await bench.bus.append("r", notes("r", first, "a"))
+async def test_a_number_a_name_or_a_field_alone_stops_no_run(bench: Bench):
+    firsts = {f"r{i}": await foreign(bench, f"r{i}", kind, linked=False) for i, kind in enumerate(FOREIGN)}
+    for run, first in firsts.items():
+        await bench.bus.append(run, notes(run, first, "c"))
     seen: list[Record] = []
     async for batch in bench.other.feed("f"):
         seen.extend(batch.records)
         await batch.ack()
         if not await bench.bus.lag("f"):
             break
-    assert texts(seen) == texts(await bench.bus.history("r")) == ["RunStarted", "a", "ServiceFailed"]
+    for run in firsts:
+        told = [record for record in seen if record.run == run]
+        assert texts(told) == texts(await bench.bus.history(run)) == ["RunStarted", "a", "c", "ServiceFailed"]
+
+
+async def test_records_that_only_other_code_can_read_are_not_written_over_where_one_before_them_is_lost(bench: Bench):
+    records = following(Tail("r"), opening("r", [STARTED, note("lost")]), None, datetime.now(UTC))
+    await bench.inject("r", records[0].type, to_wire(records[0]))
+    chain = records[1].chain
+    for position in (3, 4):
+        draft = answers("r", records[0], f"later {position}", [note("b")])[0]
+        wire = of_a_later_release(draft, position, chain, records[0].time, kind="an unknown type")
+        chain = json.loads(wire)["chain"]
+        await bench.inject("r", "NotYetInvented", wire)
+    with pytest.raises(RunIncomplete, match=r"behind record 1 some are lost, and others stand up to 4"):
+        await bench.bus.append("r", notes("r", records[0], "c"))
 
 
 async def test_a_run_that_lost_records_and_has_later_ones_is_read_up_to_there_copied_and_not_written_to(bench: Bench):

@@ -25,6 +25,7 @@ from command import (
     sia,
     small_task,
     start,
+    told,
     tree,
     until,
 )
@@ -249,6 +250,32 @@ def test_a_second_terminal_gets_its_answers_during_a_run(task: Path, tmp_path: P
     lines, told = following.communicate(timeout=60)
     assert following.returncode == 0, told
     assert [json.loads(line)["position"] for line in lines.splitlines()] == list(range(1, 29))
+
+
+def test_a_run_is_verified_while_it_goes_on_for_the_prefix_that_is_there(task: Path, tmp_path: Path):
+    process = start(tmp_path, "run", task, *SMALL)
+    assert process.stderr
+    while "g0a on dev" not in process.stderr.readline():
+        assert process.poll() is None
+    box = held_up(process)
+    try:
+        until(lambda: read(tmp_path, "runs"))
+        looked = [read(tmp_path, "verify", "r1")]
+    finally:
+        box.resume()
+    while process.poll() is None:  # and the log grows while it is read
+        status, out, talk = told(tmp_path, "verify", "--all", "--json")
+        if status == 2:  # what it was asking went with the run
+            assert "cannot be opened or does not answer" in talk
+            break
+        assert status == 0, out + talk
+        looked.append(json.loads(out))
+    talk = process.communicate(timeout=120)[1]
+    assert process.returncode == 0, talk
+    looked.append(read(tmp_path, "verify", "--all"))
+    assert [found["findings"] for found in looked] == [[]] * len(looked)
+    seen = [found["records"] for found in looked]
+    assert len(seen) > 2 and seen == sorted(seen) and 3 < seen[0] < seen[-1] == 28
 
 
 def test_a_run_that_cannot_show_a_gain_says_so_and_ends_well(tmp_path: Path):

@@ -10,8 +10,15 @@ from pathlib import Path
 
 import pytest
 from command import SMALL, SPLITS, answered, log, read, sia, told
+from given import recorded
+from story import ACCEPTED, accepted, trained
 
+from sia_events.comparing import learned
+from sia_events.shared.events import FeedbackGiven, HarnessPatched, Weights
 from sia_events.shared.record import broken_link
+from sia_events.shared.run import fold
+from sia_events.views.comparison_page import comparison_page
+from sia_events.views.comparisons import adapter_rows, adapter_text, comparison_text
 
 pytestmark = pytest.mark.usefixtures("children")
 LAST = 28
@@ -98,11 +105,12 @@ def test_one_run_that_diverges_fails_the_replay_of_all_and_keep_going_shows_ever
     found = json.loads(every[1])
     assert len(json.loads(first[1])["divergences"]) == 1 and len(found["divergences"]) == 3
     chain, *decided = found["divergences"]
+    wrote = {record.code for record in log(own)}
     assert "chain" in chain["reason"] and found["first_divergence"] == chain
     for each in decided:
         assert each["reason"] == "decided otherwise now"
         assert [side[0]["seed"] for side in (each["recorded"], each["decided"])] == [1, 0]
-        assert re.fullmatch(r"sia-events \S+", each["recorded_by"]) and each["decided_by"] == each["recorded_by"]
+        assert each["recorded_by"] in wrote and re.fullmatch(r"sia-events \S+", each["decided_by"])
     text = told(own, "replay", "r1", "--keep-going")[1]
     assert len(re.findall(r"^  recorded by sia-events", text, re.M)) == 3
 
@@ -110,7 +118,7 @@ def test_one_run_that_diverges_fails_the_replay_of_all_and_keep_going_shows_ever
 def test_a_run_with_an_event_that_no_code_here_knows_is_named_and_the_others_are_replayed(own: Path):
     spoil(own, '\'"type":"FeedbackGiven"\', \'"type":"FeedbackSung"\'')
     status, _, talk = told(own, "replay", "r1")
-    assert status == 2 and "unknown event type 'FeedbackSung'" in talk
+    assert status == 2 and "of the unknown event type 'FeedbackSung'. Nothing was changed" in talk
     status, said, _ = told(own, "replay", "--all", "--json")
     assert status == 1
     found = {each["run"]: each for each in json.loads(said)}
@@ -181,6 +189,29 @@ def test_feedback_of_ones_own_has_to_be_feedback(home: Path, tmp_path: Path):
         assert status == 2 and why in talk
 
 
+def test_feedback_or_a_model_of_ones_own_begins_a_generation_that_ends_and_replays(own: Path, tmp_path: Path):
+    file = tmp_path / "feedback.json"
+    file.write_text(json.dumps({"lever": "harness", "reasons": ["a hunch"]}))
+    for name, words in (("f", ("--replace-feedback", file)), ("m", ("--model", "instant/last"))):
+        ended = answered(own, "branch", "r1", "--at", "0", *words, "--run", name)
+        assert ended["status"] == "finished", ended
+    advised, other = ({record.type: record for record in log(own, name) if record.run == name} for name in ("f", "m"))
+    (given,) = (record for record in log(own, "f") if isinstance(record.event, FeedbackGiven))
+    assert (given.producer, given.run, given.event.reasons) == ("cli", "f", ("a hunch",))
+    assert isinstance(patched := other["HarnessPatched"].event, HarnessPatched)
+    assert (other["HarnessPatched"].producer, patched.weights.model) == ("cli", "instant/last")
+    assert "FeedbackRequested" not in {*advised, *other}, "what a person gives stands in for it"
+    (root,) = read(own, "tree")
+    changed = {branch["run"]: branch["changed"] for branch in root["branches"]}
+    assert changed["f"] == {"feedback": "harness: a hunch"}
+    assert changed["m"] == {"target_model": "instant/last", "candidate": "entered by hand: the model instant/last"}
+    text = told(own, "tree")[1]
+    assert "feedback=harness: a hunch" in text and "candidate=entered by hand: the model instant/last" in text
+    for name in ("f", "m"):
+        found = read(own, "replay", name)
+        assert not found["diverged"] and not found["pending"]
+
+
 def test_several_branches_are_opened_at_once_with_a_seed_each(own: Path):
     done = sia(own, "branch", "r1", "--at", "0", "--n", "2", "--lever", "weights", "--no-go", "--json")
     assert [json.loads(line)["run"] for line in done.stdout.splitlines()] == ["r2", "r3"], done.stderr
@@ -212,6 +243,52 @@ def test_a_comparison_is_aligned_at_the_fork_and_pairs_the_items(home: Path):
     assert (same["before"], same["after"], same["files"]) == ("r1", "b-control", {})
     assert same["splits"]["test"]["gain"] == 0 and same["splits"]["test"]["p_value"] == 1
     assert "target_agent.py" in other["files"]
+
+
+INTERVAL = r"\d\.\d{3} \[\d\.\d{3}, \d\.\d{3}\]"
+
+
+def test_the_table_of_a_comparison_has_intervals_dollars_and_p(home: Path):
+    compared, text = read(home, "compare", "r1", "b"), told(home, "compare", "r1", "b")[1]
+    heads, first, second, *rest = text.splitlines()
+    assert re.split(r"  +", heads)[4:] == ["first, sealed", "final, sealed", "p", "calls", "tokens", "USD", "seconds"]
+    for run, line in zip(compared["runs"], (first, second), strict=True):
+        cells = re.split(r"  +", line)
+        assert [re.fullmatch(INTERVAL, cell) for cell in cells[4:6]] != [None, None]
+        assert (cells[6], cells[9]) == (f"{run['sealed']['p_value']:.2g}", "0.00")
+    rows = [line for line in rest if re.match(r"\d+ +(dev|gate|test) ", line)]
+    assert len(rows) == 6 and all(len(re.findall(INTERVAL, row)) == 2 for row in rows)
+    (pair,) = compared["pairs"]
+    for split, size in SPLITS.items():
+        (line,) = (line for line in rest if line.startswith(f"  {split}"))
+        gain = pair["splits"][split]
+        assert f"{gain['gain']:+.3f} [{gain['low']:+.3f}, {gain['high']:+.3f}]" in line
+        assert f"p = {gain['p_value']:.2g}, {size} items: " in line
+
+
+def test_two_adapters_are_set_side_by_side_by_how_they_were_learned():
+    """Here from the events alone: learning is a long way for a table."""
+    one = trained("g1a", "g0a", metrics={"kl": 0.0125, "reward": 0.5})
+    weights = Weights(model="local/m", adapter="c" * 64)
+    other = trained("g1a", "g0a", algorithm="grpo", rollouts=3072, metrics={"reward": 0.625}, weights=weights)
+    histories = [recorded(*ACCEPTED, each, accepted("g1a", "g0a")) for each in (one, other)]
+    made = [learned(history, fold(history)) for history in histories]
+    assert learned(recorded(*ACCEPTED), fold(recorded(*ACCEPTED))) is None
+    rows = adapter_rows({"adapters": made})
+    assert rows == [
+        ("algorithm", "reinforce", "grpo"),
+        ("rollouts", "8", "3,072"),
+        ("kl", "0.0125", ""),
+        ("reward", "0.5", "0.625"),
+    ]
+    assert adapter_text({"adapters": made}, " -> ") == f"{'b' * 12} -> {'c' * 12}"
+    assert adapter_rows({"adapters": [made[0], made[0]]}) == []
+    against_none = adapter_rows({"adapters": [None, made[0]]})
+    assert ("of", "", "g0a") in against_none and ("model", "", "local/m") in against_none
+    pair = {"before": "r1", "after": "b", "versions": ["g1a", "g1a"], "splits": {}, "files": {}, "adapters": made}
+    compared = {"runs": [], "generations": [], "fork": None, "pairs": [pair]}
+    assert "    algorithm  reinforce" in comparison_text(compared) and "3,072" in comparison_text(compared)
+    assert "algorithmreinforcegrpo" in Page(comparison_page(compared)).words
 
 
 def test_flips_name_the_items_that_one_version_has_right_and_the_other_wrong(home: Path):

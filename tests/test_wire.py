@@ -1,7 +1,11 @@
 """The wire form: one golden line of every event ever shipped, read and written byte for byte; all else is refused."""
 
 import json
+import re
+import subprocess
+import sys
 import zlib
+from contextlib import suppress
 from datetime import UTC, datetime, timedelta, timezone
 from pathlib import Path
 from typing import Any
@@ -9,12 +13,14 @@ from typing import Any
 import pytest
 from given import altered, recorded
 from hypothesis import given as for_all
+from hypothesis import settings
 from hypothesis import strategies as st
 from story import SECOND
 
 from sia_events.infra.nats_streams import Message
 from sia_events.infra.nats_wire import packed, read_envelope, trace_subject
 from sia_events.shared import record as module
+from sia_events.shared.code import code
 from sia_events.shared.events import EVENTS
 from sia_events.shared.ports import Envelope
 from sia_events.shared.record import NewerRecord, UnreadableRecord, broken_link, follows, parse_record, place, to_wire
@@ -135,12 +141,14 @@ def test_a_record_that_lacks_an_attribute_is_refused(attribute: str):
         parse_record(without(attribute))
 
 
+@settings(deadline=None)
 @for_all(st.binary(max_size=300))
 def test_no_bytes_do_more_than_be_refused(wire: bytes):
     with pytest.raises(UnreadableRecord):
         parse_record(wire)
 
 
+@settings(deadline=None)
 @for_all(st.integers(0, len(LOGGED) - 1), st.integers(0, 255))
 def test_one_changed_byte_is_refused_or_breaks_the_chain_or_changes_nothing(place: int, byte: int):
     line = LOGGED[:place] + bytes([byte]) + LOGGED[place + 1 :]
@@ -158,9 +166,41 @@ def test_attributes_that_others_add_are_left_alone():
     assert parse_record(changed(traceparent="00-ab-cd-01")) == parse_record(LOGGED)
 
 
-def test_a_newer_schema_says_what_to_do():
-    with pytest.raises(NewerRecord, match=r"schema 4; this release reads up to 3.*Use the release that wrote it"):
-        parse_record(changed(schema=4, data={"unheard": "of"}))
+@pytest.mark.parametrize(
+    ("attributes", "why"),
+    [
+        ({"schema": module.SCHEMA + 1}, rf"schema {module.SCHEMA + 1}; this release reads up to {module.SCHEMA}"),
+        ({"type": "NotYetInvented"}, "unknown event type 'NotYetInvented'"),
+        ({}, "data that no ExecutionLogged has here"),
+    ],
+)
+def test_what_other_code_wrote_is_told_from_what_is_no_record_and_what_to_do_is_said(
+    attributes: dict[str, Any], why: str
+):
+    with pytest.raises(NewerRecord, match=rf"(?s)record 5 of run golden .*{why}.*Use the release that wrote it"):
+        parse_record(changed(**attributes, data={"unheard": "of"}))
+
+
+def test_what_is_nested_as_deep_as_can_just_be_read_follows_from_nothing():
+    for depth in range(900, 1000):
+        wire = changed(more=0).replace(b'"more": 0', b'"more": ' + b'{"a":' * depth + b"1" + b"}" * depth)
+        with suppress(UnreadableRecord):
+            record = parse_record(wire)
+            assert not follows(module.GENESIS, record.wire, record.chain)
+
+
+def test_a_record_tells_what_code_wrote_it_and_its_chain_vouches_for_it():
+    one, two = recorded(*SECOND)[:2]
+    assert two.code == parse_record(two.wire).code == code()
+    assert broken_link([one, altered(two, code="sia-events 9.9.9")]) is not None
+    assert parse_record(LOGGED).code is None, "up to schema 3"
+
+
+def test_the_same_sources_are_the_same_code_in_every_process():
+    program = "from sia_events.shared.code import code; print(code())"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == code()
+    assert re.fullmatch(r"sia-events \d+\.\d+\.\d+\+(g?)[0-9a-f]{12}", code())
 
 
 def test_an_old_record_is_mended_where_it_enters(monkeypatch: pytest.MonkeyPatch):
@@ -170,6 +210,11 @@ def test_an_old_record_is_mended_where_it_enters(monkeypatch: pytest.MonkeyPatch
     old = changed(type="RunPaused", data={"why": "lunch"})
     assert parse_record(old).event == EVENTS["RunPaused"](reason="LUNCH")  # type: ignore[call-arg]
     assert parse_record(old).schema == 1
+
+
+def test_runs_from_before_there_was_a_pause_are_read_as_without_one():
+    settings = [parse_record(line).event.settings for line in GOLDEN if b'"settings":' in line]  # type: ignore[attr-defined]
+    assert [each.pause_after_failures for each in settings] == [0] * 4 + [10] * (len(settings) - 4)
 
 
 def test_a_time_of_another_zone_is_recorded_as_utc():

@@ -27,6 +27,7 @@ def adapters(history: Sequence[Record]) -> list[dict[str, Any]]:
             "verdict": verdict(learned.version),
             "probe": learned.probe.model_dump() if learned.probe else None,
             "rollouts": learned.rollouts,
+            "metrics": dict(learned.metrics),
             "seconds": learned.seconds,
             "manifest": learned.manifest,
         }

@@ -9,7 +9,7 @@ from typing import Any
 
 from sia_events import app
 from sia_events.agents.check import problems
-from sia_events.driver import NAME, code, free_name, open_stores
+from sia_events.driver import NAME, free_name, open_stores
 from sia_events.errors import Unusable
 from sia_events.feedback_svc.lever import gather
 from sia_events.following import follow
@@ -17,6 +17,7 @@ from sia_events.forks import Fork, at_generation, at_position
 from sia_events.reading import Gap, records
 from sia_events.roles import is_local, require_askable
 from sia_events.run_settings import merged
+from sia_events.shared.code import code
 from sia_events.shared.events import (
     Algorithm,
     Event,
@@ -160,13 +161,13 @@ def _require_room(fork: Fork, change: Change) -> None:
 
 
 def require_items(fork: Fork, asked: Sequence[RunSettings], change: Change) -> None:
-    """Raises Unusable where the weights could be changed, and the run's task has no items to learn from."""
+    """Raises Unusable where the weights could be changed, and the run's task has nothing to learn from."""
     task = fork.state.task
     levers = [*(each.lever for each in asked), *([change.feedback.lever] if change.feedback else [])]
     if task and "train" not in task.datasets and any(lever != "harness" for lever in levers):
         raise Unusable(
-            f"task {task.task} has no items to learn from, so only the harness can change: leave the lever at harness; "
-            "nothing was written"
+            f"task {task.task} was registered without a train split, so only the harness can change: leave the lever "
+            "at harness; nothing was written"
         )
 
 

@@ -6,6 +6,7 @@ from typing import Any
 import msgspec
 
 from sia_events import app, cost
+from sia_events.adapters import adapters
 from sia_events.feedback_svc.gate import compare
 from sia_events.reading import file_diffs, records
 from sia_events.shared.events import Scored, Split
@@ -25,10 +26,12 @@ async def compared(settings: Settings, names: Sequence[str]) -> dict[str, Any]:
     `fork` is {run, position, generation} of the last record that all runs share, or None. `runs` has what `sia show`
     has of each. `generations` has a row a generation: the incumbent of each run behind it, with its scores by split.
     `pairs` sets the first run against each other one, final version against final version: {before, after, versions,
-    splits: {split: the paired comparison with its flips}, files: {path: diff}, adapters}.
+    splits: {split: the paired comparison with its flips}, files: {path: diff}, adapters}; `adapters` has of each of the
+    two what `sia adapters` tells of its own, or None.
     """
     histories = [await records(settings, name) for name in names]
     runs = [fold(history) for history in histories]
+    made = [learned(history, run) for history, run in zip(histories, runs, strict=True)]
     shared = common(histories) if len(histories) > 1 else 0
     blobs = app.open_public_blobs(settings)
     last, at = histories[0][shared - 1], fold(histories[0][:shared])
@@ -38,7 +41,10 @@ async def compared(settings: Settings, names: Sequence[str]) -> dict[str, Any]:
         "fork": fork if shared else None,
         "runs": [{**await cost.summary(settings, history), "shared_records": shared} for history in histories],
         "generations": by_generation(runs),
-        "pairs": [await _pair(blobs, runs[0], other) for other in runs[1:]],
+        "pairs": [
+            {**await _pair(blobs, runs[0], other), "adapters": [made[0], mine]}
+            for other, mine in zip(runs[1:], made[1:], strict=True)
+        ],
     }
 
 
@@ -59,6 +65,12 @@ def by_generation(runs: Sequence[Run]) -> list[dict[str, Any]]:
         cells = {run.name: _incumbent_behind(run, generation) for run in runs}
         rows.append({"generation": generation, "runs": cells})
     return rows
+
+
+def learned(history: Sequence[Record], run: Run) -> dict[str, Any] | None:
+    """How the adapter that the run's final version has was learned, as `sia adapters` tells it; None without one."""
+    adapter = run.versions[run.incumbent].weights.adapter if run.incumbent else None
+    return next((row for row in reversed(adapters(history)) if row["adapter"] == adapter), None)
 
 
 def flips(before: Scored, after: Scored, items: Sequence[str], sign: float) -> dict[str, list[dict[str, Any]]]:
@@ -98,13 +110,9 @@ async def _pair(blobs: Blobs, before: Run, after: Run) -> dict[str, Any]:
         "splits": {split: found for split in SCORED if (found := await _paired(blobs, before, after, split))},
     }
     if finals[0] is None or finals[1] is None:
-        return {**told, "adapters": [None, None], "files": {}}
+        return {**told, "files": {}}
     old, new = [await load_tree(blobs, final.harness) for final in finals if final]
-    return {
-        **told,
-        "adapters": [final.weights.adapter for final in finals if final],
-        "files": file_diffs(old, new, before.name, after.name),
-    }
+    return {**told, "files": file_diffs(old, new, before.name, after.name)}
 
 
 async def _paired(blobs: Blobs, before: Run, after: Run, split: Split) -> dict[str, Any] | None:

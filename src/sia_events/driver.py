@@ -5,7 +5,6 @@ import re
 import sys
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
-from importlib.metadata import version as installed
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ from sia_events.following import follow, is_untold
 from sia_events.importing import facts, read_run
 from sia_events.roles import is_local, require_askable
 from sia_events.run_settings import differences
+from sia_events.shared.code import code
 from sia_events.shared.events import RunSettings, RunStarted, RunSteered
 from sia_events.shared.failpoints import reach
 from sia_events.shared.record import IMPORTED, opening
@@ -124,7 +124,3 @@ def free_name(known: Sequence[str]) -> str:
     while f"r{number}" in known:
         number += 1
     return f"r{number}"
-
-
-def code() -> str:
-    return f"sia-events {installed('sia-events')}"

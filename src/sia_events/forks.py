@@ -1,11 +1,11 @@
 """Where a run may be left by a branch: behind a generation, or behind any record that leaves something to do."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from sia_events import app
-from sia_events.driver import code
 from sia_events.errors import Unusable
+from sia_events.shared.code import code
 from sia_events.shared.events import RunBranched
 from sia_events.shared.record import Record, derived_id, opening, place
 from sia_events.shared.run import Run, evolve, fold
@@ -21,17 +21,25 @@ class Fork:
     closed: bool
 
 
-def at_generation(history: Sequence[Record], generation: int) -> Fork:
-    """Behind the verdict that closed `generation`. Raises Unusable."""
+def closings(history: Sequence[Record]) -> Iterator[Fork]:
+    """Behind each verdict that closed a generation, the first agent's first."""
     run, closed = Run(), -1
     for record in history:
-        run = fold([record], run)
+        run = evolve(run, record)
         if run.generation > closed and _is_closed(run):
             closed = run.generation
-            if closed == generation:
-                return Fork(record.position, run, closed=True)
-    have = f"0 to {closed}" if closed >= 0 else "none yet"
-    raise Unusable(f"run {run.name} has no closed generation {generation}; there are: {have}")
+            yield Fork(record.position, run, closed=True)
+
+
+def at_generation(history: Sequence[Record], generation: int) -> Fork:
+    """Behind the verdict that closed `generation`. Raises Unusable."""
+    last = -1
+    for fork in closings(history):
+        last = fork.state.generation
+        if last == generation:
+            return fork
+    have = f"0 to {last}" if last >= 0 else "none yet"
+    raise Unusable(f"run {history[-1].run} has no closed generation {generation}; there are: {have}")
 
 
 def at_position(history: Sequence[Record], position: int) -> Fork:

@@ -4,7 +4,15 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
 
-from sia_events.views.comparisons import RUN_HEADS, aligned, gain_text, generation_rows, run_cells
+from sia_events.views.comparisons import (
+    RUN_HEADS,
+    adapter_rows,
+    adapter_text,
+    aligned,
+    gain_text,
+    generation_rows,
+    run_cells,
+)
 
 COLOURS = ("#1f6feb", "#d1242f", "#1a7f37", "#9a6700", "#8250df", "#bc4c00", "#0a7ea4", "#57606a")
 WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 760, 300, 48, 8, 16, 32
@@ -119,8 +127,9 @@ def _pair(pair: Mapping[str, Any]) -> str:
         if flipped:
             body = _table(("", "item", "before", "after"), flipped)
             parts.append(f"<details><summary>{escape(split)}: {len(flipped)} items flipped</summary>{body}</details>")
-    adapters = [(adapter or "none")[:12] for adapter in pair["adapters"]]
-    parts.append(f"<p>Adapter: {escape(' → '.join(dict.fromkeys(adapters)))}</p>")
+    parts.append(f"<p>Adapter: {escape(adapter_text(pair, ' → '))}</p>")
+    if rows := adapter_rows(pair):
+        parts.append(_table(("", "before", "after"), rows))
     for path, diff in pair["files"].items():
         unfolded = "" if diff.count("\n") > LONG else " open"
         parts.append(f"<details{unfolded}><summary>{escape(path)}</summary><pre>{_coloured(diff)}</pre></details>")

@@ -77,11 +77,32 @@ def _pair_lines(pair: Mapping[str, Any]) -> list[str]:
                 lines.append(f"       {kind}: {_few([each['item'] for each in flipped])}")
     if not pair["splits"]:
         lines.append("  no items that both were scored on")
-    before, after = ((adapter or "none")[:12] for adapter in pair["adapters"])
-    lines.append(f"  adapter {before}" if before == after else f"  adapter {before} -> {after}")
+    lines.append(f"  adapter {adapter_text(pair, ' -> ')}")
+    if rows := adapter_rows(pair):
+        lines += [f"    {line}" for line in table(("", "before", "after"), rows).splitlines()]
     changed = [f"{path} {_changed(diff)}" for path, diff in pair["files"].items()]
     lines.append(f"  harness {', '.join(changed) or 'the same'}")
     return lines
+
+
+def adapter_text(pair: Mapping[str, Any], then: str) -> str:
+    """The adapter before, and the one after where it is another."""
+    return then.join(dict.fromkeys(row["adapter"][:12] if row else "none" for row in pair["adapters"]))
+
+
+def adapter_rows(pair: Mapping[str, Any]) -> list[tuple[str, str, str]]:
+    """(what, before, after) of all in which the two adapters were learned otherwise."""
+    old, new = (_learned(row) for row in pair["adapters"])
+    return [(what, old.get(what, ""), new.get(what, "")) for what in {**old, **new} if old.get(what) != new.get(what)]
+
+
+def _learned(row: Mapping[str, Any] | None) -> dict[str, str]:
+    """How an adapter came about, by name."""
+    if row is None:
+        return {}
+    told = {"version": row["version"], "of": row["parent"], "model": row["model"], "from": (row["from"] or "base")[:12]}
+    learned = {"algorithm": row["algorithm"], "rollouts": f"{row['rollouts']:,}", "seconds": f"{row['seconds']:.1f}"}
+    return {**told, **learned, **{name: f"{value:.4g}" for name, value in sorted(row["metrics"].items())}}
 
 
 def _few(items: Sequence[str]) -> str:

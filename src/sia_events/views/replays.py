@@ -1,9 +1,9 @@
 """Replays as people see them, and as objects: what agreed, and each difference as recorded against decided."""
 
 from collections.abc import Mapping
-from importlib.metadata import version
 from typing import Any
 
+from sia_events.shared.code import code
 from sia_events.shared.events import Event
 from sia_events.shared.replay import Divergence, Replayed
 from sia_events.views.records import clean
@@ -68,7 +68,7 @@ def _divergence(found: Divergence) -> dict[str, Any]:
         "service": found.service,
         "reason": found.reason,
         "recorded_by": found.code,
-        "decided_by": _here(),
+        "decided_by": code(),
         "recorded": [event.model_dump(mode="json") for event in found.recorded],
         "decided": [event.model_dump(mode="json") for event in found.decided],
     }
@@ -77,14 +77,10 @@ def _divergence(found: Divergence) -> dict[str, Any]:
 def _divergence_text(found: Divergence) -> str:
     lines = [f"record {found.cause.position}: {found.service} about {found.cause.type}: {found.reason}"]
     lines += _side("recorded", found.code or "unknown code", found.recorded)
-    lines += _side("decided", _here(), found.decided)
+    lines += _side("decided", code(), found.decided)
     return "\n".join(lines)
 
 
-def _side(word: str, code: str, events: tuple[Event, ...]) -> list[str]:
+def _side(word: str, by: str, events: tuple[Event, ...]) -> list[str]:
     said = [f"{type(event).__name__} {event.model_dump_json(exclude={'type'})}" for event in events] or ["nothing"]
-    return [f"  {word} by {code}", *(f"    {each}" for each in said)]
-
-
-def _here() -> str:
-    return f"sia-events {version('sia-events')}"
+    return [f"  {word} by {by}", *(f"    {each}" for each in said)]
