@@ -237,15 +237,16 @@ def _choice(lever: Lever, algorithms: Mapping[str, str]) -> str:
 
 def _figures(evidence: Evidence) -> str:
     score = "none" if evidence.dev_score is None else f"{evidence.dev_score:.3f}"
+    of = "dev items" if evidence.rewards_of == "dev" else "rollouts on train"
     lines = [
         f"- incumbent {evidence.incumbent}, dev score {score}",
         f"- answers on dev that are missing or invalid: {evidence.invalid_rate:.1%}",
         f"- share of the commonest answer: {evidence.skew:.1%}",
     ]
     if evidence.rewards:
-        lines.append(f"- dev items by tenth of the score, worst first: {' '.join(map(str, evidence.rewards))}")
+        lines.append(f"- {of} by tenth of the score, worst first: {' '.join(map(str, evidence.rewards))}")
     if evidence.reward_skew is not None:
-        lines.append(f"- skewness of the scores of dev items: {evidence.reward_skew:+.2f}")
+        lines.append(f"- skewness of the scores of {of}: {evidence.reward_skew:+.2f}")
     if evidence.calls_an_item is not None:
         lines.append(f"- model calls an item: {evidence.calls_an_item:.1f}")
     lines += [

@@ -25,7 +25,7 @@ BLOCKS = 10
 
 
 async def judge(work: Work, logged: ExecutionLogged) -> Sequence[Event]:
-    """Score the attempt over all items it was asked; on the train split, whose answers are open, keep each reward.
+    """Score the attempt over all items it was asked; of items whose answers are open, keep each reward.
 
     Of a task whose evaluator is the bench nothing is said before the kernel is measured.
     """
@@ -60,7 +60,7 @@ async def judge(work: Work, logged: ExecutionLogged) -> Sequence[Event]:
             )
         ]
     rewards = None
-    if logged.split == "train":
+    if logged.split == "train" and asked.group is None:
         sign = 1.0 if registered.maximize else -1.0  # the trainer knows one direction: more
         signed = {item: sign * score for item, score in zip(right, grades.items, strict=True)}
         rewards = await work.ports.blobs.put(msgspec.json.encode(signed))

@@ -15,12 +15,15 @@ RIGHT_SKEWED = 2.0
 NEARLY_ALL = 0.9
 # With fewer calls an item than that, a step's reward is the attempt's.
 STEPS = 2.0
+# Where most rewards are neither of the two outer ones, a reward tells how far an attempt came.
+GRADED = 0.5
 # As RLOO weighs it by default in TRL: enough to hold, not enough to forbid a gain.
 KL_TO_BASE = 0.05
 
 TRIGGERS: Mapping[str, str] = {
     "grpo": "rollouts are cheap and the reward comes at the end of an attempt",
-    "ppo": "an attempt takes several calls, to be credited apart, and stability matters most; it learns a value head",
+    "ppo": "rewards are dense: graded, not right or wrong, and earned over several calls; stability matters most; it "
+    "learns a value head",
     "rloo": "as grpo, where groups are small: each sample is compared with the mean of the others",
     "entropic": "the histogram of rewards is strongly right-skewed: good samples are rare and worth most",
     "cloning": "almost every reward is the lowest, so there is hardly a gradient: the best samples are imitated",
@@ -53,20 +56,24 @@ def pick(settings: RunSettings, seen: Evidence, signal: Signal) -> Pick:
     """The algorithm to learn by: the one that the settings name, else the first trigger that holds."""
     if settings.algorithm != "auto":
         return Pick(settings.algorithm)
+    rewards = f"{seen.rewards_of} rewards"
     lowest, highest = _share(seen, 0), _share(seen, -1)
     if signal.ranked:
         return _of_pairs(settings, "the task's score ranks attempts and its size says nothing: pairs are learned from")
     if lowest >= NEARLY_NONE:
-        return Pick("cloning", (f"{lowest:.0%} of dev rewards are in the lowest tenth: imitate what good there is",))
+        return Pick("cloning", (f"{lowest:.0%} of {rewards} are in the lowest tenth: imitate what good there is",))
     if not signal.logprobs:
         return _of_pairs(settings, "replies carry no log-probs, which leaves pairs of better and worse to learn from")
     if seen.reward_skew is not None and seen.reward_skew >= RIGHT_SKEWED:
-        return Pick("entropic", (f"dev rewards are right-skewed, {seen.reward_skew:+.2f}: good samples are rare",))
+        return Pick("entropic", (f"{rewards} are right-skewed, {seen.reward_skew:+.2f}: good samples are rare",))
     if highest >= NEARLY_ALL:
-        return Pick("reinforce", (f"{highest:.0%} of dev rewards are in the highest tenth: the risk is to lose them",))
+        return Pick("reinforce", (f"{highest:.0%} of {rewards} are in the highest tenth: the risk is to lose them",))
     calls = seen.calls_an_item or 0.0
     if settings.learning.credit == "per-step" and calls >= STEPS:
         return Pick("ppo", (f"{calls:.1f} calls an item, each credited for itself by a critic",))
+    graded = sum(_share(seen, tenth) for tenth in range(1, len(seen.rewards) - 1))
+    if graded >= GRADED and calls >= STEPS:
+        return Pick("ppo", (f"{graded:.0%} of {rewards} are graded, and earned over {calls:.1f} calls an item",))
     return Pick("grpo", (f"{calls:.1f} calls an item, rewarded at the end: samples of an item are compared",))
 
 

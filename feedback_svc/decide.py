@@ -1,10 +1,12 @@
 """The loop's policy: which candidate meets the gate, what the gate says, and what the next generation owes. Pure."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 from sia_events.feedback_svc.algorithm import learning
 from sia_events.feedback_svc.gate import compare_on, hopeless, proven
 from sia_events.feedback_svc.search import patches, rollouts
+from sia_events.shared.calls import journal_key
 from sia_events.shared.events import (
     ApprovalGiven,
     ApprovalRefused,
@@ -25,6 +27,7 @@ from sia_events.shared.events import (
     VersionAccepted,
     VersionRejected,
     WeightUpdateRequested,
+    WholeAttempt,
 )
 from sia_events.shared.run import Run, Version, final
 
@@ -68,6 +71,8 @@ def _settle(run: Run, failure: AttemptFailed) -> Sequence[Event]:
         case "gate":
             return [_reject(run, version, None, f"failed on the gate: {failure.message}")]
         case "train":
+            if run.attempts[failure.attempt].group is not None:
+                return _learn_from_whole(run, version)
             return [_barren(run, "weights", f"no rollouts: {failure.message}")]
         case "test":
             if _ended_by(run) != failure.attempt:
@@ -126,7 +131,7 @@ def _asked_about(run: Run, answer: ApprovalGiven | ApprovalRefused) -> FeedbackG
 
 def _pull(run: Run, feedback: FeedbackGiven) -> Sequence[Event]:
     """Ask for patches, or for rollouts to learn from."""
-    return [patches(run, feedback) if feedback.lever == "harness" else rollouts(run, feedback)]
+    return [patches(run, feedback)] if feedback.lever == "harness" else rollouts(run, feedback)
 
 
 def _close_dev(run: Run, generation: int) -> Sequence[Event]:
@@ -188,22 +193,27 @@ def _meet_gate(run: Run, candidate: Version) -> Sequence[Event]:
 
 
 def _learn(run: Run, scored: Scored) -> Sequence[Event]:
+    if run.attempts[scored.attempt].group is not None:
+        return _learn_from_whole(run, run.versions[scored.version])
     assert scored.rewards is not None, "a train score keeps its rewards"
+    logged = run.executions[scored.attempt]
+    return [
+        _update(run, scored.version, trajectory=logged.trajectory, rewards=scored.rewards, older=_older(run, scored))
+    ]
+
+
+def _update(run: Run, parent: str, **rollouts: Any) -> WeightUpdateRequested:
     algorithm = run.feedback[-1].algorithm
     assert algorithm is not None, "the weights are chosen with an algorithm"
-    return [
-        WeightUpdateRequested(
-            generation=run.generation,
-            parent=scored.version,
-            algorithm=algorithm,
-            trajectory=run.executions[scored.attempt].trajectory,
-            rewards=scored.rewards,
-            epochs=run.settings.epochs,
-            seed=run.settings.seed,
-            learning=learning(run.settings, algorithm),
-            older=_older(run, scored),
-        )
-    ]
+    return WeightUpdateRequested(
+        generation=run.generation,
+        parent=parent,
+        algorithm=algorithm,
+        epochs=run.settings.epochs,
+        seed=run.settings.seed,
+        learning=learning(run.settings, algorithm),
+        **rollouts,
+    )
 
 
 def _older(run: Run, scored: Scored) -> tuple[RolloutSource, ...]:
@@ -211,28 +221,83 @@ def _older(run: Run, scored: Scored) -> tuple[RolloutSource, ...]:
 
     The lag is counted along the version's ancestors. 0 as the most asks for the rollouts of this generation alone.
     """
-    most = run.settings.learning.max_lag
-    found: list[RolloutSource] = []
-    version, lag = run.versions[scored.version], 0
-    harness = version.harness
-    while most and lag <= most:
+    if not run.settings.learning.max_lag:
+        return ()
+    return tuple(
+        RolloutSource(
+            attempt=earlier.attempt,
+            version=version.name,
+            trajectory=run.executions[earlier.attempt].trajectory,
+            rewards=earlier.rewards,
+            lag=lag,
+        )
+        for version, lag in _acted_alike(run, run.versions[scored.version])
+        for earlier in reversed(run.scored(version.name, "train"))
+        if earlier.rewards is not None and earlier.attempt != scored.attempt
+    )
+
+
+def _acted_alike(run: Run, version: Version) -> Iterator[tuple[Version, int]]:
+    """The version, and its ancestors under the same harness that are at most `learning.max_lag` adapters behind."""
+    harness, lag = version.harness, 0
+    while lag <= run.settings.learning.max_lag:
         if version.harness == harness:
-            found += [
-                RolloutSource(
-                    attempt=earlier.attempt,
-                    version=version.name,
-                    trajectory=run.executions[earlier.attempt].trajectory,
-                    rewards=earlier.rewards,
-                    lag=lag,
-                )
-                for earlier in reversed(run.scored(version.name, "train"))
-                if earlier.rewards is not None and earlier.attempt != scored.attempt
-            ]
+            yield version, lag
         if version.parent is None:
             break
         parent = run.versions[version.parent]
         version, lag = parent, lag + (parent.weights != version.weights)
-    return tuple(found)
+
+
+def _learn_from_whole(run: Run, version: Version) -> Sequence[Event]:
+    """Once every whole attempt of this generation has its score or failure: learn from those that have a reward."""
+    roots = {
+        journal_key(name)
+        for name, asked in run.attempts.items()
+        if asked.group is not None and name.startswith(f"{version.name}.train.g{run.generation}.")
+    }
+    settled = {journal_key(name) for name in run.scores}
+    settled |= {journal_key(name) for name, failure in run.failures.items() if final(run, failure)}
+    if roots - settled:
+        return []
+    found = [
+        each
+        for made, lag in _acted_alike(run, version)
+        for each in whole_attempts(run, made, lag)
+        if run.settings.learning.max_lag or journal_key(each.attempt) in roots
+    ]
+    if not any(journal_key(each.attempt) in roots for each in found):
+        last = next(failure for failure in reversed(run.failures.values()) if journal_key(failure.attempt) in roots)
+        return [_barren(run, "weights", f"no rollouts: all {len(roots)} failed, the last: {last.message}")]
+    return [_update(run, version.name, whole=tuple(found))]
+
+
+def whole_attempts(run: Run, version: Version, lag: int) -> Sequence[WholeAttempt]:
+    """The version's rollouts that are worth something known, in the order they were asked for.
+
+    What the evaluator refused is worth the least of them, and nothing at most where more is better: an agent is not to
+    learn that refused outputs cost nothing. What broke off has no trajectory and is left out.
+    """
+    rollouts = {name: asked for name, asked in run.attempts.items() if asked.version == version.name and asked.group}
+    sign = 1.0 if run.task is None or run.task.maximize else -1.0
+    rewards = {name: sign * run.scores[name].score.value for name in rollouts if name in run.scores}
+    least = min([*rewards.values(), *([0.0] if sign > 0 else [])], default=None)
+    if least is not None:
+        for name, failure in run.failures.items():
+            if name in rollouts and name in run.executions and failure.kind == "invalid_output":
+                rewards[name] = least
+    return [
+        WholeAttempt(
+            attempt=name,
+            version=version.name,
+            group=asked.group,
+            trajectory=run.executions[name].trajectory,
+            reward=rewards[name],
+            lag=lag,
+        )
+        for name, asked in rollouts.items()
+        if asked.group is not None and name in rewards
+    ]
 
 
 def _go_on(run: Run, generation: int) -> Sequence[Event]:

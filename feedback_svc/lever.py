@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 from sia_events.agents.lineage import executions, lever_of
 from sia_events.feedback_svc.algorithm import Signal, pick
-from sia_events.shared.events import Evidence, HarnessPatched, Lever, Scored, WeightsUpdated
+from sia_events.feedback_svc.decide import whole_attempts
+from sia_events.shared.events import Evidence, HarnessPatched, Lever, Scored, Split, WeightsUpdated
 from sia_events.shared.providers import trainable
 from sia_events.shared.record import Record
 from sia_events.shared.run import Run
@@ -35,7 +36,7 @@ def gather(run: Run, records: Sequence[Record]) -> Evidence:
     last = dev[-1] if dev else None
     ran = run.executions.get(last.attempt) if last else None
     maximize = run.task is None or run.task.maximize
-    rewards = [item if maximize else -item for item in last.items] if last else []
+    of, rewards = _rewards(run, incumbent)
     gains = {lever: _gains(run, lever) for lever in LEVERS}
     return Evidence(
         incumbent=incumbent,
@@ -51,10 +52,27 @@ def gather(run: Run, records: Sequence[Record]) -> Evidence:
         rewards=histogram(rewards, maximize),
         reward_mean=round(sum(rewards) / len(rewards), DIGITS) if rewards else None,
         reward_skew=skewness(rewards),
-        calls_an_item=round(ran.calls / len(rewards), DIGITS) if ran and rewards else None,
+        rewards_of=of,
+        calls_an_item=round(ran.calls / _rollouts(run, last), DIGITS) if ran and last else None,
         seconds_of={lever: _seconds(run, records, lever) for lever in LEVERS if gains[lever]},
         usd_of={lever: _usd(run, records, lever) for lever in LEVERS if gains[lever]},
     )
+
+
+def _rewards(run: Run, version: str) -> tuple[Split, Sequence[float]]:
+    """What learning would see: the rewards of the version's rollouts where it has some, else of its dev items."""
+    if drawn := [each.reward for each in whole_attempts(run, run.versions[version], 0)]:
+        return "train", drawn
+    sign = 1.0 if run.task is None or run.task.maximize else -1.0
+    for split in ("train", "dev"):
+        if found := [sign * item for scored in run.scored(version, split) for item in scored.items]:
+            return split, found
+    return "dev", ()
+
+
+def _rollouts(run: Run, scored: Scored) -> int:
+    """How many rollouts an attempt at those items would be: one, where a task has no items to be asked one by one."""
+    return 1 if run.task is not None and run.task.whole else len(scored.items)
 
 
 def invalid_rate(scored: Scored) -> float:
@@ -125,6 +143,8 @@ def _lever(run: Run, evidence: Evidence) -> tuple[Lever, tuple[str, ...]]:
     if not trainable(run.settings.target_model):
         # Thousands of rollouts would be paid for before the trainer could refuse them.
         return "harness", (f"the weights of {run.settings.target_model} are not ours to change, so the harness is",)
+    if evidence.calls_an_item == 0:
+        return "harness", (f"{evidence.incumbent} asks no model anything: other weights would change nothing",)
     return _by_rule(evidence, run.settings.plateau_gain, _last_lever(run))
 
 
@@ -137,6 +157,8 @@ def _by_rule(seen: Evidence, plateau: float, last: Lever | None) -> tuple[Lever,
         return "weights", ("the last generation, and the weights have not been tried",)
     if seen.last_harness_gain is None:
         return "harness", ("no harness edit has been tried yet, and edits are cheap",)
+    if by_price := _by_price(seen, plateau):
+        return by_price
     stalled = seen.last_harness_gain < plateau
     if not stalled and last != "weights":
         return "harness", (
@@ -147,6 +169,26 @@ def _by_rule(seen: Evidence, plateau: float, last: Lever | None) -> tuple[Lever,
     if seen.last_weights_gain is not None and seen.last_weights_gain >= plateau:
         return "weights", (f"the last weight update gained {seen.last_weights_gain:+.3f} on the gate: it still pays",)
     return "harness", ("the weights have stalled: with other weights another harness may fit better",)
+
+
+def _by_price(seen: Evidence, plateau: float) -> tuple[Lever, tuple[str, ...]] | None:
+    """Of two levers that both pay, or neither, the one whose last gain was more for what a generation of it takes.
+
+    In dollars, where both are known to take some: on one's own machine a try is free but for its time. None where one
+    lever pays and the other does not, where one was not tried yet, and where neither gives more.
+    """
+    harness, weights = seen.last_harness_gain, seen.last_weights_gain
+    if harness is None or weights is None or (harness >= plateau) != (weights >= plateau):
+        return None
+    for prices, unit in ((seen.usd_of, "USD"), (seen.seconds_of, "s")):
+        if (for_harness := prices.get("harness")) and (for_weights := prices.get("weights")):
+            ahead = harness / for_harness - weights / for_weights
+            told = (
+                f"the last harness change gained {harness:+.3f} on the gate for {for_harness:.3g} {unit}, the last "
+                f"weight update {weights:+.3f} for {for_weights:.3g} {unit}: more for its price"
+            )
+            return ("harness" if ahead > 0 else "weights", (told,)) if ahead else None
+    return None
 
 
 def _last_lever(run: Run) -> Lever | None:
@@ -178,5 +220,8 @@ def _usd(run: Run, records: Sequence[Record], lever: Lever) -> float | None:
     paid = [logged.usd for logged in executions(records) if lever_of(run, logged) == lever]
     if lever == "harness":
         paid += [r.event.written.usd for r in records if isinstance(r.event, HarnessPatched) and r.event.written]
+    else:
+        # A machine without a price is one's own: what it takes is told in seconds.
+        paid += [r.event.usd or 0.0 for r in records if isinstance(r.event, WeightsUpdated)]
     known = [usd for usd in paid if usd is not None]
     return round(sum(known) / len(_gains(run, lever)), DIGITS) if len(known) == len(paid) else None

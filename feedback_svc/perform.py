@@ -8,13 +8,14 @@ from sia_events.feedback_svc import proposer, template, writer
 from sia_events.feedback_svc.algorithm import Signal, carry_logprobs
 from sia_events.feedback_svc.gate import compare_on
 from sia_events.feedback_svc.lever import choose_lever, invalid_rate
-from sia_events.feedback_svc.search import parents
+from sia_events.feedback_svc.search import parents, weights_from
 from sia_events.shared.events import (
     Event,
     FeedbackRequested,
     HarnessPatched,
     HarnessPatchRequested,
     ProposalFailed,
+    Weights,
 )
 from sia_events.shared.registration import decode_task
 from sia_events.shared.run import Run, Version
@@ -58,12 +59,13 @@ async def patch(work: Work, asked: HarnessPatchRequested) -> Sequence[Event]:
         # What was tried under other weights may be tried again: a harness fits the weights it was tried with.
         tried = {(template.digest(specs[v.name]), v.weights) for v in run.versions.values()}
         for parent, count in parents(run, asked):
-            known = {digest for digest, weights in tried if weights == parent.weights}
+            weights = weights_from(run, parent)
+            known = {digest for digest, under in tried if under == weights}
             seed = asked.seed + asked.generation
             for proposal in proposer.propose(specs[parent.name], _evidence(run, parent), known, count, seed):
-                tried.add((template.digest(proposal.spec), parent.weights))
+                tried.add((template.digest(proposal.spec), weights))
                 harness = await store_tree(blobs, template.render(proposal.spec, task))
-                candidates.append(_candidate(asked, len(candidates), parent, harness, proposal))
+                candidates.append(_candidate(asked, len(candidates), parent, harness, weights, proposal))
     except template.NotATemplate as error:
         # The built-in proposer knows one kind of harness; a task of another kind is not a fault of anybody.
         return [_barren(asked, f"the built-in proposer has no template for this task: {error}")]
@@ -72,7 +74,12 @@ async def patch(work: Work, asked: HarnessPatchRequested) -> Sequence[Event]:
 
 
 def _candidate(
-    asked: HarnessPatchRequested, place: int, parent: Version, harness: str, proposal: proposer.Proposal
+    asked: HarnessPatchRequested,
+    place: int,
+    parent: Version,
+    harness: str,
+    weights: Weights,
+    proposal: proposer.Proposal,
 ) -> HarnessPatched:
     return HarnessPatched(
         version=f"g{asked.generation}{ascii_lowercase[place]}",
@@ -80,7 +87,7 @@ def _candidate(
         candidate=place,
         parent=parent.name,
         harness=harness,
-        weights=parent.weights,
+        weights=weights,
         edits=proposal.edits,
         reason=proposal.reason,
     )
@@ -109,9 +116,14 @@ def _evidence(run: Run, parent: Version) -> proposer.Evidence:
 
 
 def _gains_by_edit(run: Run) -> dict[str, float]:
-    """What each edit last gained on dev over its version's parent, alone or in company; above zero for the better."""
+    """What each edit last gained on dev over its version's parent, alone or in company; above zero for the better.
+
+    Where the parent had other weights, which were refused, the gain is not the edits' alone.
+    """
     gains: dict[str, float] = {}
     for version in run.versions.values():
-        if version.parent and (against := compare_on(run, "dev", version.parent, version.name)):
+        if version.parent is None or run.versions[version.parent].weights != version.weights:
+            continue
+        if against := compare_on(run, "dev", version.parent, version.name):
             gains.update(dict.fromkeys(version.edits, against.gain))
     return gains

@@ -12,7 +12,7 @@ from sia_events.agents.structured import structured
 from sia_events.feedback_svc.algorithm import Signal, offered, pick
 from sia_events.feedback_svc.decision import RULES, Decision, read_decision, trainable
 from sia_events.feedback_svc.lever import LeverChoice
-from sia_events.feedback_svc.search import parents
+from sia_events.feedback_svc.search import parents, weights_from
 from sia_events.shared.events import (
     Event,
     FeedbackGiven,
@@ -36,6 +36,10 @@ NOT_THE_INCUMBENT = """\
 
 This run is a search: what is called the incumbent above is {parent}, an earlier version that was picked for you to go
 on from. The gate compares the best candidate with {over}."""
+
+OTHER_WEIGHTS = """\
+
+The weights that {parent} acted with were refused: what you write is tried with those of {over}."""
 
 ROLLOUTS_START = """\
 
@@ -86,13 +90,13 @@ async def choose(work: Work, asked: FeedbackRequested, by_rule: LeverChoice, sig
 
 
 async def write(work: Work, asked: HarnessPatchRequested) -> Sequence[Event]:
-    """Candidates with another harness and their parents' weights, as many of those wanted as can be used."""
+    """Candidates with another harness, as many of those wanted as can be used."""
     run = work.run
     from_each = parents(run, asked)
     briefs = [(await _writing(work, asked, parent), count) for parent, count in from_each]
     # What was tried under other weights may be tried again: a harness fits the weights it was tried with.
-    weights = {parent.weights for parent, _ in from_each}
-    tried = {v.harness: v.name for v in run.versions.values() if v.weights in weights}
+    weights = {parent.name: weights_from(run, parent) for parent, _ in from_each}
+    tried = {v.harness: v.name for v in run.versions.values() if v.weights in weights.values()}
     written = await write_candidates(briefs, asked.generation, run.settings.backend, tried, work)
     left_out = "; ".join(written.left_out)
     if not written.usable:
@@ -106,7 +110,7 @@ async def write(work: Work, asked: HarnessPatchRequested) -> Sequence[Event]:
             candidate=candidate.place,
             parent=by_place[candidate.place].name,
             harness=candidate.harness,
-            weights=by_place[candidate.place].weights,
+            weights=weights[by_place[candidate.place].name],
             edits=candidate.edits,
             reason=candidate.reason + (f" (left out: {left_out})" if left_out and not place else ""),
             written=candidate.written,
@@ -124,6 +128,8 @@ async def _writing(work: Work, asked: HarnessPatchRequested, parent: Version) ->
     words = feedback_prompt(run, records, task, harness, attempt, run.settings.prompt_tokens, usd)
     data = await load_tree(blobs, run.task.datasets.get("train") or next(iter(run.task.datasets.values())))
     apart = "" if parent.name == run.incumbent else NOT_THE_INCUMBENT.format(parent=parent.name, over=run.incumbent)
+    if weights_from(run, parent) != parent.weights:
+        apart += OTHER_WEIGHTS.format(parent=parent.name, over=run.incumbent)
     if run.settings.search == "archive" and run.settings.lever != "harness":
         apart += ROLLOUTS_START
     return _brief(work, "feedback", words.text + apart, asked.seed + asked.generation, harness, data)

@@ -6,7 +6,9 @@ import secrets
 import shutil
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
+from time import monotonic
 from typing import Any, TypeVar
 
 from sia_events.shared.ports import Blobs, ModelFailed
@@ -16,6 +18,8 @@ Ask = Callable[[str, Mapping[str, Any] | None], Awaitable[Mapping[str, Any]]]
 """(path, body; None: a GET) -> the JSON reply. Raises ModelFailed."""
 T = TypeVar("T")
 
+IDLE_S = 900.0
+"""Seconds for which an adapter stays loaded that nobody asks for."""
 OURS, PLACE = re.compile(r"[0-9a-f]{64}"), re.compile(r"[0-9a-f]{16}-[0-9a-f]{8}")
 """Names that we give, to adapters and to their folders: whatever is called otherwise is somebody else's, and stays."""
 
@@ -24,10 +28,11 @@ class Adapters:
     """The adapters of one engine, which speaks vLLM's API for them.
 
     A name is a digest, so every version has one of its own: what an engine keeps by name, it never keeps for other
-    weights. `kept` is for an engine that reads the files again whenever it likes, as vLLM does: so many adapters stay
-    loaded, those asked for last, and the files of one that was unloaded stay until the next is. With None the engine
-    bounds itself and has read the files when it says that they are loaded. `folder` is nobody else's: what a process
-    that was killed has left there goes when the next adapter is laid down.
+    weights. What nobody has asked for in IDLE_S, a version that was refused say, is unloaded when the engine is asked
+    next. `kept` is for an engine that reads the files again whenever it likes, as vLLM does: so many adapters stay
+    loaded at most, those asked for last, and the files of one that was unloaded stay until the next is loaded. With
+    None the engine bounds itself and has read the files when it says that they are loaded. `folder` is nobody else's:
+    what a process that was killed has left there goes when the next adapter is laid down.
     """
 
     def __init__(self, ask: Ask, blobs: Blobs, folder: Path, kept: int | None = None) -> None:
@@ -35,23 +40,39 @@ class Adapters:
         self._blobs = blobs
         self._folder = folder.absolute()
         self._kept = kept
-        self._used: OrderedDict[str, None] = OrderedDict()
+        self._used: OrderedDict[str, float] = OrderedDict()
         self._loading = asyncio.Lock()
 
     async def served(self, adapter: str | None, call: Callable[[], Awaitable[T]]) -> T:
         """What `call` returns. Where the engine does not know the adapter, it is loaded, and `call` made once more."""
+        if adapter is not None:
+            self._use(adapter)
+        await self._unload_idle()
         if adapter is None:
             return await call()
-        self._used[adapter] = None
-        self._used.move_to_end(adapter)
         try:
             return await call()
         except ModelFailed as failed:
             if failed.status != 404:
                 raise
+        finally:
+            self._use(adapter)
         # It is new, it was unloaded, or the engine was started again.
         await self._load(adapter)
         return await call()
+
+    def _use(self, adapter: str) -> None:
+        self._used[adapter] = monotonic()
+        self._used.move_to_end(adapter)
+
+    async def _unload_idle(self) -> None:
+        while self._used and monotonic() - next(iter(self._used.values())) >= IDLE_S:
+            name, _ = self._used.popitem(last=False)
+            # Not in the midst of a load, which counts what is there. An engine that was started again has it no more,
+            # and one that does not answer says so to whoever asks it now.
+            async with self._loading:
+                with suppress(ModelFailed):
+                    await self._ask("/v1/unload_lora_adapter", {"lora_name": name})
 
     async def _load(self, adapter: str) -> None:
         async with self._loading:

@@ -24,7 +24,11 @@ class LocalModels:
 
     async def chat(self, call: Chat) -> Mapping[str, Any]:
         if call.tools or (call.response_format or {"type": "text"}).get("type") != "text":
-            said = f"{call.model} takes no tools and no response format; nothing was asked"
+            said = (
+                f"{call.model}, the embedded model, takes no tools and no response format; nothing was asked. A hosted "
+                "provider's model does and, where weights are to be learned too, vllm/NAME on a server of yours (for "
+                "tools: started with --enable-auto-tool-choice and --tool-call-parser)"
+            )
             raise ModelFailed(400, said, "unsupported")
         sampling = {"temperature": call.temperature, "top_p": call.top_p}
         body = {

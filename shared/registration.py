@@ -83,7 +83,11 @@ async def register(
         program = evaluator_file(task)
         judge = await private.put(program.read_bytes()) if program else None
     else:
-        dealt = plain_splits(task) or dict.fromkeys(("dev", "gate", "test"), (WHOLE,))
+        apart = plain_splits(task)
+        dealt = apart or dict.fromkeys(("dev", "gate", "test"), (WHOLE,))
+        if apart or task.evaluator == "kernel":
+            # What dev is scored on is what rollouts are rewarded by: both search, and gate and test stay held out.
+            dealt = {"train": dealt["dev"], **dealt}
         datasets = dict.fromkeys(dealt, public_files(task, "whole"))
         right = {s: dict.fromkeys(ids, "") for s, ids in dealt.items()}
         files = {**judge_files(task), REQUIREMENTS: requirements(task) or b""} if evaluator_file(task) else None
@@ -98,9 +102,17 @@ async def register(
         answers=await private.put(msgspec.json.encode(right)),
         judge=judge,
         reference=await store_tree(blobs, first),
-        sizes=split_sizes(task) if task.evaluator == "kernel" else {s: len(labels) for s, labels in right.items()},
+        sizes=_sizes(task, right),
         floor=task.floor,
+        whole=not task.splits,
     )
+
+
+def _sizes(task: Task, right: Mapping[str, Mapping[str, str]]) -> dict[str, int]:
+    """Items by split; of a task whose rollouts are whole attempts those that it holds apart."""
+    if task.evaluator == "kernel":
+        return split_sizes(task)
+    return {split: len(labels) for split, labels in right.items() if task.splits or split != "train"}
 
 
 def decode_task(body: bytes) -> Task:

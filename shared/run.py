@@ -64,8 +64,8 @@ class Run:
     """The state after some record. Mappings are replaced, never changed, so an earlier state stays what it was.
 
     `withheld` are the facts that came while the run was held, for whom nothing was decided yet; `released` are they in
-    the one state in which the run goes on again. `expanded` names the versions that candidates or rollouts were to
-    start from, once a generation each.
+    the one state in which the run goes on again. `expanded` names the versions, and the rollouts, that candidates or
+    rollouts were to start from, once a generation each.
     """
 
     name: str = ""
@@ -193,11 +193,11 @@ def _accepted(run: Run, event: VersionAccepted) -> Run:
 
 
 def _requested(run: Run, event: AttemptRequested) -> Run:
-    run = _changed(run, attempts={**run.attempts, event.attempt: event})
+    before, run = run.attempts, _changed(run, attempts={**run.attempts, event.attempt: event})
     if event.split != "train":
         return run
-    again = event.tries > 0
-    expanded = run.expanded if again else (*run.expanded, *_started_from(event.starts, event.version))
+    siblings = event.group is not None and any(each.group == event.group for each in before.values())
+    expanded = run.expanded if event.tries or siblings else (*run.expanded, *_started_from(event.starts, event.version))
     return _changed(run, levers_pulled=run.levers_pulled | {run.generation}, expanded=expanded)
 
 
@@ -207,7 +207,7 @@ def _patching(run: Run, event: HarnessPatchRequested) -> Run:
 
 
 def _started_from(starts: tuple[Start, ...], otherwise: str) -> tuple[str, ...]:
-    return tuple(start.version for start in starts) or (otherwise,)
+    return tuple(start.state for start in starts) or (otherwise,)
 
 
 def _advised(run: Run, event: FeedbackGiven) -> Run:

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from sia_events.infra import adapters as laid_down
 from sia_events.infra.adapters import Adapters
 from sia_events.infra.memory import MemoryBlobs
 from sia_events.shared.ports import ModelFailed
@@ -24,6 +25,8 @@ class Lora:
             return {"data": [{"id": name, "root": root} for name, root in self.loaded.items()]}
         assert body
         if path == "/v1/unload_lora_adapter":
+            if body["lora_name"] not in self.loaded:
+                raise ModelFailed(404, "no such adapter", "unknown_model")
             del self.loaded[body["lora_name"]]
             return {}
         assert (Path(body["lora_path"]) / "adapter_model.safetensors").read_bytes() == b"factors"
@@ -95,3 +98,33 @@ async def test_the_files_of_what_was_loaded_too_late_to_say_so_stay_and_those_of
             await late.use(adapters, adapter)
     await late.use(adapters, first)
     assert Path(late.loaded[first]).name in places(tmp_path) and len(places(tmp_path)) == 2
+
+
+async def test_what_nobody_has_asked_for_in_a_while_is_unloaded_at_the_next_call_and_loaded_again_for_who_asks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    now = 0.0
+    monkeypatch.setattr(laid_down, "monotonic", lambda: now)
+    blobs, engine = MemoryBlobs(), Lora()
+    adapters = Adapters(engine.ask, blobs, tmp_path, kept=8)
+    refused, incumbent, another = [await an_adapter(blobs, name) for name in ("refused", "incumbent", "another")]
+
+    async def base() -> None:
+        await adapters.served(None, lambda: engine.ask("/v1/models", None))
+
+    await engine.use(adapters, refused)
+    now += laid_down.IDLE_S - 1
+    await engine.use(adapters, incumbent)
+    assert set(engine.loaded) == {refused, incumbent}
+    now += 1
+    await base()
+    assert set(engine.loaded) == {incumbent}
+    await engine.use(adapters, refused)
+    assert set(engine.loaded) == {refused, incumbent}
+    now += laid_down.IDLE_S
+    await engine.use(adapters, incumbent)
+    assert set(engine.loaded) == {incumbent}, "who asks for it now is not without it"
+    engine.loaded.clear()
+    now += laid_down.IDLE_S
+    await engine.use(adapters, another)
+    assert set(engine.loaded) == {another}, "that an engine was started again is no failure"

@@ -6,16 +6,29 @@ import pytest
 from given import recorded
 from hypothesis import given as any_
 from hypothesis import strategies as st
-from story import ACCEPTED, accepted, asked, fed_back, feedback_asked, logged, patched, registered, scored, trained
+from story import (
+    ACCEPTED,
+    accepted,
+    asked,
+    failed,
+    fed_back,
+    feedback_asked,
+    logged,
+    patched,
+    registered,
+    scored,
+    trained,
+)
 from test_prompts import call
 
 from sia_events.feedback_svc.algorithm import TRIGGERS, WITHOUT_LOGPROBS, Signal, carry_logprobs, offered, pick
 from sia_events.feedback_svc.lever import choose_lever, gather, histogram, skewness
-from sia_events.shared.events import Algorithm, Evidence, Learning, RunSettings
+from sia_events.shared.events import Algorithm, Event, Evidence, Learning, RunSettings, WeightsUpdated
 from sia_events.shared.record import Record
 from sia_events.shared.run import fold
 
 AUTO = RunSettings(algorithm="auto")
+GRADES = [0.0, 0.35, 0.5, 0.65] * 10
 NONE, SOME, FEW, MOST = [0.0] * 39 + [1.0], [0.0, 1.0] * 20, [0.0] * 35 + [1.0] * 5, [1.0] * 37 + [0.0] * 3
 
 
@@ -47,6 +60,10 @@ STEPWISE = RunSettings(algorithm="auto", learning=Learning(credit="per-step"))
         ("grpo", AUTO, seen(SOME, 3), Signal(), "3.0 calls an item, rewarded at the end"),
         ("grpo", STEPWISE, seen(SOME, 1), Signal(), "rewarded at the end"),
         ("grpo", AUTO, seen([]), Signal(), "rewarded at the end"),
+        ("ppo", AUTO, seen(GRADES, 3), Signal(), "75% of dev rewards are graded, and earned over 3.0 calls an item"),
+        ("ppo", AUTO, seen([1.0, 4.0, 5.0, 9.0], 2), Signal(), "50% of dev rewards are graded"),
+        ("grpo", AUTO, seen(GRADES, 1), Signal(), "1.0 calls an item, rewarded at the end"),
+        ("grpo", AUTO, seen([1.0, 4.0, 9.0], 3), Signal(), "3.0 calls an item, rewarded at the end"),
         ("ppo", STEPWISE, seen(SOME, 3), Signal(), "3.0 calls an item, each credited for itself"),
         ("entropic", AUTO, seen(FEW), Signal(), "right-skewed, +2.27"),
         ("entropic", AUTO, seen([1.0] * 20 + [9.0, 30.0]), Signal(), "right-skewed"),
@@ -154,12 +171,49 @@ def test_evidence_is_figures_of_the_log():
     assert gather(fold(records), records) == evidence == Evidence.model_validate_json(evidence.model_dump_json())
 
 
+def rolled_out(*rollouts: Event, **task: Any) -> Evidence:
+    """The evidence behind a generation of the weights in which nothing came of those rollouts of the first version."""
+    past = [registered(**task), *ACCEPTED[1:], feedback_asked(1), fed_back(1, "weights"), *rollouts, feedback_asked(2)]
+    records = recorded(*past)
+    return gather(fold(records), records)
+
+
+def test_rewards_are_those_of_the_rollouts_where_the_incumbent_has_some():
+    rewards = rolled_out(logged("g0a", "train"), scored("g0a", "train", "11011011"))
+    assert (rewards.rewards_of, rewards.rewards) == ("train", (2, 0, 0, 0, 0, 0, 0, 0, 0, 6))
+    assert rewards.reward_mean == 0.75 and rewards.dev_score == 0.25 and rewards.calls_an_item == 2.0
+    picked = pick(AUTO, rewards.model_copy(update={"rewards": (39,) + (0,) * 8 + (1,)}), Signal())
+    assert picked.reasons[0].startswith("98% of train rewards")
+    assert rolled_out(failed("g0a", "train")).rewards_of == "dev"
+
+
+def test_where_whole_attempts_are_rollouts_each_of_them_has_one_reward_and_what_was_refused_the_least():
+    rollouts: list[Event] = []
+    for place, items in enumerate(("01", "11", None)):
+        name = f"g0a.train.g1.{place}"
+        rollouts.append(asked("g0a", "train", attempt=name, group="g0a.train.g1"))
+        rollouts.append(logged("g0a", "train").model_copy(update={"attempt": name}))
+        refused = failed("g0a", "train", "invalid_output").model_copy(update={"attempt": name})
+        rollouts.append(scored("g0a", "train", items, attempt=name) if items else refused)
+    seen_there = rolled_out(*rollouts, whole=True)
+    assert seen_there.rewards == (1, 0, 0, 0, 0, 1, 0, 0, 0, 1) and seen_there.reward_mean == 0.5
+    assert seen_there.calls_an_item == 8.0, "an attempt's, which is one rollout"
+
+
 def test_what_a_lever_paid_is_unknown_as_soon_as_one_price_is():
     records = later()
     unpriced = logged("g1a", "gate").model_copy(update={"usd": None})
     past = [unpriced if e.event == logged("g1a", "gate") else e.event for e in records]
     records = recorded(*past)
     assert gather(fold(records), records).usd_of == {"harness": None, "weights": 0.0}
+
+
+def test_what_learning_is_worth_in_dollars_is_part_of_what_the_weights_paid():
+    past = [e.event for e in later()]
+    learned = next(place for place, event in enumerate(past) if isinstance(event, WeightsUpdated))
+    past[learned] = trained("g2a", "g1a", seconds=5.0, usd=0.25)
+    records = recorded(*past)
+    assert gather(fold(records), records).usd_of == {"harness": 0.0, "weights": 0.25}
 
 
 def test_where_less_is_better_rewards_are_the_scores_turned_round():

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from story import accepted, asked, feedback_asked, logged, proposed, scored, started
+from story import accepted, asked, feedback_asked, logged, proposed, scored, started, trained
 from writing import Answer, Scripted, gateway_that_says, registered_words, said, writing_room, wrote
 
 from sia_events.agents.agentic import Agentic
@@ -23,6 +23,7 @@ from sia_events.shared.events import (
     HarnessPatchRequested,
     ProposalFailed,
     TaskRegistered,
+    VersionRejected,
     Weights,
 )
 from sia_events.shared.ports import Blobs, Ports
@@ -41,8 +42,8 @@ def words() -> Words:
     return registered_words()
 
 
-async def answered(ports: Ports, told: TaskRegistered, event: Event, **settings: Any) -> Sequence[Event]:
-    """What the service performs on `event` behind a first version that was accepted."""
+async def answered(ports: Ports, told: TaskRegistered, event: Event, *since: Event, **settings: Any) -> Sequence[Event]:
+    """What the service performs on `event` behind a first version that was accepted, and what came `since`."""
     opened = {"backend": "direct", "meta_model": "scripted/writer", "target_model": "local/m", **settings}
     model = Weights(model=opened["target_model"])
     answers = b"".join(json.dumps({"id": f"i{n}", "answer": "animal"}).encode() + b"\n" for n in range(3))
@@ -58,6 +59,7 @@ async def answered(ports: Ports, told: TaskRegistered, event: Event, **settings:
         logged("g0a", "dev").model_copy(update=found),
         scored("g0a", "dev", ("10" * told.sizes["dev"])[: told.sizes["dev"]]),
         accepted("g0a"),
+        *since,
         event,
     ]
     records = await ports.bus.append("r1", opening("r1", past))
@@ -133,10 +135,10 @@ async def test_a_control_of_the_weights_has_its_algorithm_picked_by_rule(tmp_pat
 async def test_a_choice_that_is_not_allowed_is_mended_once_or_made_by_rule(
     tmp_path: Path, words: Words, bad: Answer, told: str
 ):
-    given, models, _ = await feedback(tmp_path, words, [bad, decision(lever="harness")])
+    given, models, _ = await feedback(tmp_path, words, [bad, decision(lever="harness")], algorithm="reinforce")
     assert told in models.asked[1].messages[-1]["content"] and given.lever == "harness"
     (tmp_path / "again").mkdir()
-    given, models, _ = await feedback(tmp_path / "again", words, [bad, bad])
+    given, models, _ = await feedback(tmp_path / "again", words, [bad, bad], algorithm="reinforce")
     assert given.lever == "harness" and given.written is None and len(models.asked) == 2
     assert given.reasons[0] == "no harness edit has been tried yet, and edits are cheap"
     assert given.reasons[-1].startswith("by rule, since scripted/writer made no choice that can be used")
@@ -170,6 +172,25 @@ async def test_candidates_are_written_from_the_parents_files_and_have_its_weight
             assert tree.keys() == {*parent, "extra.py"}
         prompt = models.asked[0].messages[1]["content"]
         assert parent["target_agent.py"].decode().splitlines()[0] in prompt and "g0a" in prompt
+
+
+async def test_a_candidate_from_a_version_whose_adapter_was_refused_has_the_incumbents_weights(
+    tmp_path: Path, words: Words
+):
+    models = Scripted(lambda call: wrote({"extra.py": f"n = {call.seed}\n"}))
+    async with writing_room(tmp_path, models, BACKENDS, blobs=words[1]) as ports:
+        found = {"trajectory": await ports.blobs.put(b""), "outputs": await store_tree(ports.blobs, {"x": b""})}
+        since = (
+            trained("g1a", "g0a", harness=words[0].reference),
+            logged("g1a", "dev").model_copy(update=found),
+            scored("g1a", "dev", "1" * words[0].sizes["dev"]),
+            VersionRejected(version="g1a", over="g0a", comparison=None, reason="no gain"),
+        )
+        from_it = PATCH.model_copy(update={"parent": "g1a", "generation": 2})
+        patched = await answered(ports, words[0], from_it, *since)
+    made = [(event.parent, event.weights) for event in patched if isinstance(event, HarnessPatched)]
+    assert made == [("g1a", Weights(model="local/m"))] * 2
+    assert "g1a acted with were refused: what you write is tried with those of g0a" in str(models.asked[0].messages)
 
 
 async def test_a_candidate_that_was_tried_under_these_weights_is_left_out(tmp_path: Path, words: Words):

@@ -1,6 +1,7 @@
 """The loop's policy, event by event."""
 
 import hashlib
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -32,6 +33,7 @@ from sia_events.shared.events import (
     AttemptRequested,
     Comparison,
     Event,
+    ExecutionLogged,
     FeedbackRequested,
     HarnessPatchRequested,
     Learning,
@@ -250,7 +252,8 @@ def test_the_weights_lever_asks_for_rollouts_and_then_for_learning():
         .then_types(WeightUpdateRequested)[0]
     )
     assert isinstance(event, WeightUpdateRequested) and event.trajectory == D and event.parent == "g0a"
-    assert event.algorithm == "reinforce" and event.learning == settings.learning and event.older == ()
+    assert event.algorithm == "reinforce" and event.older == ()
+    assert event.learning == settings.learning.model_copy(update={"kl": KL_TO_BASE})
 
 
 def learning(*past: Event, version: str = "g0a", picked: str = "grpo", **settings: Any) -> WeightUpdateRequested:
@@ -265,6 +268,7 @@ def learning(*past: Event, version: str = "g0a", picked: str = "grpo", **setting
             *past,
             feedback_asked(9, version),
             fed_back(9, "weights", version, algorithm=picked),
+            asked(version, "train", attempt=attempt),
             logged(version, "train").model_copy(update={"attempt": attempt}),
         )
         .when(scored(version, "train", "10", attempt=attempt, rewards=D))
@@ -292,6 +296,7 @@ def rollouts(version: str, generation: int) -> list[Event]:
     """A train attempt of a version, scored."""
     attempt = f"{version}.train.g{generation}"
     return [
+        asked(version, "train", attempt=attempt),
         logged(version, "train").model_copy(update={"attempt": attempt, "trajectory": digest(attempt)}),
         scored(version, "train", "10", attempt=attempt, rewards=D),
     ]
@@ -363,10 +368,21 @@ def test_a_sealed_test_that_fails_ends_the_run_as_failed():
     assert isinstance(end, RunFinished) and end.outcome == "failed"
 
 
+def took(version: str, seconds: float, usd: float) -> ExecutionLogged:
+    return logged(version, "dev").model_copy(update={"seconds": seconds, "usd": usd})
+
+
 def lever_after(
-    *levers_and_gains: tuple[str, float | None], policy: str = "auto", generations: int = 9, **dev: Any
+    *levers_and_gains: tuple[str, float | None],
+    policy: str = "auto",
+    generations: int = 9,
+    prices: Mapping[str, tuple[float, float]] | None = None,
+    **dev: Any,
 ) -> Any:
-    """The lever chosen behind generations that pulled these levers and gained this much (None: refused)."""
+    """The lever chosen behind generations that pulled these levers and gained this much (None: refused).
+
+    `prices` has what dev took of a candidate by each lever, in seconds and in dollars.
+    """
     past: list[Any] = [registered(), started(lever=policy, generations=generations), proposed(), asked("g0a", "dev")]
     past += [
         scored("g0a", "dev", "1100", **dev),
@@ -383,6 +399,7 @@ def lever_after(
             fed_back(generation, lever, incumbent),
             made,
             asked(name, "dev"),
+            *([took(name, *prices[lever])] if prices else []),
             scored(name, "dev", "1100", **dev),
         ]
         if gain is None:
@@ -418,6 +435,34 @@ def test_the_last_generation_tries_the_lever_that_was_never_tried():
 def test_weights_that_stall_turn_back_to_the_harness():
     assert lever_after(("harness", None), ("weights", None)).lever == "harness"
     assert lever_after(("harness", None), ("weights", 0.2)).lever == "weights"
+
+
+@pytest.mark.parametrize("gain", [0.2, 0.01], ids=["both pay", "neither pays"])
+@pytest.mark.parametrize(
+    ("harness", "weights", "lever"),
+    [
+        ((10.0, 0.0), (90.0, 0.0), "harness"),
+        ((90.0, 0.0), (10.0, 0.0), "weights"),
+        ((10.0, 5.0), (90.0, 1.0), "weights"),
+        ((10.0, 5.0), (90.0, 0.0), "harness"),
+    ],
+    ids=["seconds", "other seconds", "dollars before seconds", "free but for its seconds"],
+)
+def test_of_levers_that_both_pay_or_neither_the_one_that_gained_more_for_its_price_is_pulled(
+    harness: tuple[float, float], weights: tuple[float, float], lever: str, gain: float
+):
+    prices = {"harness": harness, "weights": weights}
+    tried = [("harness", gain), ("weights", gain)]
+    for past in (tried, tried[::-1]):
+        choice = lever_after(*past, prices=prices)
+        assert choice.lever == lever and "more for its price" in choice.reasons[0], past
+
+
+def test_a_price_is_no_reason_where_one_lever_pays_and_the_other_does_not_or_nothing_was_gained():
+    dear_harness = {"harness": (900.0, 0.0), "weights": (1.0, 0.0)}
+    assert lever_after(("weights", 0.01), ("harness", 0.2), prices=dear_harness).lever == "harness"
+    assert lever_after(("harness", None), ("weights", None), prices=dear_harness).lever == "harness"
+    assert "price" not in lever_after(("harness", 0.2), prices=dear_harness).reasons[0]
 
 
 def test_many_invalid_answers_keep_the_harness_lever():

@@ -6,6 +6,7 @@ import signal
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -14,15 +15,41 @@ import psutil
 import pytest
 from command import assert_none_left, read, sia, start
 from given import recorded
-from story import ACCEPTED, SECOND, accepted, fed_back, feedback_asked, registered, scored, started, trained
+from story import (
+    ACCEPTED,
+    OPENING,
+    SECOND,
+    accepted,
+    asked,
+    fed_back,
+    feedback_asked,
+    registered,
+    scored,
+    started,
+    trained,
+)
 
+from sia_events.cost import Calls
 from sia_events.estimate import Estimate, Line
 from sia_events.experiment import announced, draw, planned, write
+from sia_events.experiment_ends import to_the_test
 from sia_events.experiment_figures import Interval, Outcome, crossed, difference, outcome, score
-from sia_events.experiment_report import curves, report, shown
-from sia_events.shared.events import Comparison, RunFinished, RunSettings, Sealed
+from sia_events.experiment_report import curves, report, scores_csv, shown
+from sia_events.feedback_svc.decide import on_verdict
+from sia_events.shared.events import (
+    AttemptRequested,
+    Budget,
+    BudgetExhausted,
+    Comparison,
+    RunFinished,
+    RunSettings,
+    Sealed,
+    VersionAccepted,
+    VersionRejected,
+)
+from sia_events.shared.run import fold
 
-HEADING = {"task": "made up", "seeds": "0, 1, 2, 3, 4"}
+HEADING = {"task": "made up", "seeds": "0, 1, 2, 3, 4", "budget": "none"}
 POLICIES = ("auto", "harness", "weights")
 
 
@@ -114,6 +141,24 @@ def test_the_report_has_settings_tables_method_and_what_was_learned_by():
     assert "![" in report(experiment({"auto": 0.8}), ("auto",), HEADING, picture=True)
 
 
+def test_without_a_budget_the_report_says_that_spending_differs_and_how_much():
+    runs = experiment({"auto": 0.8, "harness": 0.6}, seeds=2)
+    cheap = [replace(r, calls=25, tokens=3000, seconds=30.0, learning_seconds=0.0, usd=None) for r in runs[2:]]
+    # A run that is in no figure would be no mean to hold against them.
+    cut = made_up("harness", 9, [], tested=False, calls=1)
+    text = report([*runs[:2], *cheap, cut], POLICIES[:2], HEADING, picture=True)
+    assert "They do not share what a run spends: no budget was set" in text
+    assert "| `auto` | 100 (1.00 ×) | 2,000 (1.00 ×) | 60 (1.00 ×) | 5 (1.00 ×) | 0 | 0 of 2 |" in text
+    assert "| `harness` | 25 (0.25 ×) | 3,000 (1.50 ×) | 30 (0.50 ×) | 0 (0.00 ×) | unknown | 0 of 3 |" in text
+
+
+def test_under_a_budget_the_report_says_that_it_is_shared_and_who_used_it_up():
+    runs = [made_up("auto", 0, [1.0], spent="100 calls"), made_up("harness", 0, [0.0])]
+    text = report(runs, POLICIES[:2], {**HEADING, "budget": "100 calls"}, picture=True)
+    assert "a hard limit on each run: 100 calls." in text and "1 of 2 did" in text and "do not share" not in text
+    assert [row["spent"] for row in scores_csv(runs)] == ["100 calls", ""]
+
+
 def test_the_interval_of_one_seed_is_students_over_items_and_of_one_item_over_seeds():
     over_items = crossed([[0.0, 1.0, 2.0, 3.0]])
     # t with 3 degrees of freedom is 3.18245, the standard error sqrt(5/3 / 4).
@@ -164,6 +209,61 @@ def test_a_run_becomes_an_outcome():
     assert found.accepted == {"first": 1, "harness": 1} and found.learning_seconds == 7.0
     cut_short = outcome(recorded(*ACCEPTED))
     assert not cut_short.tested and cut_short.reason == "running" and cut_short.curve == (0.125,)
+
+
+def calls_of(key: str, count: int, role: str = "target") -> Calls:
+    return Calls("r1", role, "m", key, count, prompt_tokens=10 * count, completion_tokens=count, usd=0.0)
+
+
+def test_what_a_run_took_is_told_without_its_sealed_test():
+    ends = [asked("g0a", "test"), scored("g0a", "test", "1000")]
+    made = [calls_of("g0a.dev", 4), calls_of("trainer.g1", 2, role="trainer"), calls_of("g0a.test", 50)]
+    records = recorded(*ACCEPTED, *ends)
+    began = [replace(record, time=record.time + timedelta(seconds=i)) for i, record in enumerate(records)]
+    found = outcome(began, made)
+    assert (found.calls, found.tokens, found.seconds) == (6, 66, len(ACCEPTED) - 1)
+
+
+OUT = BudgetExhausted(limit="calls", allowed=60, spent=60)
+HALF_WAY = (
+    registered(),
+    started(lever="alternate", budget=Budget(calls=60, usd=1.0)),
+    *SECOND[2:],
+    VersionRejected(version="g1a", over="g0a", comparison=None, reason="less on dev"),
+    scored("g1b", "gate", "11110000"),
+    accepted("g1b", "g0a"),
+    feedback_asked(2, "g1b"),
+    fed_back(2, "weights", "g1b"),
+    OUT,
+)
+
+
+def test_a_run_that_is_out_of_budget_is_tested_with_the_incumbent_of_its_last_whole_generation():
+    history = recorded(*HALF_WAY)
+    opened = to_the_test(history)
+    assert opened and (opened.at, opened.generation) == (len(HALF_WAY) - 3, 1)
+    assert opened.overrides == {"generations": 1, "budget.calls": None, "budget.usd": None}
+    branch = [*history[: opened.at], *recorded(opened, run="r1-tested")]
+    state, verdict = fold(branch), branch[opened.at - 1].event
+    assert isinstance(verdict, VersionAccepted)
+    owed = on_verdict(state, verdict)
+    assert [each.attempt for each in owed if isinstance(each, AttemptRequested)] == ["g0a.test", "g1b.test"]
+
+    test = Sealed(
+        first=scored("g0a", "test", "1000").score,
+        final=scored("g1b", "test", "1110").score,
+        comparison=Comparison(gain=0.5, low=0, high=1, p_value=1, n=4, better=2, worse=0),
+    )
+    done = RunFinished(outcome="no proven gain", best="g1b", sealed=test, reason="too few items")
+    ended = [scored("g0a", "test", "1000"), scored("g1b", "test", "1110"), done]
+    found = outcome(history, (), [*branch, *recorded(*ended, run="r1-tested")])
+    assert found.tested and found.run == "r1" and found.spent == "60 calls" and found.reason == "too few items"
+    assert found.final == (1.0, 1.0, 1.0, 0.0) and found.levers == ("harness", "reinforce")
+    assert outcome(history).reason == "paused: its budget of 60 calls is used up"
+
+
+def test_nothing_is_tested_before_the_first_agent_is_accepted():
+    assert to_the_test(recorded(*OPENING, OUT)) is None
 
 
 def test_every_policy_has_a_seed_before_any_has_the_next():
@@ -257,6 +357,23 @@ def test_an_experiment_reports_real_runs_goes_on_after_a_kill_and_has_no_run_twi
 
     other = sia(home, *words, "--set", "alpha=0.01")
     assert other.returncode == 2 and "exists with another alpha" in other.stderr and "--run NAME" in other.stderr
+
+
+def test_an_experiment_whose_runs_are_out_of_budget_has_them_tested_with_what_they_have(tmp_path: Path, task: Path):
+    # 20 calls accept the first agent; the next candidate's take more than 10.
+    few = (*SMALL, "--policies", "harness", "--seeds", "1", "--set", "budget.calls=30", "--task", task)
+    words = ("experiment", "levers", *few, "--out", tmp_path / "report")
+    done = sia(tmp_path / "home", *words)
+    assert done.returncode == 0, done.stderr
+    assert "sia branch levers-taste-harness-00-tested --at 0 " in done.stderr
+    text = (tmp_path / "report" / "report.md").read_text()
+    assert "- budget: 30 calls" in text and "1 of 1 did" in text
+    assert "| levers-taste-harness-00 | `harness` | 0 | 0.000 | 0.000 |" in text
+    spent = json.loads((tmp_path / "report" / "curves.json").read_text())["runs"][0]
+    assert spent["spent"] == "30 calls" and 20 < spent["calls"] <= 30
+    again = sia(tmp_path / "home", *words)
+    assert again.returncode == 0 and "1 runs, 1 of them over already" in again.stderr
+    assert len(read(tmp_path / "home", "runs")) == 2
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ import torch
 from lessons import CHOICES, choice_lines, completion_lines, spec, trained
 from tiny import make_model
 
+from sia_events.trainer.batches import Room
 from sia_events.trainer.checkpoints import load_checkpoint
 from sia_events.trainer.engines import Engine
 from sia_events.trainer.groups import Act, Rollout, RolloutGroup, Scene, read
@@ -63,7 +64,7 @@ def test_under_the_weights_that_made_the_rollouts_their_mean_reward_is_expected(
     lines = make(tiny, count=12)
     engine, groups = rollouts(tiny, tmp_path, lines)
     mean = sum(line["reward"] for line in lines) / len(lines)
-    assert expected_reward(engine, groups, scenes=5) == pytest.approx(mean, abs=1e-4)
+    assert expected_reward(engine, groups, room=Room(5, 9999)) == pytest.approx(mean, abs=1e-4)
 
 
 def test_samples_that_have_become_likelier_weigh_more(tiny: Path, tmp_path: Path) -> None:
@@ -75,7 +76,7 @@ def test_samples_that_have_become_likelier_weigh_more(tiny: Path, tmp_path: Path
         step["logprobs"] = [step["logprobs"][0] + by, *step["logprobs"][1:]]
     engine, groups = rollouts(tiny, tmp_path, lines)
     expected = (0.25 + 1.0 * math.e) / (1 + math.e)
-    assert expected_reward(engine, groups, scenes=8) == pytest.approx(expected, abs=1e-5)
+    assert expected_reward(engine, groups, room=Room(8, 9999)) == pytest.approx(expected, abs=1e-5)
 
 
 def test_what_is_held_out_is_not_learned_from_and_what_was_seen_of_it_is_told(tiny: Path, tmp_path: Path) -> None:

@@ -185,7 +185,7 @@ def test_the_task_shows_its_agents_nothing_but_its_words_and_needs_no_answers():
     task = find_task("trimul")
     assert list(public_files(task, "whole")) == ["task.md"]
     settings, (told,) = suited(task, RunSettings())
-    assert settings.lever == "harness" and "measured anew" in told
+    assert settings.lever == "auto" and "measured anew" in told and "8 whole attempts at a time" in told
     assert task.kernel in PROBLEMS
     assert (task.path / "reference/reference_target_agent.py").read_text().count(REFERENCE.split('"""')[2].strip()) == 1
 

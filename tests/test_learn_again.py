@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from tiny import make_model
 
 from sia_events.local_model import adapter
 from sia_events.local_model.weights import ModelFolder
-from sia_events.trainer.checkpoints import SavingFailed, load_checkpoint
+from sia_events.trainer.checkpoints import SavingFailed, load_checkpoint, save_checkpoint
 from sia_events.trainer.engines import Engine, OutOfMemory, Scored
 from sia_events.trainer.groups import Scene
 from sia_events.trainer.learn import learn
@@ -39,13 +40,13 @@ def written(folder: Path) -> list[bytes]:
     return [(folder / "adapter" / name).read_bytes() for name in (adapter.CONFIG, adapter.WEIGHTS)]
 
 
-@pytest.mark.parametrize("point", ["before", "behind"])
-def test_a_killed_learner_goes_on_to_the_same_bytes(tiny: Path, tmp_path: Path, point: str) -> None:
+@pytest.mark.parametrize(("point", "threads"), [("before", 1), ("behind", 2)])
+def test_a_killed_learner_goes_on_to_the_same_bytes(tiny: Path, tmp_path: Path, point: str, threads: int) -> None:
     lines = choice_lines(tiny, count=36)
-    list(learn(kept(tiny, tmp_path / "whole", lines)))
-    settings = kept(tiny, tmp_path / "killed", lines)
+    list(learn(kept(tiny, tmp_path / "whole", lines, threads=threads)))
+    settings = kept(tiny, tmp_path / "killed", lines, threads=threads)
     (tmp_path / "killed" / "spec.json").write_bytes(to_json(settings))
-    env = os.environ | {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
+    env = os.environ | {"OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "PASSIVE"}
     died = subprocess.run(
         [sys.executable, "-m", "sia_events.trainer.learn", str(tmp_path / "killed" / "spec.json")],
         env=env | {"SIA_FAIL_AT": f"learner {point} keeping step 3"},
@@ -98,6 +99,25 @@ def test_a_checkpoint_of_another_update_is_not_gone_on_from(tiny: Path, tmp_path
     assert first["step"] == 1
 
 
+def test_a_checkpoint_that_tells_of_scenes_alone_is_gone_on_from(tiny: Path, tmp_path: Path) -> None:
+    """As those of earlier releases do."""
+    lines = choice_lines(tiny, count=18)
+    list(learn(kept(tiny, tmp_path / "whole", lines, updates=2)))
+    settings = kept(tiny, tmp_path / "broken", lines, updates=2)
+    begun = learn(settings)
+    for _ in range(4):
+        next(begun)
+    begun.close()
+    place = tmp_path / "broken" / "checkpoint"
+    found = load_checkpoint(place, settings.identity)
+    assert found is not None and found.step == 3 and found.state["prepared"]
+    state = {name: value for name, value in found.state.items() if name != "room"}
+    del state["prepared"]["spread"]
+    save_checkpoint(place, replace(found, state=state | {"scenes": found.state["room"]["scenes"]}))
+    first, *_ = learn(settings)
+    assert first["step"] == 4 and written(tmp_path / "broken") == written(tmp_path / "whole")
+
+
 def test_what_is_no_checkpoint_is_said_to_be_none(tiny: Path, tmp_path: Path) -> None:
     settings = kept(tiny, tmp_path, choice_lines(tiny, count=12))
     (tmp_path / "checkpoint").write_bytes(b"nothing of the kind")
@@ -128,6 +148,7 @@ class Narrow:
     def __init__(self, engine: Engine, room: int) -> None:
         self._engine, self._room = engine, room
         self.adapter, self.width, self.device = engine.adapter, engine.width, engine.device
+        self.at_once, self.cost = engine.at_once, engine.cost
 
     def score(
         self, scenes: Sequence[Scene], adapted: bool = True, entropy: bool = False, hidden: bool = False

@@ -8,8 +8,11 @@ from lessons import CHOICES, choice_lines, completion_lines, prompts, spec
 from safetensors.torch import load_file, save_file
 from tiny import WIDTH, make_model, stirred
 
+from sia_events.errors import Unusable
 from sia_events.local_model import adapter, network, weights
 from sia_events.local_model.weights import MANIFEST, ModelNotReady
+from sia_events.run_settings import merged
+from sia_events.shared.events import RunSettings
 from sia_events.trainer.engines import Engine, OwnEngine, TargetsRefused
 from sia_events.trainer.groups import Scene
 from sia_events.trainer.learn import learn
@@ -114,6 +117,41 @@ def test_targets_that_no_layer_is_called_are_refused(tiny: Path, tmp_path: Path,
     list(learn(spec(tiny, tmp_path, lines, engine=name, targets=("q_proj", "v_proj"), epochs=1)))
     made = adapter.read(tmp_path / "adapter", network.load(tiny).modules, "tiny", digest(tiny))
     assert {layer.rsplit(".", 1)[-1] for layer in made.factors} == {"q_proj", "v_proj"}
+
+
+def held_for_the_backward_pass(engine: Engine) -> int:
+    """Bytes of what a pass keeps."""
+    kept: list[int] = []
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        kept.append(tensor.nbytes)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        engine.score(CHOOSING)
+    return sum(kept)
+
+
+@pytest.mark.parametrize("name", BOTH)
+def test_recomputing_keeps_less_of_a_pass_and_learns_the_same(tiny: Path, tmp_path: Path, name: str) -> None:
+    lines, kept, made = choice_lines(tiny, count=8), [], []
+    for recompute in (None, False, True):
+        settings = spec(tiny, tmp_path / str(recompute), lines, engine=name, recompute=recompute, epochs=1)
+        kept.append(held_for_the_backward_pass(opened(settings)[0]))
+        list(learn(settings))
+        made.append(adapter.read(Path(settings.adapter_out), network.load(tiny).modules, "tiny", digest(tiny)))
+    assert kept[0] == kept[1] > 3 * kept[2] > 0
+    for name, pair in made[0].factors.items():
+        for factor, other in zip(pair, made[2].factors[name], strict=True):
+            assert torch.allclose(factor, other, atol=1e-6)
+
+
+def test_layers_and_recomputing_are_settings_of_a_run() -> None:
+    asked = {"learning.targets": ["q_proj", "v_proj"], "learning.recompute": True}
+    learning = merged(RunSettings(), asked).learning
+    assert (learning.targets, learning.recompute) == (("q_proj", "v_proj"), True)
+    with pytest.raises(Unusable, match=r"learning\.targets: Input should be a valid array, not 'q_proj'"):
+        merged(RunSettings(), {"learning.targets": "q_proj"})
 
 
 @pytest.mark.parametrize("name", BOTH)

@@ -16,8 +16,9 @@ from small_disk import fill, small_disk
 from tiny import make_model, stirred
 
 from sia_events.local_model import adapter, network
-from sia_events.trainer.batches import scenes_at_once
+from sia_events.trainer.batches import room_for
 from sia_events.trainer.groups import read
+from sia_events.trainer.opening import opened
 from sia_events.trainer.spec import Spec, to_json
 
 Done = subprocess.CompletedProcess[str]
@@ -88,16 +89,17 @@ def test_what_does_not_fit_in_halves_either_fails_with_what_to_do(tiny: Path, tm
     few = written(once(tiny, tmp_path / "few", micro_prompts=8), tmp_path / "few.json")
     whole = written(once(tiny, tmp_path / "whole", micro_prompts=96), tmp_path / "whole.json")
     failed = run(NARROWED, few, whole, str(24 * 2**20))
-    assert failed.returncode == 1, failed.stderr
-    assert "Out of memory, also with 48 prompts at once. The last checkpoint is kept." in failed.stderr
+    assert failed.returncode == os.EX_OSERR, failed.stderr
+    assert "Out of memory, also with 48 prompts at once, of 19392 tokens. Set learning.recompute=true" in failed.stderr
     assert (tmp_path / "few" / "adapter").exists() and not (tmp_path / "whole" / "adapter").exists()
 
 
 def test_the_longer_the_prompts_the_fewer_go_through_the_model_at_once(tiny: Path, tmp_path: Path) -> None:
     counts = []
     for name, lines in (("short", choice_lines(tiny, count=4)), ("long", long_lines(4))):
-        groups, _ = read(Path(spec(tiny, tmp_path / name, lines).rollouts), True)
-        counts.append(scenes_at_once(groups))
+        settings = spec(tiny, tmp_path / name, lines)
+        groups, _ = read(Path(settings.rollouts), True)
+        counts.append(room_for(opened(settings)[0], groups).scenes)
     assert counts == [24, 5]
 
 

@@ -24,10 +24,13 @@ from tiny import make_model, stirred
 from sia_events.local_model import adapter, network, weights
 from sia_events.local_model.policy import ChoiceRequest
 from sia_events.trainer.algorithms import ALGORITHMS
+from sia_events.trainer.batches import Room
 from sia_events.trainer.engines import OwnEngine
 from sia_events.trainer.groups import read
 from sia_events.trainer.learn import learn
 from sia_events.trainer.preparing import Method, prepare
+from sia_events.trainer.updating import Part, part_loss, totals
+from sia_events.trainer.views import view
 
 
 @pytest.fixture(scope="module")
@@ -165,6 +168,21 @@ def test_attempts_of_several_calls_learn_each_of_their_turns(
     assert sum(reply.index == at % 3 for at, reply in enumerate(model.choose(held))) >= 22
 
 
+def test_the_largest_advantage_of_a_step_is_the_largest_of_its_groups(tiny: Path, tmp_path: Path) -> None:
+    """By hand: one of eight that is right stands out by more than one of four does."""
+    lines = choice_lines(tiny, count=2)
+    for at, line in enumerate(lines):
+        line["reward"] = float(at in (0, 8))
+    settings = spec(tiny, tmp_path, lines[:12], algorithm="entropic")
+    groups, _ = read(Path(settings.rollouts))
+    engine = OwnEngine(weights.opened(tiny), settings)
+    each = [ALGORITHMS["entropic"].weigh([s.reward for s in group.samples], settings.learning) for group in groups]
+    found = prepare(engine, Method(ALGORITHMS["entropic"], settings.learning), groups, Room(8, 9999)).figures
+    large, small = (weighed.figures["max_advantage"] for weighed in each)
+    assert found["entropic_max_advantage"] == large > small + 1
+    assert found["entropic_ess"] == pytest.approx(sum(weighed.figures["ess"] for weighed in each) / 2)
+
+
 @pytest.mark.parametrize(("credit", "returns"), [("terminal", [0.25, 0.5, 1.0]), ("per-step", [0.5, 0.5, 1.0])])
 def test_ppo_s_critic_counts_in_actions_or_in_calls(
     tiny: Path, tmp_path: Path, credit: str, returns: list[float]
@@ -179,8 +197,29 @@ def test_ppo_s_critic_counts_in_actions_or_in_calls(
     head = torch.nn.Linear(engine.width, 1)
     torch.nn.init.zeros_(head.weight)
     torch.nn.init.zeros_(head.bias)
-    prepared = prepare(engine, Method(ALGORITHMS["ppo"], settings.learning, head), groups, scenes=8)
+    prepared = prepare(engine, Method(ALGORITHMS["ppo"], settings.learning, head), groups, room=Room(8, 9999))
     assert prepared.returns == [returns, [0.0, 0.0, 0.0]]
+
+
+def test_a_value_is_held_near_the_old_one_by_the_deviation_of_the_returns(tiny: Path, tmp_path: Path) -> None:
+    """By hand: returns of 2 and 6 deviate by 2, so a value that went from 0 to 1 counts as 0.4 where that is worse."""
+    step = {"prompt_ids": (1, 20), "completion_ids": (5,), "logprobs": [-3.0]}
+    lines = [
+        {"group": "a", "item": f"a#{at}", "reward": reward, "steps": [{"kind": "completion", **step}]}
+        for at, reward in enumerate((2.0, 6.0))
+    ]
+    settings = spec(tiny, tmp_path, lines, algorithm="ppo", max_ratio=50.0)
+    groups, _ = read(Path(settings.rollouts))
+    engine = OwnEngine(weights.opened(tiny), settings)
+    head = torch.nn.Linear(engine.width, 1)
+    torch.nn.init.zeros_(head.weight)
+    torch.nn.init.zeros_(head.bias)
+    method = Method(ALGORITHMS["ppo"], settings.learning, head)
+    prepared = prepare(engine, method, groups, Room(8, 9999))
+    torch.nn.init.ones_(head.bias)
+    part = Part(groups, view(engine, groups, hidden=True), first=0)
+    _, figures, _ = part_loss(method, part, prepared, totals(method, groups))
+    assert figures["value_loss"] == pytest.approx(((0.4 - 2) ** 2 + (0.4 - 6) ** 2) / 2 / 2)
 
 
 def test_the_last_line_has_texts_to_prove_the_adapter_by(tiny: Path, tmp_path: Path) -> None:

@@ -218,21 +218,43 @@ async def test_a_server_that_is_away_is_no_fault_of_the_adapter(server: Server, 
             await probe(trainer.ports, "r1", "g1", BASE, BASE, TEXTS, server.learned(None))
 
 
-@pytest.mark.parametrize(("learned", "served", "arrived"), [(0.2, 0.0, False), (0.2, 0.1, True), (0.0, 0.0, True)])
-async def test_on_a_server_that_rounds_a_small_update_that_never_arrived_is_told_too(
-    monkeypatch: pytest.MonkeyPatch, learned: float, served: float, arrived: bool
+START, OTHER = "what it started from is served", "other weights are served"
+
+
+@pytest.mark.parametrize(
+    ("learned", "served", "told"),
+    [
+        ([0.2], [0.0], START),
+        ([0.2], [0.01], START),
+        ([0.2], [-0.2], OTHER),
+        ([0.1], [-0.1], OTHER),
+        ([0.2], [0.6], OTHER),
+        ([0.02], [0.0], START),
+        ([0.2], [0.15], None),
+        ([0.02], [0.06], None),
+        ([0.0], [0.0], None),
+        ([0.0], [-0.05], None),
+        ([0.15, 0.0] * 20, [0.01, 0.02] * 20, None),
+        ([0.3, 0.0] * 20, [0.01, 0.02] * 20, START),
+        ([0.01] * 40, [0.4, *[-0.03, 0.04] * 19, 0.0], None),
+        ([0.01] * 40, [1.2, *[-0.03, 0.04] * 19, 0.0], OTHER),
+    ],
+)
+async def test_on_a_server_that_rounds_what_it_serves_is_told_by_all_tokens_together(
+    monkeypatch: pytest.MonkeyPatch, learned: list[float], served: list[float], told: str | None
 ) -> None:
-    told = iter([[[-1.0 + served]], [[-1.0]]])
+    scores = iter([[[-1.0 + by for by in served]], [[-1.0] * len(served)]])
 
     async def scored(*_: Any) -> Any:
-        return next(told)
+        return next(scores)
 
     monkeypatch.setattr("sia_events.trainer.probe._scored", scored)
     base = Weights(model="vllm/m")
+    adapted, text = base.model_copy(update={"adapter": "a" * 64}), ((1,), tuple(range(len(served))))
     ports: Any = None
-    asked = probe(ports, "r1", "g1", base.model_copy(update={"adapter": "a" * 64}), base, TEXTS[:1], [[-1.0 + learned]])
-    if arrived:
-        assert (await asked).moved == served
+    asked = probe(ports, "r1", "g1", adapted, base, [text], [[-1.0 + by for by in learned]])
+    if told is None:
+        assert (await asked).moved == pytest.approx(max(map(abs, served)), abs=1e-6)
     else:
-        with pytest.raises(AdapterNotServed, match="what it started from"):
+        with pytest.raises(AdapterNotServed, match=told):
             await asked

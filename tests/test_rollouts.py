@@ -92,6 +92,10 @@ def test_a_call_that_is_unfit_leaves_the_rest_of_its_attempt():
         (call(None), "no_item"),
         (call("unheard of"), "unrewarded"),
         (call("i1#0", adapter="another"), "other_weights"),
+        (call("i1#0", "chat", request={"response_format": {"type": "json_object"}}), "constrained"),
+        (call("i1#0", "chat", request={"response_format": {"type": "json_schema", "json_schema": {}}}), "constrained"),
+        (call("i1#0", "chat", request={"tool_choice": "required"}), "constrained"),
+        (call("i1#0", "chat", request={"tool_choice": {"type": "function", "function": {"name": "f"}}}), "constrained"),
         (call("i1#0", "chat", reply={**PROMPT, "choices": [{"token_ids": []}]}, completion_tokens=0), "empty"),
         (call("i1#0", "chat", reply={"choices": [{"message": {"content": "hot"}}]}), "no_token_ids"),
         (call("i1#0", "chat", reply={"content": [{"type": "text"}]}), "no_token_ids"),
@@ -108,6 +112,19 @@ def test_an_algorithm_that_needs_no_log_probs_takes_replies_without():
     made = call("i1#0", "chat", reply={**PROMPT, "choices": [{"token_ids": [11]}]})
     (found,), counts = gather([source(made)], needs_logprobs=False)
     assert (found.steps[0].logprobs, counts) == (None, {})
+
+
+@pytest.mark.parametrize(
+    "asked", [{"response_format": {"type": "text"}}, {"response_format": None}, {"tool_choice": "auto"}]
+)
+def test_a_reply_that_could_have_been_any_is_learned_from(asked: dict[str, Any]):
+    assert gather([source(call("i1#0", "chat", request=asked))])[1] == {}
+
+
+def test_what_a_grammar_shaped_is_imitated_or_compared_as_it_stands():
+    made = call("i1#0", "chat", request={"tool_choice": "required"})
+    (found,), counts = gather([source(made)], needs_logprobs=False)
+    assert (found.steps[0].completion_ids, counts) == ((11, 12), {})
 
 
 def test_a_call_longer_than_the_context_is_left_out():

@@ -26,6 +26,7 @@ from loopback import Loopback
 from tiny import stirred
 from tiny_served import MODEL, make_home, served
 
+from sia_events.infra import adapters as laid_down
 from sia_events.infra import scoring, vllm
 from sia_events.infra.memory import MemoryBlobs
 from sia_events.infra.models import LocalModels
@@ -323,22 +324,38 @@ async def test_vllm_keeps_as_many_adapters_as_it_may_and_the_files_of_the_last_o
     async def ask(name: str) -> tuple[float, ...]:
         return await models.logprobs(Text(guest.engine.model, name, [1, 2, 3], [4, 5]))
 
-    async def loaded() -> set[str]:
-        cards = json.loads((await models._http.get("/v1/models")).content)["data"]
-        return {card["id"] for card in cards if len(card["id"]) == 64}
-
     for name in names[:3]:
         await ask(name)
     await ask(names[1])
-    assert await loaded() == {names[1], names[2]}
+    assert await loaded(models) == {names[1], names[2]}
     await ask(names[3])
-    assert await loaded() == {names[1], names[3]}
+    assert await loaded(models) == {names[1], names[3]}
     assert guest.laid_down() == {name[:16] for name in names[1:]}, (
         "of those dropped, the last one's files are still there"
     )
     first = await ask(names[0])
     assert first == pytest.approx(guest.own(11, [1, 2, 3], [4, 5]), abs=5 * WITHIN)
     await models.aclose()
+
+
+async def test_an_adapter_that_nobody_asks_for_any_more_is_unloaded_until_somebody_does(
+    guest: Guest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name = await guest.adapter(15)
+    text = Text(guest.engine.model, name, [1, 2, 3, 4], [5, 6])
+    before = await guest.models.logprobs(text)
+    assert name in await loaded(guest.models)
+    with monkeypatch.context() as at_once:
+        at_once.setattr(laid_down, "IDLE_S", 0.0)
+        await guest.models.logprobs(Text(guest.engine.model, None, [1, 2, 3, 4], [5, 6]))
+    assert name not in await loaded(guest.models)
+    assert await guest.models.logprobs(text) == pytest.approx(before, abs=WITHIN)
+
+
+async def loaded(models: Any) -> set[str]:
+    """The adapters of ours that the engine lists."""
+    cards = json.loads((await models._http.get("/v1/models")).content)["data"]
+    return {card["id"] for card in cards if len(card["id"]) == 64}
 
 
 async def test_rollouts_are_drawn_from_the_whole_distribution_whatever_the_model_folder_says(tmp_path: Path) -> None:

@@ -144,7 +144,7 @@ def test_a_task_without_an_evaluator_is_refused_with_how_to_write_one(sia_packag
 async def test_no_answer_is_among_what_runners_and_agents_can_read(sia_package: Path):
     blobs, private = MemoryBlobs(), MemoryBlobs()
     told = await register(load_task(sia_package / "tasks/longcot-chess"), blobs, private, 8)
-    assert set(told.datasets) == {"dev", "gate", "test"} and len(set(told.datasets.values())) == 1
+    assert set(told.datasets) == {"train", "dev", "gate", "test"} and len(set(told.datasets.values())) == 1
     public = await load_tree(blobs, told.datasets["dev"])
     assert set(public) == {"task.md", "chess_hard.json"}
     assert told.judge
@@ -347,10 +347,10 @@ def test_a_score_that_is_not_held_out_is_told_in_the_first_lines_and_in_what_is_
     assert "SCORE IS NOT HELD OUT" in sia(tmp_path / "home", "show", "run_1").stdout
 
 
-def test_weights_cannot_be_learned_where_there_are_no_items_to_learn_from(tmp_path: Path):
-    root = plain(tmp_path / "guess")
+def test_weights_cannot_be_learned_where_nothing_is_held_out(tmp_path: Path):
+    root = plain(tmp_path / "guess", items=5)
     done = sia(tmp_path / "home", "--task_dir", root, "--focus", "weights", "--task_model", "instant/first")
-    assert done.returncode == 2 and "needs items to learn from" in done.stderr
+    assert done.returncode == 2 and "so nothing is held out" in done.stderr
     assert not (tmp_path / "home").exists()
 
 

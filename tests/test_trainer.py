@@ -1,8 +1,10 @@
 """The trainer's handler: from recorded calls to an adapter that is served, broken off and refused."""
 
+import random
 import re
+import sys
 from collections.abc import AsyncIterator, Iterator, Sequence
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -11,7 +13,7 @@ from typing import Any
 import msgspec
 import pytest
 from given import recorded
-from lessons import choice_lines, completion_lines
+from lessons import CHOICES, choice_lines, completion_lines, spec
 from story import D, registered, started, trained
 from tiny import stirred
 from tiny_served import MODEL, make_home, served
@@ -36,14 +38,16 @@ from sia_events.shared.events import (
     Weights,
     WeightsUpdated,
     WeightUpdateRequested,
+    WholeAttempt,
 )
-from sia_events.shared.ports import Ports
+from sia_events.shared.ports import Models, Ports
 from sia_events.shared.record import opening
 from sia_events.shared.run import fold
 from sia_events.shared.service import Work
 from sia_events.shared.tree import load_tree, read_tree, store_tree
 from sia_events.trainer.child import LearningFailed
 from sia_events.trainer.service import trainer
+from sia_events.trainer.spec import to_json
 
 SECRET = "a secret of the tests"
 Lines = list[dict[str, Any]]
@@ -128,14 +132,13 @@ def calls_of(line: dict[str, Any]) -> Iterator[ModelCall]:
         )
 
 
-@pytest.fixture
-async def house(home: Path, tmp_path: Path) -> AsyncIterator[House]:
+@asynccontextmanager
+async def housed(home: Path, scratch: Path, blobs: MemoryBlobs, models: Models) -> AsyncIterator[House]:
+    """The house whose gateway asks `models`."""
     async with AsyncExitStack() as stack:
-        bus, blobs, door = MemoryBus(), MemoryBlobs(), TokenDoor(tmp_path / "g", SECRET)
+        bus, door = MemoryBus(), TokenDoor(scratch / "g", SECRET)
         for run in ("r1", "r2"):
             await bus.append(run, opening(run, [started()]))
-        models = LocalModels(blobs, tmp_path / "adapters", home / "s")
-        stack.push_async_callback(models.close)
         journal = Journal(bus)
         stack.push_async_callback(journal.close)
         calls = Calls(journal, lambda model: models, SystemTime(), Unlimited(), 20.0)
@@ -145,9 +148,19 @@ async def house(home: Path, tmp_path: Path) -> AsyncIterator[House]:
         yield House(ports, folder, choice_lines(folder.path, count=24))
 
 
+@pytest.fixture
+async def house(home: Path, tmp_path: Path) -> AsyncIterator[House]:
+    blobs = MemoryBlobs()
+    models = LocalModels(blobs, tmp_path / "adapters", home / "s")
+    async with housed(home, tmp_path, blobs, models) as found:
+        yield found
+    await models.close()
+
+
 async def test_what_was_learned_is_stored_proved_and_described(house: House) -> None:
-    told = await house.learn()
+    told = await replace(house, ports=replace(house.ports, trainer_usd_per_hour=36.0)).learn()
     assert isinstance(told, WeightsUpdated) and told.weights.adapter and told.manifest and told.probe
+    assert told.usd == pytest.approx(told.seconds / 100, abs=1e-6) and told.metrics["cpu_seconds"] > 0
     files = await load_tree(house.ports.blobs, told.weights.adapter)
     assert set(files) == {adapter.CONFIG, adapter.WEIGHTS}
     assert told.probe.apart < 1e-3 < told.probe.moved
@@ -165,7 +178,8 @@ def equal(told: WeightsUpdated) -> int:
 
 async def test_the_same_request_again_has_the_same_answer_and_leaves_nothing_else(house: House) -> None:
     first = await house.learn(seed=7)
-    assert await house.learn(seed=7) == first
+    assert await house.learn(seed=7) == first and isinstance(first, WeightsUpdated)
+    assert first.usd is None, "a machine without a price is one's own"
     assert house.left("r1") == ["updated.json"]
 
 
@@ -181,6 +195,50 @@ async def test_a_killed_learner_costs_a_step_and_changes_nothing(house: House, m
     assert told.weights == whole.weights
     steps = await house.ports.bus.traces("r1", "training", "g1")
     assert [msgspec.json.decode(one.lines[0])["step"] for one in steps] == [1, 2, 3, 4, 4]
+
+
+# A Python that has, whatever it is to learn, little more memory than another update took.
+SMALL = """#!{python}
+import resource, sys
+from pathlib import Path
+from sia_events.trainer.learn import learn, main
+from sia_events.trainer.spec import from_json
+list(learn(from_json(Path({small!r}).read_bytes())))
+peak = next(line for line in open("/proc/self/status") if line.startswith("VmPeak"))
+most = int(peak.split()[1]) * 1024 + 24 * 2**20
+resource.setrlimit(resource.RLIMIT_AS, (most, most))
+sys.argv = sys.argv[2:]
+main()
+"""
+
+
+def long_attempts() -> Lines:
+    """Two attempts at an item, of 24 calls each, whose prompts fill most of the context."""
+    draw = random.Random(0)
+    lines = []
+    for at in range(2):
+        prompts = [[draw.randrange(10, 39) for _ in range(480)] for _ in range(24)]
+        told = {"kind": "choice", "choice_ids": CHOICES, "index": at, "logprobs": [-1.1, -1.1, -1.1], "bias": None}
+        steps = [{"prompt_ids": prompt, **told} for prompt in prompts]
+        lines.append({"group": "a", "item": f"a#{at}", "reward": float(at), "steps": steps})
+    return lines
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="a limit on memory that holds")
+async def test_what_does_not_fit_into_memory_is_not_tried_again_and_says_what_to_do(
+    house: House, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    small = spec(house.folder.path, tmp_path / "small", house.lines[:16], epochs=1)
+    (tmp_path / "small.json").write_bytes(to_json(small))
+    python = tmp_path / "python"
+    python.write_text(SMALL.format(python=sys.executable, small=str(tmp_path / "small.json")))
+    python.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(python))
+    told = await house.learn(lines=long_attempts())
+    assert isinstance(told, ProposalFailed)
+    assert "reinforce was broken off: Out of memory, also with 2 prompts at once" in told.reason
+    assert "sia branch r1 --at 0 --set learning.recompute=true" in told.reason
+    assert "spec.json" not in house.left("r1")
 
 
 async def test_what_was_seen_of_held_out_items_is_on_record(house: House) -> None:
@@ -247,6 +305,39 @@ async def test_older_rollouts_are_learned_from_as_far_back_as_is_asked(
     assert (told.rollouts, told.counts.get("stale", 0)) == (samples, 192 - samples)
 
 
+async def test_whole_attempts_are_learned_from_though_no_call_names_an_item(house: House) -> None:
+    tries = [{**line, "item": None} for line in house.lines]
+    whole = []
+    for k, line in enumerate(tries):
+        trajectory = await house.ports.blobs.put(b"\n".join(encode_call(call) for call in calls_of(line)))
+        attempt = f"g0a.train.g1.{k}"
+        group, reward = f"g0a.train.g1.{line['group']}", line["reward"]
+        whole.append(WholeAttempt(attempt=attempt, version="g0a", group=group, trajectory=trajectory, reward=reward))
+    told = await house.learn(trajectory=None, rewards=None, whole=tuple(whole))
+    assert isinstance(told, WeightsUpdated) and told.probe and told.probe.moved > 0
+    # Each was drawn, and is compared with its siblings: the same is learned as from items.
+    by_items = await house.learn(run="r2")
+    assert isinstance(by_items, WeightsUpdated)
+    assert (told.rollouts, told.counts, told.metrics["loss"]) == (
+        by_items.rollouts,
+        by_items.counts,
+        by_items.metrics["loss"],
+    )
+    assert told.manifest
+    described = msgspec.json.decode(await house.ports.blobs.get(told.manifest))
+    assert described["data"]["rewards"] == [each.reward for each in whole]
+
+
+async def test_whole_attempts_that_asked_no_model_anything_teach_nothing(house: House) -> None:
+    empty = await house.ports.blobs.put(b"")
+    whole = [
+        WholeAttempt(attempt=f"a{k}", version="g0a", group="a", trajectory=empty, reward=float(k)) for k in range(2)
+    ]
+    told = await house.learn(trajectory=None, rewards=None, whole=tuple(whole))
+    assert isinstance(told, ProposalFailed)
+    assert "none of the 2 attempts asked the model anything" in told.reason
+
+
 async def test_calls_that_other_weights_answered_are_not_learned_from(house: House) -> None:
     told = await house.learn(lines=[line | {"adapter": "b" * 64} for line in house.lines])
     assert isinstance(told, ProposalFailed) and "other weights: 192" in told.reason
@@ -294,9 +385,21 @@ def alone(lines: Lines) -> Lines:
         (unsaid, {"algorithm": "dpo", "learning": {"hold_out": 0.1}}, "learning.hold_out needs the log-probs"),
         (list, {"algorithm": "sarsa"}, "sarsa is no algorithm; there are reinforce"),
         (list, {"weights": Weights(model="openai/gpt")}, "openai/gpt is not ours to train"),
+        (list, {"learning": {"targets": ("attention",)}}, "No layer's name ends in attention; .* has down_proj"),
         (lambda lines: [], {}, "none of the parent's model calls names its item"),
     ],
-    ids=["alike", "alone", "endless", "immense", "unsaid", "unsaid and held out", "sarsa", "hosted", "nothing"],
+    ids=[
+        "alike",
+        "alone",
+        "endless",
+        "immense",
+        "unsaid",
+        "unsaid and held out",
+        "sarsa",
+        "hosted",
+        "targets",
+        "nothing",
+    ],
 )
 async def test_what_cannot_be_learned_from_ends_in_a_reason(
     house: House, change: Any, asked: dict[str, Any], says: str

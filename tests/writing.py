@@ -24,7 +24,18 @@ from sia_events.model_gateway.ledger import Unlimited
 from sia_events.model_gateway.token import TokenDoor
 from sia_events.shared.chunks import chunks
 from sia_events.shared.events import TaskRegistered
-from sia_events.shared.ports import Backend, Blobs, Brief, Chat, Choice, ModelFailed, Ports, Sandbox, Text
+from sia_events.shared.ports import (
+    Backend,
+    Blobs,
+    Brief,
+    Chat,
+    Choice,
+    ModelFailed,
+    Models,
+    Ports,
+    Sandbox,
+    Text,
+)
 from sia_events.shared.registration import register
 from sia_events.shared.task import find_task
 
@@ -103,7 +114,7 @@ async def serving(app: Any, path: Path) -> AsyncIterator[None]:
 @asynccontextmanager
 async def writing_room(
     home: Path,
-    models: Scripted,
+    models: Models,
     backends: Mapping[str, Backend] | None = None,
     sandbox: Sandbox | None = None,
     like: Ports | None = None,

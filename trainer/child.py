@@ -20,11 +20,15 @@ class LearningRefused(Exception):
     """The learning process takes no such rollouts or adapter, whenever it is asked; the message is why."""
 
 
+class LearningTooLarge(Exception):
+    """Learning does not fit into this machine's memory, whenever it is asked; the message says what to do."""
+
+
 async def run_learner(spec: Path, ports: Ports, run: str, key: str) -> dict[str, Any]:
     """Run the learner on a spec file, which lies beside its checkpoint, and return its last line.
 
     Its lines go to the trace as they come. It ends with us: it watches its standard input. Raises LearningFailed, and
-    LearningRefused where another try would end so too.
+    LearningRefused or LearningTooLarge where another try would end so too.
     """
     threads = str(ports.threads)
     env = {**plain(), "OMP_NUM_THREADS": threads, "OMP_WAIT_POLICY": "PASSIVE", "TOKENIZERS_PARALLELISM": "false"}
@@ -56,6 +60,8 @@ async def run_learner(spec: Path, ports: Ports, run: str, key: str) -> dict[str,
         )
     if code == os.EX_DATAERR:
         raise LearningRefused(said.rpartition("learn: ")[2])
+    if code == os.EX_OSERR:
+        raise LearningTooLarge(said.rpartition("learn: ")[2])
     if code or not last.get("done"):
         raise LearningFailed(said or f"learning ended with exit status {code}, without an adapter and without a word")
     return last

@@ -15,6 +15,8 @@ from sia_events.local_model.weights import ModelFolder
 from sia_events.trainer.groups import Scene
 from sia_events.trainer.spec import Spec
 
+TOKENS, GPU_TOKENS = 1536, 8192
+"""At once, at most: what bounds the memory that activations take."""
 LARGE = 1_000_000_000
 """From so many parameters on, activations are computed anew in the backward pass unless the spec says otherwise."""
 
@@ -24,12 +26,18 @@ class TargetsRefused(ValueError):
 
 
 class OutOfMemory(Exception):
-    """A step does not fit into memory, nor does half of it at once."""
+    """What is to be learned does not fit into memory, nor does half of it at once; the message says what to do."""
+
+    def __init__(self, where: str) -> None:
+        super().__init__(
+            f"Out of memory, {where}. Set learning.recompute=true, or take fewer or shorter calls an attempt (under "
+            "dpo fewer samples, too), a smaller model, or a machine with more memory."
+        )
 
 
 def out_of_memory(error: BaseException) -> bool:
     """Whether that is what an error says; on the CPU torch has no type of its own for it."""
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "allocate memory" in str(error)
+    return isinstance(error, OutOfMemory | torch.OutOfMemoryError | MemoryError) or "allocate memory" in str(error)
 
 
 @dataclass(frozen=True)
@@ -57,6 +65,15 @@ class Engine(Protocol):
     @property
     def device(self) -> torch.device: ...
 
+    @property
+    def at_once(self) -> int:
+        """How many tokens a pass is to have, unless one sample has more."""
+        ...
+
+    def cost(self, scene: Scene) -> int:
+        """How many tokens of a pass the scene takes."""
+        ...
+
     def score(
         self, scenes: Sequence[Scene], adapted: bool = True, entropy: bool = False, hidden: bool = False
     ) -> list[list[Scored]]:
@@ -75,11 +92,12 @@ class OwnEngine:
     """The network that also serves, so that learner and sampler compute the same."""
 
     device = torch.device("cpu")
+    at_once = TOKENS
 
     def __init__(self, folder: ModelFolder, spec: Spec) -> None:
         self._net = network.load(folder.path)
         size = sum(rows * columns for rows, columns in self._net.modules.values())
-        if size >= LARGE if spec.recompute is None else spec.recompute:
+        if recomputes(size, spec):
             self._net = network.load(folder.path, recompute=True)
         self._bfloat16 = spec.learning.dtype == "bfloat16"
         self.adapter = starting_adapter(self._net.modules, folder, spec)
@@ -87,6 +105,9 @@ class OwnEngine:
             for factor in pair:
                 factor.requires_grad_()
         self.width = self._net.weight("model.embed_tokens").shape[1]
+
+    def cost(self, scene: Scene) -> int:
+        return len(scene.prompt) + sum(map(len, scene.continuations))
 
     def score(
         self, scenes: Sequence[Scene], adapted: bool = True, entropy: bool = False, hidden: bool = False
@@ -138,14 +159,20 @@ def told(logprobs: Tensor, tokens: Sequence[int], hidden: Tensor | None, entropy
     )
 
 
+def recomputes(parameters: int, spec: Spec) -> bool:
+    """Whether the backward pass computes activations anew, on a model of so many parameters."""
+    asked = spec.learning.recompute
+    return parameters >= LARGE if asked is None else asked
+
+
 def starting_adapter(modules: Mapping[str, torch.Size], folder: ModelFolder, spec: Spec) -> lora.Adapter:
     """The adapter that made the rollouts, or a fresh one. Raises AdapterRefused, TargetsRefused."""
+    learning = spec.learning
     if spec.adapter_in is not None:
         return lora.read(Path(spec.adapter_in), modules, folder.model, folder.digest)
     # In an order of their own, so that every engine draws the same.
-    wanted = {name: shape for name, shape in sorted(modules.items()) if name.endswith(spec.targets or ("",))}
+    wanted = {name: shape for name, shape in sorted(modules.items()) if name.endswith(learning.targets or ("",))}
     if not wanted:
         known = ", ".join(sorted({name.rsplit(".", 1)[-1] for name in modules}))
-        raise TargetsRefused(f"No layer's name ends in {' or '.join(spec.targets)}; {folder.model} has {known}.")
-    learning = spec.learning
+        raise TargetsRefused(f"No layer's name ends in {' or '.join(learning.targets)}; {folder.model} has {known}.")
     return lora.fresh(wanted, learning.rank, learning.rank * learning.scale, spec.seed)

@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import isfinite
 from pathlib import Path
 
@@ -27,6 +27,10 @@ class Scene:
     continuations: tuple[tuple[int, ...], ...]
     bias: tuple[float, ...] | None
     temperature: float
+
+    def only(self, answers: Sequence[int]) -> "Scene":
+        """With some of its continuations, in that order."""
+        return replace(self, continuations=tuple(self.continuations[answer] for answer in answers))
 
 
 @dataclass(frozen=True)
@@ -56,6 +60,18 @@ class RolloutGroup:
     name: str
     scenes: tuple[Scene, ...]
     samples: tuple[Rollout, ...]
+
+    def met(self) -> dict[int, list[int]]:
+        """The scenes that the samples came to, each with the answers to be known: all of a choice, of text theirs."""
+        written: dict[int, set[int]] = {}
+        for sample in self.samples:
+            for act in sample.acts:
+                written.setdefault(act.scene, set()).add(act.answer)
+        return {
+            number: list(range(len(scene.continuations))) if scene.choice else sorted(written[number])
+            for number, scene in enumerate(self.scenes)
+            if number in written
+        }
 
     def said(self, act: Act) -> tuple[int, ...]:
         """The tokens of the act's answer."""

@@ -1,14 +1,16 @@
 """Held out: items of which nothing is learned, whose samples tell what reward new weights can expect."""
 
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 from statistics import fmean
 
 import torch
+from torch import Tensor
 
 from sia_events.trainer.algorithms.weighing import varied
-from sia_events.trainer.batches import parts
+from sia_events.trainer.batches import Room, parts
 from sia_events.trainer.engines import Engine
 from sia_events.trainer.groups import RolloutGroup
 from sia_events.trainer.views import view
@@ -56,21 +58,22 @@ def divided(groups: Sequence[RolloutGroup], share: float, seed: int) -> tuple[li
 
 
 @torch.no_grad()
-def expected_reward(engine: Engine, groups: Sequence[RolloutGroup], scenes: int) -> float:
+def expected_reward(engine: Engine, groups: Sequence[RolloutGroup], room: Room) -> float:
     """The mean over groups of Σ wᵢ rᵢ / Σ wᵢ, wᵢ = π(sample i) / π_behaviour(sample i).
 
     The self-normalised importance estimate (Swaminathan and Joachims 2015, "The Self-Normalized Estimator for
     Counterfactual Learning", NIPS 28). It stays within the rewards that were seen, whatever the weights, and is their
     mean under the policy that made them. Of long texts few samples have any weight left: it then tells of these alone.
     """
-    values = []
-    for part in parts(groups, scenes):
+    ratios: dict[str, list[Tensor]] = defaultdict(list)
+    for part in parts(engine, groups, room):
         for group, views in zip(part, view(engine, part), strict=True):
-            ratios = []
             for sample in group.samples:
                 now = torch.cat([views[act.scene].logprobs(act) for act in sample.acts]).double()
                 then = [value for act in sample.acts for value in group.behaviour(act) or ()]
-                ratios.append((now - torch.tensor(then, device=now.device)).sum())
-            weights = torch.softmax(torch.stack(ratios), dim=0).tolist()
-            values.append(sum(w * sample.reward for w, sample in zip(weights, group.samples, strict=True)))
+                ratios[group.name].append((now - torch.tensor(then, device=now.device)).sum())
+    values = []
+    for group in groups:
+        weights = torch.softmax(torch.stack(ratios[group.name]), dim=0).tolist()
+        values.append(sum(w * sample.reward for w, sample in zip(weights, group.samples, strict=True)))
     return fmean(values)

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from sia_events.local_model import adapter as lora
 from sia_events.local_model.weights import ModelFolder
-from sia_events.trainer.engines import LARGE, Scored, starting_adapter, text, told
+from sia_events.trainer.engines import GPU_TOKENS, TOKENS, Scored, recomputes, starting_adapter, text, told
 from sia_events.trainer.groups import Scene
 from sia_events.trainer.spec import Spec
 
@@ -53,10 +53,11 @@ class HuggingFaceEngine:
         self.adapter = lora.Adapter(_set(model, start.factors), start.rank, start.alpha)
         self.width: int = model.config.get_text_config().hidden_size
         self.device = next(model.parameters()).device
+        self.at_once = TOKENS if self.device.type == "cpu" else GPU_TOKENS
         self._keeps = "logits_to_keep" in inspect.signature(model.forward).parameters
         size = sum(parameter.numel() for parameter in model.parameters())
         self.model.eval()
-        if size >= LARGE if spec.recompute is None else spec.recompute:
+        if recomputes(size, spec):
             model.activation_checkpointing_enable({"use_reentrant": False})
             # Layers are computed anew in training mode only, in which nothing may be dropped: rollouts were not.
             self.model.train()
@@ -65,6 +66,11 @@ class HuggingFaceEngine:
                     module.p = 0.0
                 if hasattr(module, "attention_dropout"):
                     module.attention_dropout = 0.0  # type: ignore[assignment]
+
+    def cost(self, scene: Scene) -> int:
+        """Every row repeats the prompt, and is as long as the longest of them."""
+        rows = {tokens[:-1] for tokens in scene.continuations}
+        return len(rows) * (len(scene.prompt) + max(map(len, rows)))
 
     def score(
         self, scenes: Sequence[Scene], adapted: bool = True, entropy: bool = False, hidden: bool = False

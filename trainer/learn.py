@@ -25,10 +25,10 @@ from sia_events.local_model import parent, weights
 from sia_events.shared.failpoints import reach
 from sia_events.trainer.algorithms import ALGORITHMS, RewardRefused
 from sia_events.trainer.backends import named, why_not_trl
-from sia_events.trainer.batches import batches, scenes_at_once
+from sia_events.trainer.batches import batches, room_for
 from sia_events.trainer.checkpoints import SavingFailed
 from sia_events.trainer.credit import teaching
-from sia_events.trainer.engines import Engine, OutOfMemory, TargetsRefused
+from sia_events.trainer.engines import Engine, OutOfMemory, TargetsRefused, out_of_memory
 from sia_events.trainer.groups import RolloutGroup, RolloutsRefused, read
 from sia_events.trainer.holding import divided
 from sia_events.trainer.learner import Learner
@@ -72,8 +72,8 @@ def learn(spec: Spec, open_engine: Callable[[Spec], tuple[Engine, weights.ModelF
     engine, folder = open_engine(spec)
     plan = list(batches(groups, learning.batch_prompts, spec.epochs, spec.seed))
     theirs = _trl_loss(engine, spec, groups) if by_trl else None
-    scenes = spec.micro_prompts or scenes_at_once([*groups, *held])
-    learner = Learner(engine, spec, len(plan) * learning.updates, scenes, theirs)
+    room = room_for(engine, [*groups, *held], spec.micro_prompts)
+    learner = Learner(engine, spec, len(plan) * learning.updates, room, theirs)
     stopped, begun = "end", time.monotonic()
     if held and learner.progress.looks is None:
         learner.look(held)
@@ -84,7 +84,7 @@ def learn(spec: Spec, open_engine: Callable[[Spec], tuple[Engine, weights.ModelF
         at, update = divmod(step - 1, learning.updates)
         tally = learner.gradients(plan[at], fresh=update == 0)
         yield learner.told(step, tally, time.monotonic() - begun)
-        if learning.kl_stop is not None and tally.kl / tally.scenes > learning.kl_stop:
+        if learning.kl_stop is not None and tally.kl > learning.kl_stop:
             stopped = "kl"
         elif step > spec.warmup and collapsed(learner.progress.recent):
             stopped = "collapse"
@@ -173,7 +173,13 @@ def main() -> None:
     except (RolloutsRefused, RewardRefused, lora.AdapterRefused, TargetsRefused) as refused:
         print(f"learn: {refused}", file=sys.stderr)
         sys.exit(os.EX_DATAERR)  # which no other try would change
-    except (weights.ModelNotReady, OutOfMemory, SavingFailed, ValueError, TypeError, KeyError) as error:
+    except (OutOfMemory, RuntimeError, MemoryError) as error:
+        if not out_of_memory(error):
+            raise
+        said = error if isinstance(error, OutOfMemory) else OutOfMemory(f"and not over a step: {error}")
+        print(f"learn: {said}", file=sys.stderr)
+        sys.exit(os.EX_OSERR)  # as it would with any other try
+    except (weights.ModelNotReady, SavingFailed, ValueError, TypeError, KeyError) as error:
         sys.exit(f"learn: {error}")
 
 

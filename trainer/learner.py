@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from sia_events.trainer.algorithms import ALGORITHMS
-from sia_events.trainer.batches import parts
+from sia_events.trainer.batches import Room, parts
 from sia_events.trainer.checkpoints import Checkpoint, load_checkpoint, save_checkpoint
 from sia_events.trainer.engines import Engine, OutOfMemory, out_of_memory
 from sia_events.trainer.groups import RolloutGroup
@@ -26,10 +26,10 @@ T = TypeVar("T")
 
 @dataclass
 class Progress:
-    """How far learning has come. `scenes` is how many go through the model at once, `masked` counts no sample twice."""
+    """How far learning has come. `room` is for what goes through the model at once, `masked` counts no sample twice."""
 
+    room: Room
     step: int = 0
-    scenes: int = 1
     tokens: int = 0
     masked: set[str] = field(default_factory=set)
     recent: deque[Answers] = field(default_factory=lambda: deque(maxlen=COLLAPSE_WINDOW))
@@ -41,14 +41,15 @@ class Progress:
 class Learner:
     """One update under way. It goes on from the spec's checkpoint where there is one of the same update.
 
-    `scenes` go through the model at once. With `theirs` the loss is TRL's; what is told of a step is computed as ever.
+    What there is `room` for goes through the model at once. With `theirs` the loss is TRL's; what is told of a step is
+    computed as ever.
     """
 
-    def __init__(self, engine: Engine, spec: Spec, steps: int, scenes: int, theirs: PartLoss | None = None) -> None:
+    def __init__(self, engine: Engine, spec: Spec, steps: int, room: Room, theirs: PartLoss | None = None) -> None:
         self.steps = steps
         self._theirs = theirs
         self._best: list[Tensor] = []
-        self.progress = Progress(scenes=scenes)
+        self.progress = Progress(room)
         self._engine, self._spec = engine, spec
         algorithm = ALGORITHMS[spec.algorithm]
         head = torch.nn.Linear(engine.width, 1, device=engine.device) if algorithm.critic else None
@@ -78,26 +79,23 @@ class Learner:
         except (RuntimeError, MemoryError) as error:
             if not out_of_memory(error):
                 raise
-            halved = max(1, self.progress.scenes // 2)
         # Outside of the handler, whose error still holds what was computed.
-        self.progress.scenes = halved
+        self.progress.room = halved = self.progress.room.halved()
         try:
             return work()
         except (RuntimeError, MemoryError) as error:
             if not out_of_memory(error):
                 raise
-            raise OutOfMemory(
-                f"Out of memory, also with {halved} prompts at once. The last checkpoint is kept. Take shorter "
-                "prompts or fewer samples, or a machine with more memory, and start learning again."
-            ) from error
+            raise OutOfMemory(f"also with {halved.scenes} prompts at once, of {halved.tokens} tokens") from error
 
     def _gradients(self, batch: Sequence[RolloutGroup]) -> Tally:
         engine, progress, learning = self._engine, self.progress, self._spec.learning
         self._optimiser.zero_grad()
-        progress.prepared = progress.prepared or prepare(engine, self._method, batch, progress.scenes)
+        progress.prepared = progress.prepared or prepare(engine, self._method, batch, progress.room)
         whole, tally, first = totals(self._method, batch), Tally(), 0
         samples = [f"{group.name}#{number}" for group in batch for number in range(len(group.samples))]
-        for groups in parts(batch, progress.scenes):
+        by_pairs = self._method.algorithm.objective == "preference"
+        for groups in parts(engine, batch, progress.room, whole=by_pairs):
             with torch.set_grad_enabled(self._theirs is None):
                 views = view(engine, groups, entropy=learning.entropy > 0, hidden=self._method.head is not None)
                 part = Part(groups, views, first)
@@ -142,7 +140,7 @@ class Learner:
         Raises OutOfMemory.
         """
         progress = self.progress
-        expected = self._fitting(lambda: expected_reward(self._engine, held, progress.scenes))
+        expected = self._fitting(lambda: expected_reward(self._engine, held, progress.room))
         if progress.looks is None:
             progress.looks = Looks(expected, expected, expected)
             return
@@ -188,6 +186,7 @@ class Learner:
         # Behind the last step on a batch the next one is weighed anew.
         within = progress.step % self._spec.learning.updates
         state = vars(progress) | {
+            "room": asdict(progress.room),
             "masked": sorted(progress.masked),
             "recent": [asdict(answers) for answers in progress.recent],
             "prepared": asdict(progress.prepared) if within and progress.prepared else None,
@@ -207,12 +206,15 @@ class Learner:
         if found is None:
             return
         state = dict(found.state)
+        # Earlier releases told the scenes alone.
+        room = state.pop("room", None) or {"scenes": state.pop("scenes"), "tokens": self.progress.room.tokens}
         recent = [Answers(**{name: [tuple(a) for a in said] for name, said in row.items()}) for row in state["recent"]]
         prepared = None if state["prepared"] is None else Prepared(**state["prepared"])
         looks = None if state["looks"] is None else Looks(**state["looks"])
         self.progress = Progress(
             **state
             | {
+                "room": Room(**room),
                 "masked": set(state["masked"]),
                 "recent": deque(recent, maxlen=COLLAPSE_WINDOW),
                 "prepared": prepared,

@@ -15,7 +15,7 @@ def manifest(
     algorithm: str,
     learning: Learning,
     trajectories: Sequence[str],
-    rewards: Sequence[str],
+    rewards: Sequence[str | float],
     counts: Mapping[str, int],
     metrics: Mapping[str, float],
     seed: int,
@@ -26,7 +26,8 @@ def manifest(
     """The manifest of the adapter in `weights`: JSON, the same bytes for the same arguments.
 
     `base` is the SHA-256 of the base model's weights; `parent` are the weights that learning started from;
-    `trajectories` and `rewards` are digests, in the order in which they were learned from; `code` is the version of
+    `trajectories` and `rewards` are digests, in the order in which they were learned from, a reward that a whole
+    attempt shares the number itself; `code` is the version of
     what learned, `backend` whose trainer it was.
     """
     told = {

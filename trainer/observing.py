@@ -1,8 +1,9 @@
 """What a step looked like: distance from the rollouts, entropy, preferred answers; and when that is reason to stop."""
 
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from operator import itemgetter
 
 import torch
 
@@ -26,21 +27,55 @@ class Answers:
 
 
 @dataclass
+class Met:
+    """What the samples of a group made of one scene, over all parts of a step: sums of `acts` and their `actions`."""
+
+    kl: float = 0.0
+    entropy: float = 0.0
+    acts: int = 0
+    actions: int = 0
+    liked: list[tuple[float, Answer]] = field(default_factory=list)
+    paid: list[tuple[float, Answer]] = field(default_factory=list)
+    behaved: Answer | None = None
+
+    def choose(self, view: View, act: Act) -> None:
+        """All acts of a choice have one distribution."""
+        now = view.distribution.detach()
+        self.entropy, self.acts, self.actions = -float((now.exp() * now).sum()), 1, 1
+        if act.logprobs is not None:
+            behaviour = torch.tensor(act.logprobs, device=now.device)
+            self.behaved = view.scene.continuations[int(behaviour.argmax())]
+            self.kl = float((now.exp() * (now - behaviour)).sum())
+
+    def write(self, view: View, act: Act) -> None:
+        """Of a completion only what was sampled is known.
+
+        So KL(π‖behaviour) is by E_behaviour[ρ log ρ - ρ + 1] a token, as in k3 (Schulman 2020, "Approximating KL
+        divergence"), and the entropy of a token by -log π.
+        """
+        now = view.logprobs(act).detach()
+        self.entropy -= float(now.sum())
+        self.acts, self.actions = self.acts + 1, self.actions + len(now)
+        if act.logprobs is not None:
+            apart = now - torch.tensor(act.logprobs, device=now.device)
+            self.kl += float((apart.exp() * apart - apart.exp() + 1).sum())
+
+
+@dataclass
 class Tally:
-    """Sums over the samples and scenes of one step."""
+    """Sums over the samples of one step, and the scenes that they came to, by group and number."""
 
     loss: float = 0.0
     samples: int = 0
     reward: float = 0.0
-    scenes: int = 0
-    kl: float = 0.0
-    entropy: float = 0.0
-    tokens: int = 0
     actions: float = 0.0
     figures: dict[str, float] = field(default_factory=lambda: defaultdict(float))
-    answers: Answers = field(default_factory=Answers)
+    scenes: dict[tuple[str, int], Met] = field(default_factory=dict)
+    tokens: int = 0
 
-    def add(self, groups: Sequence[RolloutGroup], views: Sequence[Sequence[View]], loss: float, told: Figures) -> None:
+    def add(
+        self, groups: Sequence[RolloutGroup], views: Sequence[Mapping[int, View]], loss: float, told: Figures
+    ) -> None:
         """Take in one part of the step; `told` are means over its actions."""
         self.loss += loss
         self.actions += told.get("actions", 0.0)
@@ -50,46 +85,43 @@ class Tally:
         for group, seen in zip(groups, views, strict=True):
             self.samples += len(group.samples)
             self.reward += sum(sample.reward for sample in group.samples)
-            for number, scene in enumerate(seen):
-                met = [(act, s.reward) for s in group.samples for act in s.acts if act.scene == number]
-                if met:
-                    self._meet(scene, met)
+            for number in sorted(seen):
+                self._meet(group, number, seen[number])
 
-    def _meet(self, view: View, met: Sequence[tuple[Act, float]]) -> None:
+    def _meet(self, group: RolloutGroup, number: int, view: View) -> None:
         said = view.scene.continuations
-        acts = [act for act, _ in met]
-        self.scenes += 1
         self.tokens += len(view.scene.prompt) + sum(map(len, said))
-        self.answers.preferred.append(said[int(view.distribution.argmax())])
-        self.answers.rewarded.append(said[max(met, key=lambda one: one[1])[0].answer])
-        self.answers.behaved.append(said[Counter(act.answer for act in acts).most_common(1)[0][0]])
+        met = self.scenes.setdefault((group.name, number), Met())
+        best = int(view.distribution.argmax())
+        met.liked.append((view.distribution[best].item(), said[best]))
+        acts = [(act, sample.reward) for sample in group.samples for act in sample.acts if act.scene == number]
+        met.paid += [(reward, group.said(act)) for act, reward in acts]
         if view.scene.choice:
-            now = view.distribution.detach()
-            self.entropy -= float((now.exp() * now).sum())
-            if acts[0].logprobs is not None:
-                behaviour = torch.tensor(acts[0].logprobs, device=now.device)
-                self.answers.behaved[-1] = said[int(behaviour.argmax())]
-                self.kl += float((now.exp() * (now - behaviour)).sum())
-            return
-        # Of a completion only what was sampled is known: KL(π‖behaviour) by E_behaviour[ρ log ρ - ρ + 1] a token, as in
-        # k3 (Schulman 2020, "Approximating KL divergence"), and the entropy of a token by -log π.
-        kl, entropy, count = 0.0, 0.0, 0
-        for act in acts:
-            now = view.logprobs(act).detach()
-            entropy -= float(now.sum())
-            count += len(now)
-            if act.logprobs is not None:
-                apart = now - torch.tensor(act.logprobs, device=now.device)
-                kl += float((apart.exp() * apart - apart.exp() + 1).sum())
-        self.kl += kl / len(acts)
-        self.entropy += entropy / count
+            met.choose(view, acts[0][0])
+        else:
+            for act, _ in acts:
+                met.write(view, act)
+
+    @property
+    def kl(self) -> float:
+        """A scene's mean."""
+        return sum(met.kl / met.acts for met in self.scenes.values()) / len(self.scenes)
+
+    @property
+    def answers(self) -> Answers:
+        told = Answers()
+        for met in self.scenes.values():
+            told.preferred.append(max(met.liked, key=itemgetter(0))[1])
+            told.rewarded.append(max(met.paid, key=itemgetter(0))[1])
+            told.behaved.append(met.behaved or Counter(said for _, said in met.paid).most_common(1)[0][0])
+        return told
 
     def means(self) -> dict[str, float]:
         """`loss` is the batch's, `kl` a scene's and `entropy` a scene's mean in nats, `reward` a sample's."""
         return {
             "loss": self.loss,
-            "kl": self.kl / self.scenes,
-            "entropy": self.entropy / self.scenes,
+            "kl": self.kl,
+            "entropy": sum(met.entropy / met.actions for met in self.scenes.values()) / len(self.scenes),
             "reward": self.reward / self.samples,
             "preferred_share": _top_share(self.answers.preferred),
             # Of a step whose samples are all masked there are no actions, and every sum is 0.

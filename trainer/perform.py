@@ -12,8 +12,15 @@ from pathlib import Path
 import msgspec
 
 from sia_events.local_model.weights import prepare
-from sia_events.shared.calls import decode_call
-from sia_events.shared.events import Event, ProposalFailed, Weights, WeightsUpdated, WeightUpdateRequested
+from sia_events.shared.calls import ModelCall, decode_call
+from sia_events.shared.events import (
+    Event,
+    ProposalFailed,
+    RolloutSource,
+    Weights,
+    WeightsUpdated,
+    WeightUpdateRequested,
+)
 from sia_events.shared.outage import fails_alone
 from sia_events.shared.ports import Ports, ProviderAway
 from sia_events.shared.run import Version
@@ -22,10 +29,10 @@ from sia_events.shared.tree import load_tree, read_tree, store_tree, write_tree
 from sia_events.trainer.algorithms import ALGORITHMS
 from sia_events.trainer.algorithms.weighing import LARGEST
 from sia_events.trainer.base_model import base_folder, lacks
-from sia_events.trainer.child import LearningRefused, run_learner
+from sia_events.trainer.child import LearningRefused, LearningTooLarge, run_learner
 from sia_events.trainer.manifest import manifest
 from sia_events.trainer.probe import claims, probe
-from sia_events.trainer.rollouts import Source, gather, to_lines
+from sia_events.trainer.rollouts import WHOLE, Source, gather, to_lines
 
 STORED = "updated.json"
 LARGEST_ADAPTER = 4_000_000_000
@@ -69,7 +76,7 @@ async def _update(work: Work, asked: WeightUpdateRequested, folder: Path) -> Wei
         needs_logprobs=algorithm.needs_logprobs or asked.learning.hold_out > 0,
     )
     if not found:
-        raise Barren(_why_nothing(counts, asked.algorithm))
+        raise Barren(_why_nothing(counts, asked))
     before = await load_tree(ports.blobs, parent.weights.adapter) if parent.weights.adapter else {}
     write_tree({"rollouts.jsonl": to_lines(found), **{f"parent/{name}": body for name, body in before.items()}}, folder)
     spec = {
@@ -94,6 +101,11 @@ async def _update(work: Work, asked: WeightUpdateRequested, folder: Path) -> Wei
             "same would be refused again: mend what is named, then sia branch "
             f"{work.run.name} --at {asked.generation - 1}"
         ) from refused
+    except LearningTooLarge as large:
+        raise Barren(
+            f"{asked.algorithm} was broken off: {large} {parent.name} stays as it is, its rollouts are on record. "
+            f"To learn anew: sia branch {work.run.name} --at {asked.generation - 1} --set learning.recompute=true"
+        ) from large
     counts.update(last["counts"])
     if last["adapter"] is None:
         why = f"none can be told from its siblings by its reward ({_told(counts)})"
@@ -114,6 +126,7 @@ async def _update(work: Work, asked: WeightUpdateRequested, folder: Path) -> Wei
         if not await fails_alone(work, away, claims(work.run.name, key, weights)):
             raise
         raise Barren(f"given up, since what serves {weights.model} answers others: {away}") from away
+    told = _told_of_items(asked)
     metrics = {name: round(float(value), 6) for name, value in last.items() if type(value) in (int, float)}
     left = {name: count for name, count in sorted(counts.items()) if count}
     about = manifest(
@@ -122,8 +135,8 @@ async def _update(work: Work, asked: WeightUpdateRequested, folder: Path) -> Wei
         parent=parent.weights,
         algorithm=asked.algorithm,
         learning=asked.learning,
-        trajectories=[asked.trajectory, *(source.trajectory for source in asked.older)],
-        rewards=[asked.rewards, *(source.rewards for source in asked.older)],
+        trajectories=[each.trajectory for each in (*told, *asked.whole)],
+        rewards=[*(source.rewards for source in told), *(each.reward for each in asked.whole)],
         counts=left,
         metrics=metrics,
         seed=asked.seed,
@@ -131,6 +144,7 @@ async def _update(work: Work, asked: WeightUpdateRequested, folder: Path) -> Wei
         backend=last["backend"],
         probe=proof,
     )
+    seconds, an_hour = round(time.monotonic() - started, 3), ports.trainer_usd_per_hour
     return WeightsUpdated(
         version=f"g{asked.generation}a",
         generation=asked.generation,
@@ -140,11 +154,12 @@ async def _update(work: Work, asked: WeightUpdateRequested, folder: Path) -> Wei
         algorithm=asked.algorithm,
         rollouts=len(found),
         metrics=metrics,
-        seconds=round(time.monotonic() - started, 3),
+        seconds=seconds,
         counts=left,
         probe=proof,
         manifest=await ports.blobs.put(about),
         backend=last["backend"],
+        usd=None if an_hour is None else round(an_hour * seconds / 3600, 6),
     )
 
 
@@ -164,28 +179,51 @@ async def _base_model(ports: Ports, weights: Weights) -> Path:
 
 async def _sources(work: Work, asked: WeightUpdateRequested, parent: Version) -> list[Source]:
     """The parent's own rollouts first, then older ones."""
-    places = [(asked.parent, parent, asked.trajectory, asked.rewards, 0)]
-    for older in asked.older:
-        made = work.run.versions[older.version]
-        places.append((older.attempt, made, older.trajectory, older.rewards, older.lag))
+    versions, blobs = work.run.versions, work.ports.blobs
     sources = []
-    for attempt, made, trajectory, rewards, lag in places:
-        calls = [decode_call(line) for line in (await work.ports.blobs.get(trajectory)).splitlines()]
-        earned = msgspec.json.decode(await work.ports.blobs.get(rewards), type=dict[str, float | None])
-        known = {item: reward for item, reward in earned.items() if reward is not None and abs(reward) <= LARGEST}
-        if unusable := sorted(earned.keys() - known.keys()):
-            # JSON has no infinities and no NaN: they are told as null.
-            told = earned[unusable[0]]
-            raise Barren(
-                f"the reward of {unusable[0]} in {attempt} is {'not a finite number' if told is None else told}: only "
-                f"finite ones of at most {LARGEST:g} are learned from. Nothing was trained, {asked.parent} stays as it "
-                "is. Mend the task's evaluator, then start a run with it"
-            )
-        sources.append(Source(attempt, calls, known, made.weights.adapter, made.harness, lag))
+    for told in _told_of_items(asked):
+        made, attempt = versions[told.version], told.attempt
+        rewards = msgspec.json.decode(await blobs.get(told.rewards), type=dict[str, float | None])
+        earned = _finite(asked, attempt, rewards)
+        calls = await _calls(work, told.trajectory)
+        sources.append(Source(attempt, calls, earned, made.weights.adapter, made.harness, told.lag))
+    for whole in asked.whole:
+        made, earned = versions[whole.version], _finite(asked, whole.attempt, {WHOLE: whole.reward})
+        calls = await _calls(work, whole.trajectory)
+        sources.append(Source(whole.attempt, calls, earned, made.weights.adapter, made.harness, whole.lag, whole.group))
     return sources
 
 
-def _why_nothing(counts: Mapping[str, int], algorithm: str) -> str:
+def _told_of_items(asked: WeightUpdateRequested) -> list[RolloutSource]:
+    """Attempts at many items: the parent's own, and older ones."""
+    if asked.trajectory is None or asked.rewards is None:
+        return []
+    # The request has the parent's name where an older source has its attempt's.
+    own = RolloutSource(attempt=asked.parent, version=asked.parent, trajectory=asked.trajectory, rewards=asked.rewards)
+    return [own, *asked.older]
+
+
+async def _calls(work: Work, trajectory: str) -> list[ModelCall]:
+    return [decode_call(line) for line in (await work.ports.blobs.get(trajectory)).splitlines()]
+
+
+def _finite(asked: WeightUpdateRequested, attempt: str, earned: Mapping[str, float | None]) -> dict[str, float]:
+    """The rewards by item. Raises Barren at one that cannot be learned from."""
+    found = {item: reward for item, reward in earned.items() if reward is not None and abs(reward) <= LARGEST}
+    if unusable := sorted(earned.keys() - found.keys()):
+        # JSON has no infinities and no NaN: they are told as null.
+        item, reward = unusable[0], earned[unusable[0]]
+        raise Barren(
+            f"the reward of {item + ' in ' if item else ''}{attempt} is "
+            f"{'not a finite number' if reward is None else reward}: only finite ones of at most {LARGEST:g} are "
+            f"learned from. Nothing was trained, {asked.parent} stays as it is. Mend the task's evaluator, then start "
+            "a run with it"
+        )
+    return found
+
+
+def _why_nothing(counts: Mapping[str, int], asked: WeightUpdateRequested) -> str:
+    algorithm = asked.algorithm
     if counts.get("no_logprobs"):
         able = ", ".join(name for name, other in ALGORITHMS.items() if not other.needs_logprobs)
         who = algorithm if ALGORITHMS[algorithm].needs_logprobs else "learning.hold_out"
@@ -193,6 +231,8 @@ def _why_nothing(counts: Mapping[str, int], algorithm: str) -> str:
             f"{who} needs the log-probs of what was sampled, and {counts['no_logprobs']} calls have none: the "
             f"model's server tells none. Algorithms that do without, where nothing is held out: {able}"
         )
+    if asked.whole and not counts:
+        return f"nothing to learn from: none of the {len(asked.whole)} attempts asked the model anything"
     if not counts.keys() - {"no_item", "no_calls"}:
         return "nothing to learn from: none of the parent's model calls names its item"
     return f"nothing to learn from: {_told(counts)}"

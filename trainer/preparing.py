@@ -4,7 +4,7 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
-from statistics import fmean
+from statistics import fmean, pstdev
 
 import torch
 from torch import Tensor
@@ -13,7 +13,7 @@ from sia_events.shared.events import Learning
 from sia_events.trainer.algorithms import Algorithm
 from sia_events.trainer.algorithms.cloning import balanced
 from sia_events.trainer.algorithms.ppo import gae, gae_of_calls, whitened
-from sia_events.trainer.batches import parts
+from sia_events.trainer.batches import Room, parts
 from sia_events.trainer.credit import credit
 from sia_events.trainer.engines import Engine
 from sia_events.trainer.groups import RolloutGroup
@@ -34,28 +34,32 @@ class Method:
 
 @dataclass(frozen=True)
 class Prepared:
-    """A batch weighed: `base` are log-probs of the base model, `values` the critic's and `returns` its targets."""
+    """A batch weighed: `base` are log-probs of the base model, `values` the critic's and `returns` its targets.
+
+    `spread` is the standard deviation of the returns.
+    """
 
     advantages: Numbers
     base: Numbers | None = None
     values: Numbers | None = None
     returns: Numbers | None = None
+    spread: float = 1.0
     figures: Mapping[str, float] = field(default_factory=dict)
 
 
-def prepare(engine: Engine, method: Method, batch: Sequence[RolloutGroup], scenes: int) -> Prepared:
-    """Weigh a batch; passes of at most so many scenes are made where the base model or the critic has a say."""
+def prepare(engine: Engine, method: Method, batch: Sequence[RolloutGroup], room: Room) -> Prepared:
+    """Weigh a batch; passes that there is room for are made where the base model or the critic has a say."""
     algorithm, learning = method.algorithm, method.learning
     base, off = None, None
     if learning.kl or algorithm.objective == "preference":
-        base = _looked_up(engine, None, batch, scenes)
+        base = _looked_up(engine, None, batch, room)
     if base is not None and algorithm.kl_in_reward:
         off = [
             [learning.kl * (then - other) for then, other in zip(told, row, strict=True)]
             for told, row in zip(_behaviour(batch), base, strict=True)
         ]
     if method.head is not None:
-        return _by_critic(batch, _looked_up(engine, method.head, batch, scenes), base, off, learning)
+        return _by_critic(batch, _looked_up(engine, method.head, batch, room), base, off, learning)
     advantages, figures = _by_group(batch, off, algorithm, learning)
     return Prepared(advantages, base, figures=figures)
 
@@ -77,7 +81,8 @@ def _by_critic(
         advantages.append(advantage)
         returns.append(list(target))
     white = iter(whitened(list(chain.from_iterable(advantages))))
-    return Prepared([[next(white) for _ in row] for row in advantages], base, values, returns)
+    spread = pstdev(chain.from_iterable(returns))
+    return Prepared([[next(white) for _ in row] for row in advantages], base, values, returns, spread)
 
 
 def _by_group(
@@ -93,7 +98,7 @@ def _by_group(
         advantages, figures = credited or ([[0.0] * len(sample.acts) for sample in group.samples], {})
         calls += map(list, advantages)
         for name, value in figures.items():
-            told[f"{algorithm.name}_{name}"].append(value)
+            told[name].append(value)
     made = [(group, sample) for group in batch for sample in group.samples]
     if algorithm.objective == "likelihood":
         said = [group.said(act) for group, sample in made for act in sample.acts]
@@ -103,14 +108,15 @@ def _by_group(
         [advantage for act, advantage in zip(sample.acts, row, strict=True) for _ in range(group.actions(act))]
         for (group, sample), row in zip(made, calls, strict=True)
     ]
-    return spread, {name: fmean(values) for name, values in told.items()}
+    joined = {name: max(values) if name.startswith("max_") else fmean(values) for name, values in told.items()}
+    return spread, {f"{algorithm.name}_{name}": value for name, value in joined.items()}
 
 
 @torch.no_grad()
-def _looked_up(engine: Engine, head: torch.nn.Linear | None, batch: Sequence[RolloutGroup], scenes: int) -> Numbers:
+def _looked_up(engine: Engine, head: torch.nn.Linear | None, batch: Sequence[RolloutGroup], room: Room) -> Numbers:
     """The critic's value before every action, or without one the base model's log-prob of it."""
     rows: Numbers = []
-    for part in parts(batch, scenes):
+    for part in parts(engine, batch, room):
         seen = view(engine, part, adapted=head is not None, hidden=head is not None)
         for group, views in zip(part, seen, strict=True):
             for sample in group.samples:

@@ -9,6 +9,8 @@ import msgspec
 
 from sia_events.shared.calls import ModelCall
 
+WHOLE = ""
+
 
 class Step(msgspec.Struct, frozen=True, omit_defaults=True):
     """One model call: a choice is one action, a completion an action a token.
@@ -47,7 +49,10 @@ class Sample(msgspec.Struct, frozen=True):
 
 @dataclass(frozen=True)
 class Source:
-    """One attempt's calls and the rewards of its items, with the weights and the harness that acted."""
+    """One attempt's calls and the rewards of its items, with the weights and the harness that acted.
+
+    With a `group` the whole attempt is one sample of that group: all its calls share the reward, which is under WHOLE.
+    """
 
     attempt: str
     calls: Sequence[ModelCall]
@@ -55,6 +60,7 @@ class Source:
     adapter: str | None = None
     harness: str | None = None
     lag: int = 0
+    group: str | None = None
 
 
 def gather(
@@ -65,8 +71,9 @@ def gather(
     Calls: `other_start` was made by a start of the program that broke off, and is no part of what was rewarded;
     `no_item` is the harness's own business (calibration, say), `unrewarded` names an unknown item, the others are
     unfit: `other_weights`, `temperature_0` (an arg-max is no sample), `top_p` (cut off, so not what is learned),
-    `no_token_ids`, `no_logprobs`, `empty`, `too_long` (over `context` tokens). Samples: `stale` are more than `max_lag`
-    adapters behind, `no_calls` had none that is fit.
+    `constrained` (drawn under a grammar, of which the log-probs know nothing), `no_token_ids`, `no_logprobs`, `empty`,
+    `too_long` (over `context` tokens). Samples: `stale` are more than `max_lag` adapters behind, `no_calls` had none
+    that is fit.
     """
     found: list[Sample] = []
     counts: Counter[str] = Counter()
@@ -75,17 +82,19 @@ def gather(
         for call in source.calls:
             if call.other_start:
                 counts["other_start"] += 1
-            elif call.item is None or call.item not in source.rewards:
-                counts["no_item" if call.item is None else "unrewarded"] += 1
+                continue
+            item = WHOLE if source.group else call.item
+            if item is None or item not in source.rewards:
+                counts["no_item" if item is None else "unrewarded"] += 1
             else:
-                tries.setdefault(call.item, []).append(call)
+                tries.setdefault(item, []).append(call)
         if source.lag > max_lag:
             counts["stale"] += len(tries)
             continue
         for item, calls in tries.items():
             steps = []
             for call in sorted(calls, key=lambda call: (call.time, call.digest, call.n)):
-                step = _step(call)
+                step = _step(call, rollout=source.group is not None)
                 if unfit := _unfit(call, step, source, context, needs_logprobs):
                     counts[unfit] += 1
                 else:
@@ -93,9 +102,9 @@ def gather(
             if not steps:
                 counts["no_calls"] += 1
                 continue
-            group = f"{source.attempt}/{item.split('#')[0]}"
-            reward = source.rewards[item]
-            found.append(Sample(group, item, reward, tuple(steps), source.adapter, source.harness, source.lag))
+            group = source.group or f"{source.attempt}/{item.split('#')[0]}"
+            name, reward = source.attempt if source.group else item, source.rewards[item]
+            found.append(Sample(group, name, reward, tuple(steps), source.adapter, source.harness, source.lag))
     return found, counts
 
 
@@ -103,9 +112,9 @@ def to_lines(found: Sequence[Sample]) -> bytes:
     return b"".join(msgspec.json.encode(sample) + b"\n" for sample in found)
 
 
-def _step(call: ModelCall) -> Step:
+def _step(call: ModelCall, rollout: bool) -> Step:
     assert call.reply is not None, "a trajectory has calls with a reply only"
-    temperature, top_p = _sampling(call)
+    temperature, top_p = _sampling(call, rollout)
     prompt = tuple(call.reply.get("prompt_token_ids") or ())
     if call.kind == "choice":
         return Step(
@@ -129,9 +138,9 @@ def _step(call: ModelCall) -> Step:
     )
 
 
-def _sampling(call: ModelCall) -> tuple[float, float]:
-    """Temperature and top-p that the reply was drawn at. Repeated items are drawn at 1, whatever was asked."""
-    if call.item is not None and "#" in call.item:
+def _sampling(call: ModelCall, rollout: bool) -> tuple[float, float]:
+    """Temperature and top-p that the reply was drawn at. A `rollout`'s, and repeated items', are drawn at 1."""
+    if rollout or (call.item is not None and "#" in call.item):
         return 1.0, 1.0
     usual = 0.0 if call.kind == "choice" else 1.0
     asked = (call.request.get("temperature"), call.request.get("top_p"))
@@ -149,6 +158,8 @@ def _unfit(call: ModelCall, step: Step, source: Source, context: int | None, nee
         return "temperature_0"
     if step.top_p < 1:
         return "top_p"
+    if needs_logprobs and not choice and _constrained(call.request):
+        return "constrained"
     if not choice and not step.completion_ids and not call.completion_tokens:
         return "empty"
     if not step.prompt_ids or not written or not all(written):
@@ -158,6 +169,12 @@ def _unfit(call: ModelCall, step: Step, source: Source, context: int | None, nee
     if context is not None and len(step.prompt_ids) + max(map(len, written)) > context:
         return "too_long"
     return None
+
+
+def _constrained(asked: Mapping[str, Any]) -> bool:
+    """Whether a chat asked for a reply that a grammar allows: its log-probs tell how likely it was among all others."""
+    form, tool = asked.get("response_format") or {}, asked.get("tool_choice")
+    return form.get("type", "text") != "text" or tool == "required" or isinstance(tool, Mapping)
 
 
 def _numbers(values: Any) -> tuple[float, ...] | None:

@@ -1,6 +1,6 @@
 """The loss of a part of a batch, from the views that the policy has of it."""
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -22,7 +22,8 @@ from sia_events.trainer.preparing import Method, Numbers, Prepared, critic
 from sia_events.trainer.views import View
 
 VALUE_WEIGHT, VALUE_CLIP = 0.1, 0.2
-"""Weight of the critic's loss beside the policy's, and how far one step may take a value: as usual for text."""
+"""Weight of the critic's loss beside the policy's, and how far updates on a batch may take a value, in deviations of
+the returns: as usual for text."""
 
 
 @dataclass(frozen=True)
@@ -37,14 +38,16 @@ class Totals:
 
 @dataclass(frozen=True)
 class Part:
-    """Some groups of a batch as the policy sees them. `first` is the number of their first sample in the batch."""
+    """Some groups of a batch, or some samples of one, as the policy sees them. `first` is the first sample's number in
+    the batch.
+    """
 
     groups: Sequence[RolloutGroup]
-    views: Sequence[Sequence[View]]
+    views: Sequence[Mapping[int, View]]
     first: int
 
     @property
-    def samples(self) -> list[tuple[RolloutGroup, Sequence[View], Rollout]]:
+    def samples(self) -> list[tuple[RolloutGroup, Mapping[int, View], Rollout]]:
         told = zip(self.groups, self.views, strict=True)
         return [(group, views, sample) for group, views in told for sample in group.samples]
 
@@ -100,7 +103,7 @@ def part_loss(method: Method, part: Part, prepared: Prepared, whole: Totals) -> 
         )
         old, returns = _flat(prepared.values, rows, device), _flat(prepared.returns, rows, device)
         assert old is not None and returns is not None, "a critic's batch is prepared with values"
-        off = value_loss(values, old, returns, VALUE_CLIP)
+        off = value_loss(values, old, returns, VALUE_CLIP * prepared.spread)
         figures = figures | {"value_loss": off.item()}
         loss = loss + VALUE_WEIGHT * len(values) / whole.actions * off
     return loss, figures, [part.first + at for at in masked]

@@ -1,7 +1,7 @@
 """What a policy makes of logged rollouts: the log-probs of their acts, scene by scene."""
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,11 +16,13 @@ from sia_events.trainer.groups import Act, RolloutGroup, Scene
 class View:
     """One scene under a policy: its continuations scored, and the log-probs [continuations] of each as a whole.
 
+    `scored` is by the number of the answer in its group, of which `scene` may have a few.
+
     For a choice these are the normalised distribution that it is drawn from, for a completion sums over its tokens.
     """
 
     scene: Scene
-    scored: Sequence[Scored]
+    scored: Mapping[int, Scored]
     distribution: Tensor
 
     def logprobs(self, act: Act) -> Tensor:
@@ -50,23 +52,23 @@ def view(
     adapted: bool = True,
     entropy: bool = False,
     hidden: bool = False,
-) -> list[list[View]]:
-    """Every scene of every group, in as few passes as their kinds and temperatures allow."""
-    views: dict[tuple[int, int], View] = {}
-    places = [(g, s) for g, group in enumerate(groups) for s in range(len(group.scenes))]
+) -> list[dict[int, View]]:
+    """Every scene that samples of a group came to, by its number, in as few passes as kinds and temperatures allow."""
+    views: list[dict[int, View]] = [{} for _ in groups]
+    places = [(g, s, answers) for g, group in enumerate(groups) for s, answers in group.met().items()]
 
-    def kind(place: tuple[int, int]) -> tuple[bool, float]:
+    def kind(place: tuple[int, int, list[int]]) -> tuple[bool, float]:
         scene = groups[place[0]].scenes[place[1]]
         return scene.choice, 1.0 if scene.choice else scene.temperature
 
     for (choice, _), alike in itertools.groupby(sorted(places, key=kind), key=kind):
         together = list(alike)
-        scenes = [groups[g].scenes[s] for g, s in together]
+        scenes = [groups[g].scenes[s].only(answers) for g, s, answers in together]
         scored = engine.score(scenes, adapted, entropy and not choice, hidden)
-        for place, scene, row in zip(together, scenes, scored, strict=True):
+        for (g, s, answers), scene, row in zip(together, scenes, scored, strict=True):
             totals = torch.stack([one.tokens.sum() for one in row])
             if choice:
                 bias = None if scene.bias is None else torch.tensor(scene.bias, device=totals.device)
                 totals = choice_distribution(totals, bias, scene.temperature)
-            views[place] = View(scene, row, totals)
-    return [[views[g, s] for s in range(len(group.scenes))] for g, group in enumerate(groups)]
+            views[g][s] = View(scene, dict(zip(answers, row, strict=True)), totals)
+    return views

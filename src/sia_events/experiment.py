@@ -20,19 +20,22 @@ from typing import Any
 import psutil
 
 from sia_events import driver, reading
+from sia_events.cost import CALLS, Calls
 from sia_events.errors import Unusable
 from sia_events.estimate import Estimate, before_each
+from sia_events.experiment_ends import end, is_out_of_budget, tested
 from sia_events.experiment_figures import Outcome, outcome
-from sia_events.experiment_report import curves, report, scores_csv, shown
+from sia_events.experiment_report import NO_BUDGET, curves, report, scores_csv, shown
 from sia_events.run_settings import differences
 from sia_events.shared.events import LeverPolicy, RunSettings
+from sia_events.shared.ports import Log
 from sia_events.shared.run import fold
 from sia_events.shared.settings import Settings
 from sia_events.shared.task import Task, find_task
 from sia_events.starting import suited
 from sia_events.views.costs import dollars, estimate_text
 
-VERSIONS = ("sia-events", "torch", "numpy", "scipy")
+VERSIONS = ("torch", "numpy", "scipy", "tokenizers", "safetensors", "transformers", "peft", "trl")
 
 
 @dataclass(frozen=True)
@@ -56,15 +59,16 @@ async def levers(
     """Have every run there is to be, one after another, and write the report; returns where and what it shows.
 
     How many there are and what they cost about is told before the first. A run that is over is not had again, one that
-    was cut short goes on: the same command goes on with an experiment. Raises Unusable where a run of a planned name
-    was asked for otherwise, or one of them could not be had: then none is.
+    was cut short goes on: the same command goes on with an experiment. One that is out of budget is over, and what it
+    has is tested beyond the budget. Raises Unusable where a run of a planned name was asked for otherwise, or one of
+    them could not be had: then none is.
     """
     chosen = find_task(task)
     named = prefix or re.sub(r"[^A-Za-z0-9_-]", "-", f"levers-{chosen.name}")[:40]
     plan = planned(named, policies, seeds, wanted)
     for each in plan:
         if suited(chosen, each.settings)[0] != each.settings:
-            raise Unusable(f"{chosen.path}: without items of its own a task has one lever: nothing to compare")
+            raise Unusable(f"{chosen.path}: here this task has one lever: nothing to compare")
     foreseen = await before_each(settings, task, {each.name: each.settings for each in plan})
     over = await _over(settings, plan)
     print(*announced(named, plan, over, foreseen), sep="\n", file=sys.stderr, flush=True)
@@ -73,9 +77,9 @@ async def levers(
         print(f"{each.name}: run {number} of {len(plan)}{already}", file=sys.stderr, flush=True)
         if not already:
             await _have(settings, task, each, as_json)
-    outcomes = [outcome(await reading.records(settings, each.name)) for each in plan]
+    outcomes = [await _came_to(settings, each.name) for each in plan]
     folder = out or Path(named)
-    heading = described(chosen, plan)
+    heading = described(chosen, plan, outcomes)
     picture = write(folder, outcomes, policies, heading)
     return {
         "folder": str(folder.absolute()),
@@ -124,9 +128,14 @@ async def _over(settings: Settings, plan: Sequence[Planned]) -> set[str]:
                 raise Unusable(
                     f"run {each.name} exists with another {', '.join(other)}; give the experiment another --run NAME"
                 )
-            if run.finished:
+            if run.finished or (is_out_of_budget(run) and await _is_tested(settings, each.name, there)):
                 over.add(each.name)
     return over
+
+
+async def _is_tested(settings: Settings, run: str, there: Collection[str]) -> bool:
+    """Whether the run's branch to the sealed test is there, and is over."""
+    return tested(run) in there and fold(await reading.records(settings, tested(run))).finished is not None
 
 
 async def _have(settings: Settings, task: str, wanted: Planned, as_json: bool) -> None:
@@ -134,14 +143,27 @@ async def _have(settings: Settings, task: str, wanted: Planned, as_json: bool) -
     try:
         with redirect_stdout(StringIO() if as_json else sys.stderr):
             await driver.run(settings, task, wanted.name, wanted.settings, resume=False, as_json=as_json)
+            await end(settings, wanted.name, as_json)
     except asyncio.CancelledError:
         print("the same command goes on with the experiment", file=sys.stderr)
         raise
 
 
-def described(task: Task, plan: Sequence[Planned]) -> dict[str, str]:
-    """What the experiment was had on: task, settings that are not as usual, seeds, versions and hardware."""
+async def _came_to(settings: Settings, run: str) -> Outcome:
+    """What the run came to, with the branch on which it was tested where it was out of budget."""
+
+    async def ask(log: Log) -> Outcome:
+        calls = [Calls(*row.values()) for row in await log.query(CALLS, {"runs": [run]})]
+        branch = await reading.lineage(log, tested(run)) if tested(run) in await log.runs() else ()
+        return outcome(await reading.lineage(log, run), calls, branch)
+
+    return await reading.look(settings, ask)
+
+
+def described(task: Task, plan: Sequence[Planned], outcomes: Sequence[Outcome]) -> dict[str, str]:
+    """What the experiment was had on: task, settings that are not as usual, budget, seeds, versions and hardware."""
     asked, usual = plan[0].settings.model_dump(), RunSettings().model_dump()
+    limits = asked.pop("budget")
     own = {name: value for name, value in asked.items() if name not in ("lever", "seed") and value != usual[name]}
     return {
         "task": task.name,
@@ -149,6 +171,8 @@ def described(task: Task, plan: Sequence[Planned]) -> dict[str, str]:
         "model": plan[0].settings.target_model,
         "seeds": ", ".join(map(str, dict.fromkeys(each.settings.seed for each in plan))),
         "settings": json.dumps(own) if own else "as usual",
+        "budget": ", ".join(f"{most:g} {limit}" for limit, most in limits.items() if most is not None) or NO_BUDGET,
+        "code": ", ".join(sorted({each.code for each in outcomes})),
         "versions": ", ".join([f"Python {platform.python_version()}", *filter(None, map(_version, VERSIONS))]),
         "hardware": f"{_processor()}, {os.cpu_count()} cores, {psutil.virtual_memory().total / 2**30:.0f} GiB",
         "system": platform.platform(),

@@ -3,15 +3,16 @@
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from math import sqrt
 from statistics import fmean
 
 from scipy import special
 
-from sia_events.shared.events import RunBranched, RunStarted, VersionAccepted, WeightsUpdated
+from sia_events.cost import Calls, total
+from sia_events.shared.events import AttemptRequested, RunBranched, RunStarted, VersionAccepted, WeightsUpdated
 from sia_events.shared.record import Record
-from sia_events.shared.run import fold
-from sia_events.shared.summary import cost
+from sia_events.shared.run import Run, fold
 
 METHOD = """\
 The interval is 95 %. Seeds and test items both count as drawn: with the scores of all runs of a policy as a table of
@@ -26,7 +27,9 @@ class Outcome:
     """What one run came to. `first` and `final` are sealed test scores item by item, empty without a sealed test.
 
     `curve` has the gate score of the incumbent behind each generation, the first agent's first; `levers` what each
-    generation pulled: "harness", or the algorithm that learned; `accepted` how often each of the two was.
+    generation pulled: "harness", or the algorithm that learned; `accepted` how often each of the two was. `calls`,
+    `tokens`, `usd` and `seconds` are what it took to its sealed test, which is the same for all and stands apart.
+    `spent` is the limit that ended it, such as "1000 calls"; empty where it ended before one did.
     """
 
     run: str
@@ -46,6 +49,7 @@ class Outcome:
     seconds: float
     learning_seconds: float
     code: str
+    spent: str = ""
 
 
 @dataclass(frozen=True)
@@ -61,38 +65,56 @@ class Interval:
         return f"{self.value:.3f} [{self.low:.3f}, {self.high:.3f}]"
 
 
-def outcome(records: Sequence[Record]) -> Outcome:
-    """The outcome of a run by its records; one that is not over has what it came to so far."""
-    run = fold(records)
-    sealed = run.finished.sealed if run.finished else None
-    versions = (run.first, run.incumbent) if sealed else ()
-    first, final = (run.scored(v, "test")[-1].items for v in versions if v) if sealed else ((), ())
+def outcome(records: Sequence[Record], calls: Sequence[Calls] = (), tested: Sequence[Record] = ()) -> Outcome:
+    """The outcome of a run by its records and the calls it made; one that is not over has what it came to so far.
+
+    `tested` are the records of the branch on which it was tested where it had run out of budget.
+    """
+    run, end = fold(records), fold(tested or records)
+    sealed = end.finished.sealed if end.finished else None
+    versions = (end.first, end.incumbent) if sealed else ()
+    first, final = (end.scored(v, "test")[-1].items for v in versions if v) if sealed else ((), ())
     verdicts = [v for v in run.verdicts.values() if isinstance(v, VersionAccepted)]
     behind = {run.versions[v.version].generation: run.scored(v.version, "gate")[-1].score.value for v in verdicts}
     curve: list[float] = []
     for generation in range(run.generation + 1 if behind else 0):
         curve.append(behind[generation] if generation in behind else curve[-1])
-    took = cost(records)
+    search = list(takewhile(lambda record: not _tests(record), records))
+    took = total(each for each in calls if not (each.role == "target" and each.key.endswith(".test")))
     opened = [r.event.code for r in records if isinstance(r.event, RunStarted | RunBranched)]
     return Outcome(
         run=run.name,
         policy=run.settings.lever,
         seed=run.settings.seed,
         tested=sealed is not None,
-        reason=run.finished.reason if run.finished else run.status,
+        reason=end.finished.reason if end.finished else _standing(run),
         maximize=run.task is None or run.task.maximize,
         first=first,
         final=final,
         curve=tuple(curve),
         levers=tuple(given.algorithm or given.lever for given in run.feedback),
         accepted=dict(Counter(run.versions[v.version].lever or "first" for v in verdicts)),
-        calls=took["model_calls"],
-        tokens=took["tokens"],
-        usd=took["usd"],
-        seconds=took["seconds"],
+        calls=took.calls,
+        tokens=took.prompt_tokens + took.completion_tokens,
+        usd=took.usd,
+        seconds=round((search[-1].time - search[0].time).total_seconds(), 3),
         learning_seconds=round(sum(r.event.seconds for r in records if isinstance(r.event, WeightsUpdated)), 3),
         code=opened[-1] if opened else "",
+        spent=_limit(run),
     )
+
+
+def _tests(record: Record) -> bool:
+    return isinstance(record.event, AttemptRequested) and record.event.split == "test"
+
+
+def _standing(run: Run) -> str:
+    """How a run stands that is not over."""
+    return f"{run.status}: its budget of {_limit(run)} is used up" if run.exhausted else run.paused or run.status
+
+
+def _limit(run: Run) -> str:
+    return f"{run.exhausted.allowed:g} {run.exhausted.limit}" if run.exhausted else ""
 
 
 def crossed(table: Sequence[Sequence[float]]) -> Interval:

@@ -9,6 +9,22 @@ from typing import Any
 
 from sia_events.experiment_figures import METHOD, Interval, Outcome, difference, score
 
+NO_BUDGET = "none"
+EQUAL = """\
+The policies share the task, the first agent, the model and its limits, the seeds, the most generations, with them each
+look's share of the gate's error, and the items of the sealed test."""
+UNLIMITED = """\
+They do not share what a run spends: no budget was set, and a generation of the weights costs other than one of the
+harness. `--set budget.tokens=N`, or minutes or calls, gives each run the same."""
+LIMITED = """\
+They share the budget too, a hard limit on each run: {budget}. A run that had used it up went to the sealed test with
+the incumbent behind its last whole generation, {spent} of {runs} did; that test is beyond the budget. The others had
+turned all their generations by then."""
+SPENT = """\
+Means of the runs in the figures, up to the sealed test, which asks each final agent the same items; in brackets, times
+`{first}`. Seconds are by the clock, including any for which a run lay still; `learning s` is the part that training
+took."""
+
 
 def said(one: str, other: str, gain: Interval | None) -> str:
     """A comparison in plain words."""
@@ -63,8 +79,10 @@ def report(outcomes: Sequence[Outcome], policies: Sequence[str], heading: Mappin
         "## Policies",
         _table(_policies(outcomes, policies)),
         METHOD,
-        "Calls, tokens and seconds are of whole runs, in the mean. Seconds are by the clock, including any for which\n"
-        "a run lay still; `learning s` is the part that training took.",
+        "## What was equal, and what was spent",
+        f"{EQUAL}\n{_budget(outcomes, heading['budget'])}",
+        _table(_spent(outcomes, policies)),
+        SPENT.format(first=policies[0]),
         "## Runs",
         _table(_runs(outcomes)),
         *(["## Not in the figures", "\n".join(left_out)] if left_out else []),
@@ -92,6 +110,7 @@ def scores_csv(outcomes: Sequence[Outcome]) -> list[dict[str, Any]]:
             "usd": each.usd,
             "seconds": each.seconds,
             "learning_seconds": each.learning_seconds,
+            "spent": each.spent,
             "code": each.code,
         }
         for each in outcomes
@@ -130,10 +149,6 @@ def _policies(outcomes: Sequence[Outcome], policies: Sequence[str]) -> list[Sequ
             "harness tried, accepted",
             "weights tried, accepted",
             "learned by",
-            "calls",
-            "tokens",
-            "s",
-            "learning s",
         )
     ]
     for policy in policies:
@@ -150,19 +165,43 @@ def _policies(outcomes: Sequence[Outcome], policies: Sequence[str]) -> list[Sequ
                 f"{pulled['harness']}, {accepted[0]}",
                 f"{sum(learned.values())}, {accepted[1]}",
                 ", ".join(f"{name} ×{n}" for name, n in sorted(learned.items())) or "–",
-                *(f"{fmean(values):,.0f}" for values in _spent(own)),
             )
         )
     return rows
 
 
-def _spent(own: Sequence[Outcome]) -> list[list[float]]:
-    return [
-        [each.calls for each in own] or [0],
-        [each.tokens for each in own] or [0],
-        [each.seconds for each in own] or [0],
-        [each.learning_seconds for each in own] or [0],
-    ]
+def _budget(outcomes: Sequence[Outcome], budget: str) -> str:
+    """What the policies share of a budget."""
+    if budget == NO_BUDGET:
+        return UNLIMITED
+    return LIMITED.format(budget=budget, spent=sum(bool(each.spent) for each in outcomes), runs=len(outcomes))
+
+
+def _spent(outcomes: Sequence[Outcome], policies: Sequence[str]) -> list[Sequence[str]]:
+    """What a run of each policy spent in the mean, and how many times the first policy's that is."""
+    means = {
+        policy: _means([each for each in outcomes if each.policy == policy and each.tested]) for policy in policies
+    }
+    rows: list[Sequence[str]] = [("policy", "calls", "tokens", "s", "learning s", "USD", "out of budget")]
+    for policy, own in means.items():
+        over = sum(bool(each.spent) for each in outcomes if each.policy == policy)
+        cells = [_beside(mean, first) for mean, first in zip(own, means[policies[0]], strict=True)]
+        rows.append((f"`{policy}`", *cells, f"{over} of {sum(each.policy == policy for each in outcomes)}"))
+    return rows
+
+
+def _means(own: Sequence[Outcome]) -> list[float | None]:
+    """None for what no run tells, and for money where a call had no known price."""
+    columns = [(each.calls, each.tokens, each.seconds, each.learning_seconds, each.usd) for each in own]
+    told = [[value for value in column if value is not None] for column in zip(*columns, strict=True)] or [[]] * 5
+    return [fmean(values) if values and len(values) == len(own) else None for values in told]
+
+
+def _beside(mean: float | None, first: float | None) -> str:
+    if mean is None:
+        return "unknown"
+    shown = f"{mean:,.0f}" if mean >= 10 or mean == int(mean) else f"{mean:.2f}"
+    return f"{shown} ({mean / first:.2f} ×)" if first else shown
 
 
 def _runs(outcomes: Sequence[Outcome]) -> list[Sequence[str]]:

@@ -1,6 +1,7 @@
 """Settings of a run as a person asks for them: changed by name, and told apart."""
 
 import difflib
+import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -23,7 +24,8 @@ def merged(settings: RunSettings, changes: Mapping[str, Any]) -> RunSettings:
             raise Unusable(f"no setting {name!r}; {_nearest(name, known)}")
         values = _with(values, name.split("."), value)
     try:
-        made = RunSettings.model_validate(values, strict=True)
+        # As JSON: there what is to be a tuple is a list.
+        made = RunSettings.model_validate_json(json.dumps(values), strict=True)
     except ValidationError as error:
         first = error.errors()[0]
         raise Unusable(f"setting {'.'.join(map(str, first['loc']))}: {first['msg']}, not {first['input']!r}") from error

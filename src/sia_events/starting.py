@@ -55,15 +55,10 @@ def first_agent(task: Task, given: Path | None, entry: str | None = None) -> Map
 def suited(task: Task, wanted: RunSettings) -> tuple[RunSettings, tuple[str, ...]]:
     """The settings as the task allows them, and what a person has to know of it. Raises Unusable.
 
-    A plain task has no items to learn from, so only the harness can change.
+    On a plain task weights are learned from whole attempts, so it has to tell one's worth from another's.
     """
     if task.splits:
         return wanted, ()
-    if wanted.lever not in ("auto", "harness"):
-        raise Unusable(
-            f"{task.path}: --lever {wanted.lever} needs items to learn from, and a folder without a task.toml has "
-            "none. State items and [splits] in a task.toml (docs/coming-from-sia.md), or take --lever harness."
-        )
     sizes = split_sizes(task)
     if task.evaluator == "kernel":
         _require_bench(task)
@@ -72,12 +67,24 @@ def suited(task: Task, wanted: RunSettings) -> tuple[RunSettings, tuple[str, ...
         counts = ", ".join(f"{name} {size}" for name, size in sizes.items())
         held = f"{task.name}: a plain task folder; every attempt answers all items, of which count: {counts}"
     else:
+        if wanted.lever not in ("auto", "harness"):
+            raise Unusable(
+                f"{task.path}: --lever {wanted.lever} would learn from the very figure that it is judged by: no answer "
+                "key with ids was found in data/private, so nothing is held out. Add one (docs/coming-from-sia.md), or "
+                "take --lever harness. Nothing was written"
+            )
         held = (
             f"{task.name}: SCORE IS NOT HELD OUT: no answer key with ids was found in data/private, so dev, gate and "
             "test are the same set and one figure. No gain on it can be shown to be real, and none is accepted. "
             "docs/coming-from-sia.md says what to add"
         )
-    return wanted.model_copy(update={"lever": "harness"}), (f"{held}; only the harness can change",)
+        return wanted.model_copy(update={"lever": "harness"}), (f"{held}; only the harness can change",)
+    if wanted.lever == "auto" and not trainable(wanted.target_model):
+        wanted = wanted.model_copy(update={"lever": "harness"})
+    if wanted.lever == "harness":
+        return wanted, (f"{held}; only the harness can change",)
+    rollouts = f"weights are learned from {wanted.rollout_samples} whole attempts at a time, by what counts as dev"
+    return wanted, (f"{held}; {rollouts}",)
 
 
 def require_learnable(settings: Settings, wanted: RunSettings) -> None:

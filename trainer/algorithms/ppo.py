@@ -9,6 +9,11 @@ for the critic of utterances in ArCHer (Zhou et al. 2024, arXiv 2402.19446): V(s
 action, r_t the sum over its actions, and each of these has the call's advantage and target. So γ and λ tell calls
 apart, and how long each of them is does not matter.
 
+The critic is a linear head over the hidden vectors before an action, which it reads detached: what it learns reaches
+the policy through advantages alone. It is fresh in every update, and values everything at 0 at first. How far updates
+on a batch may take a value is told in deviations of the batch's returns: in the code published with PPO, rewards were
+brought to that unit before.
+
 Advantages are whitened over a batch. A critic could learn from a lone sample too; groups without a difference are left
 out here as everywhere, so that the counts of all algorithms mean the same.
 """

@@ -78,10 +78,11 @@ def _next(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
     change = f"lever={other}" if summary["settings"]["target_model"].startswith("local/") else "seed=1"
     why = "under the other lever" if change.startswith("lever") else "with other chances"
     first = summary["generations"][0]["version"]
+    last = min(1, summary["generations"][-1]["generation"])
     return [
         (f"sia show {run}", "every version, its scores and its verdict"),
         (f"sia replay {run}", "decide it all again from the log, calling nothing"),
-        (f"sia branch {run} --at 1 --set {change}", f"go on from generation 1 {why}"),
+        (f"sia branch {run} --at {last} --set {change}", f"go on from generation {last} {why}"),
         (f"sia diff {run} {first} {summary['best']}", "what changed between first and best"),
     ]
 
