@@ -3,6 +3,7 @@
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Literal
 
 import msgspec
@@ -37,13 +38,15 @@ class Start:
 class Reconciled:
     """`records` are the run's own, up to the first of which there is no good copy; `whole` where there is none such.
 
-    `wrong` are positions of which the tables have nothing, or something else than the chain says.
+    `wrong` are positions of which the tables have nothing, or something else than the chain says. `cut_off` says that
+    those without a good copy are the last, so that no later one tells of them.
     """
 
     findings: tuple[Finding, ...]
     records: tuple[Record, ...]
     whole: bool
     wrong: frozenset[int]
+    cut_off: bool = False
 
 
 class _Placed(msgspec.Struct):
@@ -71,18 +74,23 @@ def reconcile(
     rows: Iterable[tuple[int, bytes]],
     copied: int,
     start: Start | None,
+    unread: tuple[int, int] = (0, 0),
 ) -> Reconciled:
     """Walk the run's chain position by position; at each one the copy that follows from the one before is the record.
 
     `stream` are (sequence, bytes) in the stream's order, `rows` (position, bytes). Up to the sequence `copied` the
     tables have to have what the stream has; what came later may still be on its way. `start` is None where the run
-    branched from what is not known: then its first record is taken as it stands.
+    branched from what is not known: then its first record is taken as it stands. `unread` are how many messages of the
+    run the stream's server counts and cannot read, and how many of them may stand behind the last that it can.
     """
     streamed, strangers = _streamed(run, stream)
     tabled = _tabled(run, rows)
     good, gaps = _chain(streamed, tabled, start)
 
     found = [Finding("missing", "stream", run, _places(gap), "in the tables too") for gap in gaps]
+    end = _lost_end(streamed, good, start, unread)
+    if end:
+        found.append(Finding("missing", "stream", run, _places(end), "it was lost before it was copied"))
     for position in sorted({*good, *streamed, *tabled}):
         copy, here, there = good.get(position), streamed.get(position, ()), tabled.get(position, ())
         strangers |= {other.sequence: _other(run, other) for other in here if not _same(other, copy)}
@@ -105,37 +113,8 @@ def reconcile(
     for sequence, finding in sorted(strangers.items()):
         kept = f"no part of the run, as its record {letters[sequence]} tells" if sequence in letters else ""
         found.append(replace(finding, harmless=kept))
-    whole = len(records) == len(good) and tabled.keys() <= good.keys()
-    return Reconciled(tuple(found), tuple(records), whole, frozenset(wrong))
-
-
-def reconcile_lines(
-    run: str, stream: Iterable[tuple[int, Sequence[str]]], rows: Iterable[tuple[int, int, str]], copied: int
-) -> tuple[tuple[Finding, ...], frozenset[int], frozenset[int]]:
-    """Hold the run's envelopes on the stream against their rows: findings, and the sequences that are wrong.
-
-    `stream` are (sequence, digests of its lines), `rows` (sequence, line, digest). The first set are sequences whose
-    rows are missing or altered, the second those that only the tables still have.
-    """
-    tabled: dict[int, dict[int, set[str]]] = defaultdict(lambda: defaultdict(set))
-    for sequence, line, digest in rows:
-        tabled[sequence][line].add(digest)
-    found: list[Finding] = []
-    wrong: set[int] = set()
-    known: set[int] = set()
-    for sequence, digests in stream:
-        known.add(sequence)
-        has = tabled.get(sequence)
-        if has is None and (sequence > copied or not digests):
-            continue
-        if has == {line: {digest} for line, digest in enumerate(digests)}:
-            continue
-        wrong.add(sequence)
-        kind = "altered" if has and len(has) >= len(digests) else "missing"
-        found.append(Finding(kind, "tables", run, f"trace sequence {sequence}", f"of {len(digests)} lines"))
-    lost = frozenset(tabled) - known
-    found += [Finding("missing", "stream", run, f"trace sequence {sequence}") for sequence in sorted(lost)]
-    return tuple(found), frozenset(wrong), lost
+    whole = len(records) == len(good) and tabled.keys() <= good.keys() and not end
+    return Reconciled(tuple(found), tuple(records), whole, frozenset(wrong), bool(end))
 
 
 def _streamed(run: str, stream: Iterable[tuple[int, bytes]]) -> tuple[dict[int, list[_Copy]], dict[int, Finding]]:
@@ -224,6 +203,26 @@ def _in_the_tables(
 
 def _places(gap: range) -> str:
     return f"position {gap.start}" if len(gap) == 1 else f"positions {gap.start} to {gap.stop - 1}"
+
+
+def _lost_end(
+    streamed: Mapping[int, Sequence[_Copy]], good: Mapping[int, _Copy], start: Start | None, unread: tuple[int, int]
+) -> range:
+    """The positions behind the last record known whose messages are lost, as far as the server's count tells.
+
+    What is missing between two records in the stream's order is lost too, and told already; it stays counted once the
+    record has been put back.
+    """
+    count, behind = unread
+    own = [
+        (c.sequence, position) for position, copies in streamed.items() for c in copies if _same(c, good.get(position))
+    ]
+    before = start.position if start else min(good, default=1) - 1
+    order = [before, *(position for _, position in sorted(own))]
+    between = sum(max(0, there - here - 1) for here, there in pairwise(order))
+    last = max([before, *good])
+    in_tables = sum(position > max(order) for position in good)
+    return range(last + 1, last + 1 + max(0, min(count - between, behind) - in_tables))
 
 
 def _disorder(run: str, streamed: Mapping[int, Sequence[_Copy]], good: Mapping[int, _Copy | None]) -> Iterator[Finding]:

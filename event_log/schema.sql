@@ -235,3 +235,22 @@ WHERE type = 'ServiceFailed';
 -- A merge packs the whole of what it merges once more, at a high level: calls come in many small batches, and by the
 -- engine's own measure, which counts every part for five megabytes more, it packed a table of one megabyte 200 times.
 ALTER TABLE model_calls MODIFY SETTING merge_selector_base = 20;
+
+-- migration 6
+
+-- What the programs of attempts said, line by line; `omitted` is how many lines before it were not kept.
+CREATE VIEW IF NOT EXISTS logs AS
+SELECT
+    run,
+    key AS attempt,
+    JSONExtractString(body, 'stream') AS stream,
+    JSONExtractString(body, 'text') AS text,
+    JSONExtractUInt(body, 'omitted_lines') AS omitted,
+    sequence,
+    line
+FROM (SELECT * FROM trace FINAL WHERE kind = 'log')
+ORDER BY sequence, line;
+
+-- When a row came, for those who let traces go after some days. Rows of before count from here on.
+ALTER TABLE model_calls ADD COLUMN IF NOT EXISTS stored DateTime('UTC') DEFAULT now();
+ALTER TABLE trace ADD COLUMN IF NOT EXISTS stored DateTime('UTC') DEFAULT now();

@@ -199,6 +199,17 @@ class ClickHouseLog:
     async def select(self, sql: str, form: Rows) -> bytes:
         return await self._call(lambda: self._selected(sql, form))
 
+    async def keep_traces(self, days: int | None) -> None:
+        """Let traces go so many days after they came in, None: never. The engine takes them out when it merges."""
+        end = f"TTL stored + toIntervalDay({days})" if days else ""
+        sql = "SELECT engine_full FROM system.tables WHERE database = currentDatabase() AND name = {table:String}"
+        for table in TRACES:
+            (row,) = await self.query(sql, {"table": table})
+            found = re.search(r"TTL .+?(?= SETTINGS|$)", row["engine_full"])
+            if end != (found[0] if found else ""):
+                change = f"ALTER TABLE {table} {f'MODIFY {end}' if end else 'REMOVE TTL'}"
+                await self._call(lambda change=change: self._writer.command(change))
+
     async def clear(self) -> None:
         # TRUNCATE forgets the tokens too, so the same batches can be inserted again.
         for table in TABLES:

@@ -18,7 +18,7 @@ from sia_events.infra.nats_partitions import ANY, EVENTS, TRACE, Partitions
 from sia_events.infra.nats_runs import Runs
 from sia_events.infra.nats_serve import Serving, Unanswerable, consumer, serve
 from sia_events.infra.nats_stored import NatsStreams
-from sia_events.infra.nats_streams import Message, publish, subjects_with
+from sia_events.infra.nats_streams import KEPT, Message, Retention, nothing_behind, publish, subjects_with
 from sia_events.infra.nats_wire import ENCODING, packed, read_envelope, read_record, run_of, trace_subject
 from sia_events.shared.ports import Blobs, Clock, Envelope, Feed
 from sia_events.shared.record import Draft, Record, UnreadableRecord
@@ -27,6 +27,7 @@ ACK_WAIT_S = 30.0
 RETRY_DELAY_S = 1.0
 PATIENCE_S = 60.0  # how long a server may be away before we say so; one of our own is back within a second
 FEED_S = 0.25  # how long news gathers before it is handed out: an insert costs the same for one row and for a hundred
+FEED_BYTES = 16 * 2**20  # that a batch is cut at, packed and unpacked: a message may have half as many
 OPENINGS_S = 1.0
 TRACED_S = 1.0  # how long news of a trace gathers before whoever follows it is told
 OPENINGS = ("RunStarted", "RunBranched")
@@ -169,23 +170,33 @@ class NatsBus:
             for stream in streams:
                 at = places[stream]
                 # What was handed out and not acked is handed out again as the same batch.
-                messages = await self._nats.read(stream, at.acked + 1, limit=at.offered - at.acked or batch)
-                if not messages or messages[-1].sequence < at.offered:
+                again = at.offered - at.acked
+                enough = 2**62 if again else FEED_BYTES
+                messages = await self._nats.read(stream, at.acked + 1, limit=again or batch, enough=enough)
+                came = messages[-1].sequence if messages else at.acked
+                # Another replica may be behind the one that we read before; or else what is missing is lost.
+                if came == at.acked or (came < at.offered and not await self._is_end(stream, came)):
                     continue
-                full = full or len(messages) == batch
-                last = messages[-1].sequence
+                full = full or len(messages) == batch or sum(len(each.data) for each in messages) >= enough
+                last = min(came, at.offered) if again else came
+                records, envelopes = (), ()
+                if stream in self._partitions.cut(EVENTS):
+                    records = await self._records(name, [each for each in messages if each.sequence <= last])
+                else:
+                    envelopes, unpacked = self._unpacked(messages, last, enough)
+                    full, last = full or unpacked < last, unpacked
                 if last > at.offered:
                     await keep(stream, Place(at.acked, last))
 
                 async def ack(stream: str = stream, last: int = last) -> None:
                     await keep(stream, Place(last, last))
 
-                if stream in self._partitions.cut(EVENTS):
-                    yield Feed(stream, at.acked + 1, last, await self._records(name, messages), (), ack)
-                else:
-                    yield Feed(stream, at.acked + 1, last, (), self._envelopes(messages), ack)
+                yield Feed(stream, at.acked + 1, last, records, envelopes, ack)
             if not full:
                 await asyncio.sleep(FEED_S)
+
+    async def _is_end(self, stream: str, sequence: int) -> bool:
+        return await self._nats.ask(lambda client: nothing_behind(client, stream, sequence))
 
     async def lag(self, name: str) -> int:
         return await self._nats.ask(lambda client: nats_feed.lag(client, name, self._partitions.names))
@@ -217,6 +228,21 @@ class NatsBus:
         subject = trace_subject(run, kind, key, self._partitions)
         return await self._nats.read(self._partitions.of(TRACE, run), last + 1, subject)
 
+    def _unpacked(
+        self, messages: Sequence[Message], last: int, enough: int
+    ) -> tuple[tuple[tuple[int, Envelope], ...], int]:
+        """The envelopes among the messages up to sequence `last`, or up to where their lines have `enough` bytes."""
+        found: list[tuple[int, Envelope]] = []
+        size = 0
+        for message in messages:
+            if message.sequence > last:
+                break
+            found += (news := self._envelopes([message]))
+            size += sum(len(line) for _, envelope in news for line in envelope.lines)
+            if size >= enough:
+                return tuple(found), message.sequence
+        return tuple(found), last
+
     def _envelopes(self, messages: Sequence[Message]) -> tuple[tuple[int, Envelope], ...]:
         """Those of the messages that are envelopes. What somebody else put there tells nothing of any run."""
         found: list[tuple[int, Envelope]] = []
@@ -244,10 +270,11 @@ async def connect(
     retry_delay: float = RETRY_DELAY_S,
     patience: float = PATIENCE_S,
     partitions: int = 1,
+    retention: Retention = KEPT,
 ) -> AsyncIterator[NatsBus]:
     """A bus on the server (or servers, comma between) at `url`; times are in seconds. Raises as `connected` does.
 
     History stands there in as many `partitions` as it was begun with, each run in one.
     """
-    async with connected(url, replicas, patience, Partitions(partitions)) as connection:
+    async with connected(url, replicas, patience, Partitions(partitions), retention) as connection:
         yield NatsBus(connection, Runs(connection, clock), blobs, ack_wait, retry_delay)

@@ -14,7 +14,7 @@ from nats.aio.client import Client
 
 from sia_events.infra.nats_partitions import WHOLE, Partitions
 from sia_events.infra.nats_server import MINIMUM, server_info, too_old
-from sia_events.infra.nats_streams import UNANSWERED, Message, ensure_streams, heeding, read
+from sia_events.infra.nats_streams import KEPT, UNANSWERED, Message, Retention, ensure_streams, heeding, read
 from sia_events.shared.ports import BusUnreachable
 
 CONNECT_S = 10.0
@@ -50,14 +50,16 @@ class Connection:
                     ) from error
             await asyncio.sleep(AGAIN_S)
 
-    async def read(self, stream: str, start: int, subject: str | None = None, limit: int = 2**62) -> list[Message]:
+    async def read(
+        self, stream: str, start: int, subject: str | None = None, limit: int = 2**62, enough: int = 2**62
+    ) -> list[Message]:
         """As `nats_streams.read`, asked until it is answered."""
-        return await self.ask(lambda client: read(client, stream, start, subject, limit))
+        return await self.ask(lambda client: read(client, stream, start, subject, limit, enough))
 
 
 @asynccontextmanager
 async def connected(
-    url: str, replicas: int, patience: float, partitions: Partitions = WHOLE
+    url: str, replicas: int, patience: float, partitions: Partitions = WHOLE, retention: Retention = KEPT
 ) -> AsyncIterator[Connection]:
     """A connection to the server (or servers, comma between) at `url`, our streams made and checked there.
 
@@ -89,7 +91,7 @@ async def connected(
             async with asyncio.timeout(CONNECT_S):
                 client = await broker.connect()
                 _end_when_untaken(client)
-                await ensure_streams(client, replicas, partitions)
+                await ensure_streams(client, replicas, partitions, retention)
         except (TimeoutError, *UNANSWERED) as error:
             said = f"the NATS server at {_shown(url)} lets us in but does not answer: {error!r}"
             raise BusUnreachable(said) from error

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from nats.aio.client import Client
 from nats.js.errors import NotFoundError
 
-from sia_events.infra.nats_streams import PLACES, last_sequence, publish
+from sia_events.infra.nats_streams import PLACES, bounds, nothing_behind, publish
 
 
 @dataclass(frozen=True)
@@ -32,9 +32,15 @@ async def keep(client: Client, name: str, stream: str, place: Place) -> None:
 
 async def lag(client: Client, name: str, streams: Iterable[str]) -> int:
     """Messages that the feed has not acked."""
-    jetstream = client.jetstream()
-    # A store that was put back to an earlier copy ends before the place: then nothing of that stream is owed.
-    return sum([max(0, await last_sequence(jetstream, s) - (await place(client, name, s)).acked) for s in streams])
+    owed = 0
+    for stream in streams:
+        first, last = await bounds(client.jetstream(), stream)
+        # A store that was put back to an earlier copy ends before the place: then nothing of that stream is owed. Nor
+        # is what age has taken, or what is lost at the stream's end: nobody can copy it any more.
+        acked = max(first - 1, (await place(client, name, stream)).acked)
+        if last > acked and not await nothing_behind(client, stream, acked):
+            owed += last - acked
+    return owed
 
 
 def _subject(name: str, stream: str) -> str:

@@ -22,7 +22,7 @@ from sia_events.shared.environment import plain
 
 MINIMUM = (2, 12)  # the first with atomic batches
 MAX_PAYLOAD = 8 * 2**20
-MAX_STORE_GB = 16
+MAX_STORE_TB = 1024  # each stream has a limit of its own
 MIN_FREE_MB = 64
 READY_S = 30.0
 PORT_TRIES = 5  # between our look for a free port and the server's start any connection may be given it
@@ -56,8 +56,8 @@ class NatsServer:
     binary: str
     name: str = field(default_factory=lambda: f"sia-{secrets.token_hex(8)}")
     token: str = field(default_factory=lambda: secrets.token_hex(16))
-    port: int = field(default_factory=lambda: _free_port())
-    health_port: int = field(default_factory=lambda: _free_port())
+    port: int = field(default_factory=lambda: free_port())
+    health_port: int = field(default_factory=lambda: free_port())
     process: asyncio.subprocess.Process | None = None
 
     @property
@@ -76,9 +76,9 @@ async def running(store: Path) -> AsyncIterator[str]:
     Raises StoreHeld, whose `owner.dsn` is the URL of the server that runs there, or NatsServerFailed when the program
     is missing, too old, or does not start.
     """
-    binary = await _binary()
+    program = await binary()
     for tries_left in reversed(range(PORT_TRIES)):
-        server = NatsServer(store, binary)
+        server = NatsServer(store, program)
         with claim(store, server.url):
             _prepare(server)
             await _end_orphan(server)
@@ -121,7 +121,7 @@ def too_old(version: object) -> bool:
     return tuple(int(part) for part in str(version).split("-")[0].split(".")[:2]) < MINIMUM
 
 
-async def _binary() -> str:
+async def binary() -> str:
     """The program: SIA_NATS_SERVER, else the one installed with us, else the one on PATH."""
     named = os.environ.get("SIA_NATS_SERVER")
     found = named or shutil.which("nats-server", path=sysconfig.get_path("scripts")) or shutil.which("nats-server")
@@ -152,7 +152,7 @@ authorization {{ token: "{server.token}" }}
 max_payload: {MAX_PAYLOAD}
 jetstream {{
   store_dir: {json.dumps(str(server.store))}
-  max_file_store: {MAX_STORE_GB}GB
+  max_file_store: {MAX_STORE_TB}TB
   max_memory_store: 64MB
   sync_interval: always
 }}
@@ -291,7 +291,8 @@ def _write_private(path: Path, text: str) -> None:
         file.write(text)
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """A TCP port of loopback that nobody has at this moment."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]

@@ -20,12 +20,12 @@ from sia_events.infra.nats_streams import (
     PLACES,
     READ_AT_ONCE,
     Message,
-    last_sequence,
+    bounds,
     publish,
     subjects_with,
 )
 from sia_events.infra.nats_wire import ENCODING, packed, read_envelope, run_of, trace_subject
-from sia_events.shared.ports import Consumer, Envelope, Stored, StreamName, StreamSize
+from sia_events.shared.ports import Consumer, Envelope, Stored, StreamName, StreamSize, Traced
 from sia_events.shared.record import Record, UnreadableRecord
 
 
@@ -56,15 +56,32 @@ class NatsStreams:
         async for message in self._read(stream, run):
             yield Stored(message.sequence, run, unquote(message.subject.split(".", 4)[3]), message.data)
 
-    async def envelopes(self, run: str) -> AsyncIterator[tuple[int, Envelope]]:
+    async def traced(self, run: str) -> AsyncIterator[Traced]:
         async for message in self._read("SIA_TRACE", run):
-            with suppress(UnreadableRecord):
-                yield message.sequence, read_envelope(message, self._partitions)
+            lost = message.in_place_of.partition(".")[0]
+            in_place_of = int(lost) if lost.isdecimal() else None
+            try:
+                envelope = read_envelope(message, self._partitions)
+            except UnreadableRecord as error:
+                yield Traced(message.sequence, None, str(error))
+            else:
+                yield Traced(message.sequence, envelope, in_place_of=in_place_of)
+
+    async def envelopes(self, run: str) -> AsyncIterator[tuple[int, Envelope]]:
+        async for message in self.traced(run):
+            if message.envelope is not None:
+                yield message.sequence, message.envelope
+
+    async def counted(self, stream: StreamName, run: str) -> int:
+        name, subjects = self._partitions.of(stream, run), f"{ROOTS[stream]}.{checked_name(run)}.>"
+        return sum((await self._nats.ask(lambda client: subjects_with(client, name, subjects))).values())
+
+    async def first(self, stream: str) -> int:
+        return (await self._nats.ask(lambda client: bounds(client.jetstream(), stream)))[0]
 
     async def lost(self, stream: str) -> tuple[int, Sequence[int]]:
-        last = await self._nats.ask(lambda client: last_sequence(client.jetstream(), stream))
+        expected, last = await self._nats.ask(lambda client: bounds(client.jetstream(), stream))
         missing: list[int] = []
-        expected = 1
         while messages := await self._nats.read(stream, expected, limit=READ_AT_ONCE):
             for message in messages:
                 missing.extend(range(expected, message.sequence))
@@ -77,7 +94,7 @@ class NatsStreams:
             info = await self._nats.ask(lambda client, name=name: client.jetstream().stream_info(name))
             limit = info.config.max_bytes or -1
             read = name in self._partitions.names
-            lag = max(0, info.state.last_seq - await self._acked(name, feed)) if read else None
+            lag = await self._nats.ask(lambda client, name=name: nats_feed.lag(client, feed, [name])) if read else None
             found.append(StreamSize(name, info.state.messages, info.state.bytes, limit if limit > 0 else None, lag))
         return found
 

@@ -22,7 +22,8 @@ ADVISORIES = "SIA_ADVISORIES"
 
 ANSWER_S = 2.0  # an answer that takes longer counts as none: what was asked is then looked up
 LOOKS, LOOK_S = 20, 0.05
-READ_AT_ONCE = 500
+READ_AT_ONCE, READ_BYTES = 500, 64 * 2**20
+DAY_S = 86_400
 CUT = "sia-partitions"
 HISTORY = (EVENTS, TRACE)
 IN_PLACE_OF = "Sia-In-Place-Of"
@@ -58,13 +59,38 @@ _PROMISES: dict[str, dict[str, Any]] = {
         "discard": "old",
     },
 }
-# How large each may get at least, all partitions together; an operator may have given more.
+# How large each may get, all partitions together; an operator may have given more, or the settings another size.
 _SIZES: dict[str, dict[str, float]] = {
     EVENTS: {"max_bytes": 2 * 2**30, "max_msg_size": 2**20, "duplicate_window": 600},
     TRACE: {"max_bytes": 8 * 2**30, "max_msg_size": 8 * 2**20, "duplicate_window": 600},
     PLACES: {"max_bytes": 2**20, "max_msg_size": 2**10},
     ADVISORIES: {"max_bytes": 16 * 2**20, "max_msg_size": 2**16},
 }
+
+
+@dataclass(frozen=True)
+class Retention:
+    """What history may take: GiB of all partitions together, None: as much as is given it, and 2 and 8 at least.
+
+    Traces go after `trace_days`, None: never. Records always stay: a run is what its records say.
+    """
+
+    events_gb: float | None = None
+    trace_gb: float | None = None
+    trace_days: int | None = None
+
+    def size(self, kind: str) -> int | None:
+        """In bytes, where one is set."""
+        asked = {EVENTS: self.events_gb, TRACE: self.trace_gb}.get(kind)
+        return None if asked is None else round(asked * 2**30)
+
+    @property
+    def trace_s(self) -> int:
+        """As a stream's max_age: 0 is never."""
+        return DAY_S * (self.trace_days or 0)
+
+
+KEPT = Retention()
 
 
 class StreamUnfit(Exception):
@@ -100,17 +126,19 @@ async def heeding(ask: Awaitable[T]) -> T:
             raise asyncio.CancelledError
 
 
-async def ensure_streams(client: Client, replicas: int = 1, partitions: Partitions = WHOLE) -> None:
+async def ensure_streams(
+    client: Client, replicas: int = 1, partitions: Partitions = WHOLE, retention: Retention = KEPT
+) -> None:
     """Make the streams, and hold those that exist to their promises. Raises StreamUnfit, BusFull."""
     jetstream = client.jetstream()
     await _check_cut(client, partitions)
-    for name, promises, sizes in _streams(client, partitions):
+    for name, promises, sizes in _streams(client, partitions, retention):
         fixed: dict[str, Any] = {"name": name, "storage": "file", "retention": "limits", **promises}
         try:
             found = (await jetstream.stream_info(name)).config
         except NotFoundError:
             cut = {CUT: str(partitions.count)} if holds_history(name) else None
-            made = api.StreamConfig(num_replicas=replicas, metadata=cut, **fixed, **sizes)
+            made = api.StreamConfig(num_replicas=replicas, metadata=cut, **{**sizes, **fixed})
             try:
                 await _apply(jetstream.add_stream, made)
             except BusFull:
@@ -128,15 +156,22 @@ async def ensure_streams(client: Client, replicas: int = 1, partitions: Partitio
             await _apply(jetstream.update_stream, found.evolve(**changes), changes)
 
 
-def _streams(client: Client, partitions: Partitions) -> Iterator[tuple[str, dict[str, Any], dict[str, Any]]]:
+def _streams(
+    client: Client, partitions: Partitions, retention: Retention
+) -> Iterator[tuple[str, dict[str, Any], dict[str, Any]]]:
     """Name, promises and least sizes of each."""
-    for kind, promises in _PROMISES.items():
-        sizes = dict(_SIZES[kind])
+    for kind, always in _PROMISES.items():
+        sizes, promises = dict(_SIZES[kind]), dict(always)
+        if kind == TRACE:
+            promises["max_age"] = retention.trace_s
+        if size := retention.size(kind):
+            sizes["max_bytes"] = promises["max_bytes"] = size // partitions.count
         sizes["max_msg_size"] = min(sizes["max_msg_size"], client.max_payload)
         if kind not in HISTORY:
             yield kind, promises, sizes
             continue
-        sizes["max_bytes"] //= partitions.count
+        if "max_bytes" not in promises:
+            sizes["max_bytes"] //= partitions.count
         for name, subjects in partitions.cut(kind).items():
             yield name, {"subjects": [subjects], **promises}, sizes
 
@@ -185,14 +220,17 @@ async def _apply(call: Any, config: api.StreamConfig, changes: Mapping[str, Any]
 
 
 async def read(
-    client: Client, stream: str, start: int, subject: str | None = None, limit: int = 2**62
+    client: Client, stream: str, start: int, subject: str | None = None, limit: int = 2**62, enough: int = 2**62
 ) -> list[Message]:
-    """Up to `limit` messages from sequence `start` on, of one subject (which may hold wildcards) or of all."""
-    return (await read_on(client, stream, start, subject, limit))[0]
+    """Up to `limit` messages from sequence `start` on, of one subject (which may hold wildcards) or of all.
+
+    No more is asked for once they have `enough` bytes.
+    """
+    return (await read_on(client, stream, start, subject, limit, enough))[0]
 
 
 async def read_on(
-    client: Client, stream: str, start: int, subject: str | None, limit: int
+    client: Client, stream: str, start: int, subject: str | None, limit: int, enough: int = 2**62
 ) -> tuple[list[Message], int]:
     """As `read`, and how many more there are behind those that were read.
 
@@ -201,14 +239,17 @@ async def read_on(
     found: list[Message] = []
     inbox = await client.subscribe(client.new_inbox())
     try:
-        pending = 1
-        while pending and len(found) < limit:
+        pending, size = 1, 0
+        while pending and len(found) < limit and size < enough:
+            # The server sends one message at least, and as many as have so many bytes.
             ask: dict[str, Any] = {"seq": start, "batch": min(limit - len(found), READ_AT_ONCE)}
+            ask["max_bytes"] = min(enough, READ_BYTES)
             if subject:
                 ask["next_by_subj"] = subject
             await client.publish(_direct(stream), json.dumps(ask).encode(), reply=inbox.subject)
             while "Nats-Sequence" in ((answer := await inbox.next_msg(ANSWER_S)).headers or {}):
                 found.append(_stored(answer))
+                size += len(answer.data)
                 start = found[-1].sequence + 1
             headers = answer.headers or {}
             match headers.get("Status"):
@@ -290,18 +331,29 @@ async def counted_last(client: Client, stream: str, subject: str) -> int:
         return 0
 
 
-async def last_sequence(jetstream: JetStreamContext, stream: str) -> int:
-    return (await jetstream.stream_info(stream)).state.last_seq
+async def nothing_behind(client: Client, stream: str, sequence: int) -> bool:
+    """Whether no message behind the sequence can be read, by the word of whoever leads the stream."""
+    try:
+        await client.jetstream().get_msg(stream, sequence + 1, subject=">", next=True)
+    except NotFoundError:
+        return True
+    return False
 
 
-async def subjects_with(client: Client, stream: str, pattern: str) -> list[str]:
-    """The subjects of the stream that match, without reading any message."""
-    found: list[str] = []
+async def bounds(jetstream: JetStreamContext, stream: str) -> tuple[int, int]:
+    """The sequence before which the stream has let everything go by its age, 1 where it never does; and the last."""
+    info = await jetstream.stream_info(stream)
+    return max(1, info.state.first_seq) if info.config.max_age else 1, info.state.last_seq
+
+
+async def subjects_with(client: Client, stream: str, pattern: str) -> dict[str, int]:
+    """The subjects of the stream that match, each with its count of messages, without reading any of them."""
+    found: dict[str, int] = {}
     while True:
         ask = json.dumps({"subjects_filter": pattern, "offset": len(found)}).encode()
         reply = json.loads((await client.request(f"$JS.API.STREAM.INFO.{stream}", ask, ANSWER_S)).data)
         if error := reply.get("error"):
             raise APIError.from_error(error)
-        found.extend(page := reply["state"].get("subjects") or {})
+        found |= (page := reply["state"].get("subjects") or {})
         if not page or len(found) >= reply.get("total", 0):
             return found

@@ -15,6 +15,7 @@ from sia_events.shared.record import Record, UnreadableRecord, parse_record
 CLOUD_EVENTS = {"Content-Type": "application/cloudevents+json"}
 # RFC 8878, section 3.1.1; a level at which envelopes of model calls are 7 % smaller than by zlib's, and done sooner.
 ZSTD_FRAME, LEVEL, ENCODING = b"\x28\xb5\x2f\xfd", 9, "zstd"
+UNPACKED = 64 * 2**20  # bytes that an envelope's lines take at most: a small body can say that it is a huge one
 
 
 def subject_of(record: Record, partitions: Partitions = WHOLE) -> str:
@@ -56,10 +57,12 @@ def read_envelope(message: Message, partitions: Partitions = WHOLE) -> Envelope:
 
 
 def packed(lines: Sequence[bytes], limit: int) -> list[bytes]:
-    """The lines in bodies of at most `limit` bytes, halved until they fit."""
-    body = zstd.compress(b"\n".join(lines), LEVEL) if lines else b""
-    if len(body) <= limit:
-        return [body]
+    """The lines in bodies of at most `limit` bytes, and UNPACKED before that; halved until they fit."""
+    text = b"\n".join(lines)
+    if len(text) <= UNPACKED:
+        body = zstd.compress(text, LEVEL) if lines else b""
+        if len(body) <= limit:
+            return [body]
     if len(lines) == 1:
         raise ValueError(f"a trace line of {len(lines[0])} bytes is over the server's limit; put its body in a blob")
     half = len(lines) // 2
@@ -68,4 +71,10 @@ def packed(lines: Sequence[bytes], limit: int) -> list[bytes]:
 
 def _unpacked(body: bytes) -> bytes:
     """Envelopes were packed by zlib once, and a stream keeps them as they are."""
-    return zstd.decompress(body) if body.startswith(ZSTD_FRAME) else zlib.decompress(body)
+    unpacker = zstd.ZstdDecompressor() if body.startswith(ZSTD_FRAME) else zlib.decompressobj()
+    text = unpacker.decompress(body, UNPACKED + 1)
+    if len(text) > UNPACKED:
+        raise ValueError(f"its {len(body)} bytes would be more than {UNPACKED} unpacked")
+    if not unpacker.eof or unpacker.unused_data:
+        raise ValueError("it is cut short, or something stands behind its end")
+    return text

@@ -164,12 +164,27 @@ class Streams(Protocol):
         """What can be read of a run, in the stream's order. A message that its server finds damaged is left out."""
         ...
 
+    def traced(self, run: str) -> AsyncIterator["Traced"]:
+        """What can be read among the run's traces, of every kind, whether or not it is an envelope."""
+        ...
+
     def envelopes(self, run: str) -> AsyncIterator[tuple[int, "Envelope"]]:
         """The run's envelopes that can be read, of every kind, with their sequences."""
         ...
 
+    async def counted(self, stream: StreamName, run: str) -> int:
+        """How many messages of the run its server counts; those that it no longer can read among them."""
+        ...
+
+    async def first(self, stream: str) -> int:
+        """The sequence before which the stream has let everything go by its age; 1 where it never does."""
+        ...
+
     async def lost(self, stream: str) -> tuple[int, Sequence[int]]:
-        """The stream's last sequence, and those up to it that nothing can be read of: nobody deletes a message."""
+        """The stream's last sequence, and those up to it that nothing can be read of: nobody deletes a message.
+
+        What went by its age was not lost.
+        """
         ...
 
     async def sizes(self, feed: str) -> Sequence[StreamSize]:
@@ -231,6 +246,19 @@ class Envelope:
     kind: Literal["model_call", "step", "training", "log"]
     key: str
     lines: tuple[bytes, ...]
+
+
+@dataclass(frozen=True)
+class Traced:
+    """A message among a run's traces: its envelope, or None and `why` it is none.
+
+    `in_place_of` is the sequence of an envelope that was lost, where this one was put back for it.
+    """
+
+    sequence: int
+    envelope: Envelope | None
+    why: str = ""
+    in_place_of: int | None = None
 
 
 @dataclass(frozen=True)
@@ -538,7 +566,8 @@ class Ports:
     """What `app.py` hands a service. `private` is None for every service but the evaluator.
 
     `backends` are the LLM agents there are, by name. `boxed` turns a worker's argv and its scratch folder into a
-    command line that runs it in a box; None where runs are driven without one.
+    command line that runs it in a box; None where runs are driven without one. `trainer_usd_per_hour` is the price of
+    the machine that learns; None where it has none.
     """
 
     bus: Bus
@@ -549,5 +578,6 @@ class Ports:
     home: Path
     private: Blobs | None = None
     threads: int = 2
+    trainer_usd_per_hour: float | None = None
     boxed: Callable[[Sequence[str], Path], Sequence[str]] | None = None
     backends: Mapping[str, Backend] = field(default_factory=dict)

@@ -37,6 +37,9 @@ class Settings(BaseModel):
         default=3, ge=1, le=26, description="candidates of a generation that are tried at the same time"
     )
     model_threads: int = Field(default=2, ge=1, le=64, description="threads of the embedded model and of training")
+    trainer_usd_per_hour: float | None = Field(
+        default=None, gt=0, description="USD an hour that the machine which learns costs; unset: it is one's own"
+    )
     patience_s: float = Field(
         default=120.0, gt=0, description="seconds for which a model provider that is away is asked again"
     )
@@ -48,6 +51,18 @@ class Settings(BaseModel):
         ge=1,
         le=64,
         description="streams that records are spread over by run, and as many for traces",
+    )
+    events_gb: float | None = Field(
+        default=None, gt=0, description="GiB that the streams of records may take; unset: 2 at least"
+    )
+    trace_gb: float | None = Field(
+        default=None, gt=0, description="GiB that the streams of traces may take; unset: 8 at least"
+    )
+    trace_days: int | None = Field(
+        default=None, ge=1, description="days after which traces go, from streams and tables; unset: never"
+    )
+    metrics_port: int | None = Field(
+        default=None, ge=1, le=65535, description="where sia serve answers /metrics, on loopback; unset: nowhere"
     )
     debug: bool = Field(default=False, description="tracebacks instead of one-line errors")
     providers: Mapping[ProviderName, Provider] = Field(

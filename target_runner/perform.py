@@ -23,6 +23,7 @@ from sia_events.shared.registration import ENTRY, REQUIREMENTS, decode_task, rep
 from sia_events.shared.run import Run
 from sia_events.shared.service import Work
 from sia_events.shared.tree import TreeRefused, load_tree, read_tree, store_tree, write_tree
+from sia_events.target_runner.logged import log_lines
 from sia_events.target_runner.states import with_states
 
 DATA_LEFT_IN_WORK = 64_000_000
@@ -71,6 +72,7 @@ async def attempt(work: Work, asked: AttemptRequested) -> Sequence[Event]:
         )
         reach("target_runner after running an agent")
         overslept = ports.clock.now() >= expires
+        await log_lines(work, asked.attempt, outcome, token)
         recorded = await _recorded(work, asked.attempt)
         calls, paid = _each_once(recorded), _paid(recorded)
         unanswered = [call for call in calls if call.error and call.start == claims["start"]]
@@ -156,7 +158,7 @@ def _claims(run: Run, asked: AttemptRequested, expires: datetime) -> Mapping[str
         "version": asked.version,
         "model": weights.model,
         "adapter": weights.adapter,
-        "sample": asked.samples > 1,
+        "sample": asked.sampled,
         "seed": asked.seed,
         "expires": expires.timestamp(),
         "any_model": run.settings.any_model_name,

@@ -15,13 +15,17 @@ from bus_on import opened
 from command import SMALL, answered, calls, log, sia, tree
 
 from sia_events import app
-from sia_events.archiving import restore
+from sia_events.archiving import archive_run, restore
 from sia_events.errors import Unusable
+from sia_events.event_log import recorder
 from sia_events.home import hold
 from sia_events.infra.archive import ArchiveUnusable, read
 from sia_events.infra.zstd import zstd
+from sia_events.log_here import open_log
+from sia_events.shared.ports import Envelope
 from sia_events.shared.record import broken_link
 from sia_events.shared.settings import Settings
+from sia_events.views.integrity import archive_text
 
 BRANCH = "r2"
 Members = list[tuple[str, bytes]]
@@ -94,6 +98,37 @@ async def test_restoring_twice_changes_nothing(archive: Path, tmp_path: Path):
     async with hold(settings, "test"), app.stores(settings) as node:
         traced = [envelope.lines async for _, envelope in node.streams.envelopes("r1")]
     assert len(traced) == len(set(traced))
+
+
+async def test_envelopes_that_the_stream_has_lost_come_from_the_tables_and_others_are_told_of(tmp_path: Path):
+    home, file = tmp_path / "home", tmp_path / "whole"
+    settings = Settings(home=home)
+    async with hold(settings, "test"), app.stores(settings) as node:
+        await opened(node.bus, "r1")
+        for number in range(4):
+            await node.bus.trace(Envelope("r1", "log", f"key{number}", (f'{{"n":{number}}}'.encode(),)))
+        async with open_log(settings) as log:
+            await recorder.catch_up(node.bus, log)
+            await log.remove_lines("r1", [3])
+    assert (await archive_run(settings, "r1", file, answers=True))["left_out"] == []
+    whole = sorted(traced(file))
+    (block,) = (home / "nats/jetstream/$G/streams/SIA_TRACE/msgs").glob("*.blk")
+    body = bytearray(block.read_bytes())
+    for key in (b"key1", b"key2"):
+        body[body.index(b"sia.trace.r1.log." + key) + 100] ^= 1
+    block.write_bytes(body)
+    told = await archive_run(settings, "r1", tmp_path / "damaged", answers=True)
+    assert told["left_out"] == ["run r1: 1 of its trace envelopes are lost, on the stream and in the tables"]
+    assert whole == sorted([*traced(tmp_path / "damaged"), ("key2", ('{"n":2}',))])
+    assert traced(tmp_path / "damaged")[-1][0] == "key1", "it stands where a repair would put it back"
+    assert "left out: run r1" in archive_text(told)
+
+
+def traced(file: Path) -> list[tuple[str, tuple[str, ...]]]:
+    """Key and lines of every envelope in the archive."""
+    bodies = [body for name, body in unpacked(file) if name.startswith("traces/")]
+    envelopes = [json.loads(line) for body in bodies for line in body.splitlines()]
+    return [(each["key"], tuple(each["lines"])) for each in envelopes]
 
 
 def test_the_same_run_makes_the_same_file_and_only_its_owner_reads_it(home: Path, archive: Path, tmp_path: Path):

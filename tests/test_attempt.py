@@ -6,6 +6,7 @@ from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 from given import NOON, recorded
 from story import OPENING, asked, proposed, started
@@ -20,6 +21,7 @@ from sia_events.shared.run import fold
 from sia_events.shared.service import Work
 from sia_events.shared.task import find_task
 from sia_events.shared.tree import store_tree
+from sia_events.target_runner.logged import KEPT, LogLine
 from sia_events.target_runner.perform import TOKEN_MARGIN_S, recorded_calls
 from sia_events.target_runner.service import target_runner
 
@@ -46,7 +48,7 @@ class Box:
 
 
 async def attempted(
-    box: Box, home: Path, request: AttemptRequested, calls: Sequence[bytes] = ()
+    box: Box, home: Path, request: AttemptRequested, calls: Sequence[bytes] = (), bus: MemoryBus | None = None
 ) -> tuple[Sequence[Event], float]:
     """What the attempt came to, and its wall limit in seconds."""
     blobs = MemoryBlobs()
@@ -54,7 +56,7 @@ async def attempted(
     first = proposed().model_copy(update={"harness": await store_tree(blobs, {"target_agent.py": b""})})
     records = recorded(told, started(), first, request)
     door = TokenDoor(home / "gateway.sock", SECRET)
-    bus = MemoryBus(blobs)
+    bus = bus or MemoryBus(blobs)
     await bus.trace(Envelope("r1", "model_call", journal_key(request.attempt), tuple(calls)))
     ports = Ports(bus, blobs, box, box, door, home)
     events = await target_runner.performs[AttemptRequested](Work(fold(records), records[-1], ports), request)
@@ -143,3 +145,44 @@ async def test_a_call_that_was_recorded_twice_is_one_call_with_its_reply():
         ("a", 1, None, "x"),
         ("b", 0, None, "still down"),
     ]
+
+
+async def test_what_a_program_said_is_on_the_trace_once_however_often_its_attempt_is_handled(tmp_path: Path):
+    bus, said = MemoryBus(), Outcome("crash", 3, b"one\ntwo\n", b"boom \xff", False, 1.0)
+    for _ in range(2):
+        ((failed,), _) = await attempted(Box(outcome=said), tmp_path, asked("g0a", "dev"), bus=bus)
+        assert isinstance(failed, AttemptFailed) and failed.kind == "crash"
+    (envelope,) = await bus.traces("r1", "log", failed.attempt)
+    assert [*map(line_of, envelope.lines)] == [("stdout", "one"), ("stdout", "two"), ("stderr", "boom \ufffd")]
+
+
+async def test_of_a_flood_the_end_is_kept_and_the_rest_counted(tmp_path: Path):
+    bus, flood = MemoryBus(), b"".join(b"line %05d\n" % number for number in range(10_000))
+    await attempted(Box(outcome=replace(WELL, stdout=flood, truncated=True)), tmp_path, asked("g0a", "dev"), bus=bus)
+    (envelope,) = await bus.traces("r1", "log", None)
+    first, *rest = [msgspec.json.decode(line, type=LogLine) for line in envelope.lines]
+    assert first.more and rest[-1].text == "line 09999"
+    assert first.omitted_lines + 1 + len(rest) == 10_000 and first.omitted_characters == len(flood) - KEPT
+    assert sum(map(len, envelope.lines)) < 10 * KEPT
+
+
+async def test_a_token_that_a_program_prints_is_not_written_down(tmp_path: Path):
+    class Telling(Box):
+        async def run(self, job: Job) -> Outcome:
+            return replace(await super().run(job), stderr=f"my key is {job.env['OPENAI_API_KEY']}".encode())
+
+    bus = MemoryBus()
+    await attempted(Telling(), tmp_path, asked("g0a", "dev"), bus=bus)
+    (envelope,) = await bus.traces("r1", "log", None)
+    assert [*map(line_of, envelope.lines)] == [("stderr", "my key is [token]")]
+
+
+async def test_of_a_program_that_says_nothing_nothing_is_written(tmp_path: Path):
+    bus = MemoryBus()
+    await attempted(Box(), tmp_path, asked("g0a", "dev"), bus=bus)
+    assert await bus.traces("r1", "log", None) == []
+
+
+def line_of(body: bytes) -> tuple[str, str]:
+    line = msgspec.json.decode(body, type=LogLine)
+    return line.stream, line.text

@@ -142,7 +142,7 @@ async def test_an_orphan_on_the_store_is_ended_first(tmp_path: Path):
     store = tmp_path / "nats"
     async with running(store):
         config = (store / "server.conf").read_text()
-    binary = await nats_server._binary()
+    binary = await nats_server.binary()
     (store / "server.conf").write_text(config)
     orphan = spawn(binary, "-c", str(store / "server.conf"))
     (store / "server.json").write_text(json.dumps({"pid": orphan.pid, "name": "orphan"}))
@@ -220,13 +220,13 @@ async def test_several_who_come_first_at_once_all_find_the_streams(tmp_path: Pat
 async def test_a_port_that_somebody_took_since_we_looked_is_replaced(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, taken: int
 ):
-    free = nats_server._free_port
+    free = nats_server.free_port
     with socket.socket() as other:
         other.bind(("127.0.0.1", 0))
         other.listen()
         ports = [free(), free()]
         ports[taken] = other.getsockname()[1]
-        monkeypatch.setattr(nats_server, "_free_port", lambda: ports.pop(0) if ports else free())
+        monkeypatch.setattr(nats_server, "free_port", lambda: ports.pop(0) if ports else free())
         async with running(tmp_path / "nats") as url:
             client = await nats.connect(url)
             await client.close()

@@ -1,5 +1,6 @@
 """The map in pyproject.toml is the folders on disk, and the wheel holds what runs need."""
 
+import runpy
 import shutil
 import subprocess
 import sys
@@ -51,7 +52,20 @@ def test_the_wheel_holds_every_module_and_data_file(wheel: zipfile.ZipFile):
         "tasks/words/task.toml",
         "tasks/words/NOTICE",
         "tasks/words/data/private/items.jsonl",
+        "tasks/denoise/NOTICE",
+        "tasks/denoise/evaluate.py",
+        "tasks/denoise/reference/requirements.txt",
+        "tasks/denoise/data/public/train.csv",
+        "tasks/denoise/data/private/test.csv",
         "py.typed",
     ):
         assert f"sia_events/{data}" in held
     assert not [name for name in held if name.endswith(".pth") or name.split("/")[0] in ("tests", "docs", "shared")]
+
+
+def test_what_was_built_from_a_checkout_is_the_same_code(wheel: zipfile.ZipFile, tmp_path: Path):
+    wheel.extractall(tmp_path)
+    assert wheel.filename
+    places = (tmp_path / "sia_events", Path(wheel.filename).parent / "source")
+    told = [runpy.run_path(str(place / "shared/code.py"))["_digest"]() for place in places]
+    assert told[0] == told[1]

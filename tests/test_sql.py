@@ -5,7 +5,7 @@ import re
 from pathlib import Path
 
 import pytest
-from command import SMALL, read, sia, told
+from command import AGENT, SMALL, read, sia, small_task, told
 
 PAGE = (Path(__file__).parent.parent / "docs/sql.md").read_text()
 QUERIES = dict(re.findall(r"^## (.+?)\n.*?^```sql\n(.*?)^```", PAGE, re.M | re.S))
@@ -50,6 +50,27 @@ def test_answers_are_those_of_the_run(home: Path):
     shown = read(home, "show", "r1")["cost"]
     (paid,) = read(home, "sql", "SELECT sum(calls) AS calls FROM costs WHERE run = 'r1'")
     assert paid["calls"] == shown["model_calls"]
+
+
+def test_what_agents_said_can_be_asked_for_also_of_one_that_crashed(tmp_path: Path):
+    task = small_task(tmp_path / "task")
+    # Gate and test have twelve items, dev has eight: the agent is run well once, and then breaks off.
+    talking = "    print('item', item['id'], file=sys.stderr)\n"
+    agent = AGENT.replace("item = json.loads(line)\n", f"item = json.loads(line)\n    {talking}")
+    crash = "\nif sum(1 for _ in open(f'{data}/items.jsonl')) == 12: raise SystemExit('no more')\n"
+    (task / "reference/reference_target_agent.py").write_text(agent + crash)
+    assert "no first agent runs" in sia(tmp_path / "home", "run", task, *SMALL).stderr
+    (counted,) = read(tmp_path / "home", "sql", "SELECT count() AS lines FROM trace WHERE kind = 'log'")
+    assert counted["lines"] > 0
+    said = {
+        row["attempt"]: row["said"]
+        for row in read(
+            tmp_path / "home", "sql", "SELECT attempt, groupArray(text) AS said FROM logs WHERE run = 'r1' GROUP BY 1"
+        )
+    }
+    assert len(said["g0a.dev"]) == 8 and said["g0a.dev"][0].startswith("item i")
+    crashed = [lines for attempt, lines in said.items() if not attempt.endswith(".dev")]
+    assert crashed and all(len(lines) == 13 and lines[-1] == "no more" for lines in crashed)
 
 
 @pytest.mark.parametrize(

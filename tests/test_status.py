@@ -9,7 +9,8 @@ from sia_events import app
 from sia_events.event_log import recorder
 from sia_events.home import hold, only_one
 from sia_events.log_here import NAME, open_log
-from sia_events.shared.events import ServiceFailed
+from sia_events.shared.events import RunFinished, ServiceFailed
+from sia_events.shared.record import answers, place
 from sia_events.shared.settings import Settings
 from sia_events.status import status
 
@@ -36,6 +37,19 @@ async def test_the_lag_is_what_the_recorder_has_not_copied_and_letters_are_count
     assert {each["table"]: each["rows"] for each in found["tables"]}["events"] == 2
     with only_one(NAME, settings):
         assert (await status(settings))["up"] == [NAME]
+
+
+async def test_runs_that_are_over_are_told_by_the_tables_and_not_read_again(tmp_path: Path):
+    settings = Settings(home=tmp_path)
+    async with hold(settings, "test"), app.stores(settings) as node, open_log(settings) as log:
+        first, *_ = await opened(node.bus, "r1")
+        await recorder.catch_up(node.bus, log)
+        # Only the tables have it: whoever reads the run on the stream finds it running.
+        (end,) = answers(
+            "r1", first, "feedback_svc", [RunFinished(outcome="failed", best=None, sealed=None, reason="")]
+        )
+        await log.append([place(end, "r1", 2, first.chain, first.time)], "end")
+    assert (await status(settings))["runs"] == {"finished": 1}
 
 
 def test_the_command_tells_people_and_programs(tmp_path: Path):

@@ -233,6 +233,31 @@ async def test_one_flipped_bit_in_a_blob_is_found_and_mended_from_the_stream_or_
     assert (await looked(home, repair=True))["left"] == []
 
 
+async def test_a_blob_comes_back_from_another_store_that_has_it_and_not_from_one_whose_bytes_are_others(home: Path):
+    digest = await on_home(home, named_blob)
+    file, source = home / "blobs" / digest[:2] / digest[2:], home / "source"
+    good = source / digest[:2] / digest[2:]
+    good.parent.mkdir(parents=True)
+    good.write_bytes(file.read_bytes())
+    flip(good)
+    for damage, kind in ((flip, "altered"), (Path.unlink, "missing")):
+        damage(file)
+        found = await looked(home, "r2", repair=True, source=str(source))
+        assert places(found) == {(kind, "blobs", "r2", digest)}, "a corrupt source mends nothing"
+    flip(good)
+    assert (await looked(home, "r2", repair=True, source=str(source)))["left"] == []
+    assert file.read_bytes() == good.read_bytes() and (await looked(home))["left"] == []
+
+
+async def named_blob(node: app.Node) -> str:
+    """The digest of a blob that a record of r2 names and that stands nowhere on the stream."""
+    history = await node.bus.history("r2")
+    digest = await node.blobs.put(b"what no record is" * 10)
+    letter = ServiceFailed(service="t", failed=str(history[2].id), sequence=3, error="E", payload=digest, tries=5)
+    await node.bus.append("r2", answers("r2", history[2], "another", [letter]))
+    return digest
+
+
 async def test_what_no_place_has_any_more_is_told_and_not_mended(home: Path):
     flip(block(home), b"note 7 of r1")
     async with open_log(Settings(home=home)) as log:
@@ -310,6 +335,90 @@ async def test_what_the_stream_lost_before_it_was_copied_is_a_gap_to_readers_and
         assert status == 2 and "behind record 14 the log has record 16" in talk and "--at-position 14" in talk
     found = await looked(home, "r2")
     assert places(found) == {("missing", "stream", "r2", "position 15")}
+
+
+async def later(home: Path, run: str = "r2") -> None:
+    """Two more records and an envelope of the run, which are not copied."""
+
+    async def more(node: app.Node) -> None:
+        first, *_ = await node.bus.history(run)
+        for number in range(2):
+            await node.bus.append(run, notes(run, first, f"late {number}", producer=f"late {number}"))
+        await node.bus.trace(Envelope(run, "log", "late", (b'{"text":"late"}',)))
+
+    await on_home(home, more, copy=False)
+
+
+@pytest.mark.parametrize(
+    ("lost", "place"), [((b"late 1",), "position 15"), ((b"late 0", b"late 1"), "positions 14 to 15")]
+)
+async def test_the_last_records_of_a_run_that_were_lost_before_they_were_copied_are_missed(
+    lost: tuple[bytes, ...], place: str, home: Path
+):
+    await later(home)
+    for each in lost:
+        flip(block(home), each)
+    gone = ("missing", "stream", "r2", place)
+    assert places(await looked(home, "r2")) == {gone} and (await looked(home, "r1"))["findings"] == []
+    assert (await asyncio.to_thread(told, home, "verify", "r2"))[0] == 1
+    mended = await looked(home, repair=True)
+    assert gone in places(mended) and "no good copy" in mended["left"][0]["detail"]
+    await on_home(home, filled_on)
+    assert places(await looked(home, "r2")) == {gone}, "that later messages were copied makes nothing of it good"
+
+
+async def filled_on(node: app.Node) -> None:
+    """What others go on to write."""
+    first, *_ = await node.bus.history("r1")
+    await node.bus.append("r1", notes("r1", first, "meanwhile", producer="meanwhile"))
+
+
+async def test_the_last_records_come_back_from_the_tables_only_where_these_have_them_all(home: Path):
+    first, *_ = (await histories(home))["r2"]
+    await on_home(home, lambda node: node.bus.append("r2", notes("r2", first, "late 0", producer="late 0")))
+    before = await histories(home)
+    await on_home(home, lambda node: node.bus.append("r2", notes("r2", first, "late 1", producer="late 1")), copy=False)
+    whole = await histories(home)
+    for lost in (b"late 1", b"late 0"):
+        flip(block(home), lost)
+    gone = {("missing", "stream", "r2", f"position {position}") for position in (14, 15)}
+    assert places(await looked(home, "r2", repair=True)) == gone
+    assert len((await histories(home))["r2"]) == 13, "what is put back would hide that one behind it is lost"
+
+    async def from_elsewhere(node: app.Node) -> int:
+        return await node.streams.restore("r2", whole["r2"])
+
+    assert await on_home(home, from_elsewhere) == 2
+    assert (await looked(home))["left"] == [] and len(before["r2"]) == 14 and await histories(home) == whole
+
+
+async def test_an_envelope_that_was_lost_before_it_was_copied_is_missed(home: Path):
+    await later(home)
+    body = bytearray(block(home, "SIA_TRACE").read_bytes())
+    body[body.index(b"sia.trace.r2.log.late") + 100] ^= 1
+    block(home, "SIA_TRACE").write_bytes(body)
+    gone = ("missing", "stream", "r2", "a trace envelope")
+    assert places(await looked(home, "r2")) == {gone} and (await looked(home, "r1"))["findings"] == []
+    assert places(await looked(home, "r2", repair=True)) == {gone}
+
+
+async def test_what_is_no_envelope_and_rows_that_are_there_twice_are_named_and_are_no_damage(home: Path):
+    settings = Settings(home=home)
+    async with hold(settings, "test"), running(home / "nats") as url:
+        client = await nats.connect(url)
+        await client.jetstream().publish("sia.trace.r2.log.x", b"junk")
+        await client.close()
+    async with open_log(settings) as log:
+        await log.append_traces(await log.envelopes("r1", [1]), "twice")
+    found = await looked(home)
+    assert found["left"] == [] and {f["harmless"] for f in found["findings"]} == {
+        "no reader takes it for a trace",
+        "readers take it once",
+    }
+    assert places(found, "findings") == {
+        ("unreadable", "stream", "r2", "trace sequence 5"),
+        ("doubled", "tables", "r1", "trace sequence 1"),
+    }
 
 
 async def test_while_records_come_in_it_answers_for_what_has_been_copied(home: Path):

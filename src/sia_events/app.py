@@ -19,6 +19,7 @@ from sia_events.infra.claude_agent import ClaudeAgent, find_program
 from sia_events.infra.clock import SystemClock
 from sia_events.infra.nats import connect
 from sia_events.infra.nats_server import running as nats_running
+from sia_events.infra.nats_streams import Retention
 from sia_events.infra.sandbox import Bubblewrap, UnsafeProcess, binary, check
 from sia_events.kernel_bench.service import kernel_bench
 from sia_events.local_model.weights import prepare
@@ -95,11 +96,14 @@ class Node:
 async def stores(settings: Settings) -> AsyncIterator[Node]:
     """Bus and blobs without any service; a bus server of our own is started when none is named."""
     blobs, private = open_public_blobs(settings), open_private_blobs(settings)
+    retention = Retention(settings.events_gb, settings.trace_gb, settings.trace_days)
     async with AsyncExitStack() as stack:
         url = settings.nats_url
         if url is None:
             url = await stack.enter_async_context(nats_running(settings.home / "nats"))
-        bus = await stack.enter_async_context(connect(url, blobs, SystemClock(), partitions=settings.partitions))
+        bus = await stack.enter_async_context(
+            connect(url, blobs, SystemClock(), partitions=settings.partitions, retention=retention)
+        )
         yield Node(settings, bus, blobs, private, bus.streams)
 
 
@@ -173,6 +177,7 @@ def ports_of(name: str, node: Node) -> Ports:
         home=node.settings.home,
         private=node.private if name == "evaluator" else None,
         threads=node.settings.model_threads,
+        trainer_usd_per_hour=node.settings.trainer_usd_per_hour,
         backends=backends(),
         boxed=None if node.sandbox == "process" else partial(kernel_box, binary(), hidden=(node.settings.home,)),
     )

@@ -17,7 +17,10 @@ from sia_events.errors import Unusable
 from sia_events.event_log.references import members, mentioned, named
 from sia_events.infra import archive
 from sia_events.infra.archive import ArchiveUnusable
+from sia_events.infra.clickhouse import ClickHouseLog
+from sia_events.log_here import open_log
 from sia_events.shared.events import RunBranched
+from sia_events.shared.failpoints import reach
 from sia_events.shared.ports import Envelope
 from sia_events.shared.record import GENESIS, NewerRecord, Record, UnreadableRecord, broken_link, parse_record, to_wire
 from sia_events.shared.settings import Settings
@@ -55,11 +58,12 @@ class Contents:
 async def archive_run(settings: Settings, run: str, into: Path | None, answers: bool) -> dict[str, Any]:
     """Write the run and the parents of its lineage, as they are now, to one file.
 
-    {file, bytes, runs, records, blobs, missing}: `missing` are blobs that records name and nobody has. Without
-    `answers` the private blobs stay here. Raises Unusable.
+    {file, bytes, runs, records, blobs, missing, left_out}: `missing` are blobs that records name and nobody has,
+    `left_out` says in words what stood among the traces and is not in the file. Without `answers` the private blobs
+    stay here. Raises Unusable.
     """
     running = await settled(settings)
-    async with app.stores_of_home(settings, "archive", running is not None) as node:
+    async with app.stores_of_home(settings, "archive", running is not None) as node, open_log(settings) as log:
         known = await node.streams.runs()
         found = [run] if run in known else [name for name in known if name.startswith(run)]
         if len(found) != 1:
@@ -68,7 +72,7 @@ async def archive_run(settings: Settings, run: str, into: Path | None, answers: 
         if file.exists():
             raise Unusable(f"{file} is there already; nothing was written. Name another file.")
         runs = await _lineage(node, found[0])
-        told: dict[str, Any] = {"blobs": 0, "missing": []}
+        told: dict[str, Any] = {"blobs": 0, "missing": [], "left_out": []}
         head = {
             "run": found[0],
             "runs": list(runs),
@@ -76,7 +80,7 @@ async def archive_run(settings: Settings, run: str, into: Path | None, answers: 
             "answers": answers,
         }
         try:
-            await archive.write(file, head, _members(node, runs, answers, told))
+            await archive.write(file, head, _members(node, log, runs, answers, told))
         except OSError as error:
             raise Unusable(f"{file} cannot be written: {error.strerror}; there is none now") from error
     count = sum(len(records) for records in runs.values())
@@ -98,16 +102,22 @@ async def restore(settings: Settings, file: Path) -> dict[str, Any]:
         await _check_traces(file, before)
         # Blobs first and records last: whoever finds a record finds what it names, and a run is there when it is whole.
         seen = dict.fromkeys(contents.records, 0)
+        reach("sia restore before writing")
         for name, pieces in archive.read(file):
             match = _match(file, name)
             if match["blobs"]:
                 await (node.private if match["blobs"] == "private" else node.blobs).put(b"".join(pieces))
+                reach("sia restore after storing a blob")
             elif match["traces"]:
                 for envelope in _envelopes(match["of"], pieces):
                     if seen[envelope.run] >= len(before[envelope.run]):
                         await node.bus.trace(envelope)
+                        reach("sia restore after sending an envelope")
                     seen[envelope.run] += 1
-        put = sum([await node.streams.restore(run, records) for run, records in contents.records.items()])
+        put = 0
+        for run, records in contents.records.items():
+            put += await node.streams.restore(run, records)
+            reach("sia restore after putting back a run")
     return {"runs": list(contents.records), "records": put, "blobs": contents.blobs}
 
 
@@ -123,7 +133,7 @@ async def _lineage(node: app.Node, run: str) -> dict[str, list[Record]]:
 
 
 async def _members(
-    node: app.Node, runs: Mapping[str, Sequence[Record]], answers: bool, told: dict[str, Any]
+    node: app.Node, log: ClickHouseLog, runs: Mapping[str, Sequence[Record]], answers: bool, told: dict[str, Any]
 ) -> AsyncIterator[tuple[str, bytes]]:
     public, private = set[str](), set[str]()
     for run, records in runs.items():
@@ -135,7 +145,7 @@ async def _members(
     for run in runs:
         envelopes: list[bytes] = []
         number = 0
-        async for _, envelope in node.streams.envelopes(run):
+        async for envelope in _traces(node, log, run, told["left_out"]):
             lines = [line.decode() for line in envelope.lines]
             envelopes.append(_encode(_Traced(envelope.kind, envelope.key, lines)) + b"\n")
             wanted |= mentioned(envelopes[-1])
@@ -161,6 +171,28 @@ async def _members(
             queue += [each for each in sorted({*members(body), *mentioned(body)}) if each in there and each not in done]
             told["blobs"] += 1
             yield f"{folder}/{digest}", body
+
+
+async def _traces(node: app.Node, log: ClickHouseLog, run: str, left_out: list[str]) -> AsyncIterator[Envelope]:
+    """The run's envelopes; what the stream has lost comes from the tables and last, as a repair puts it back."""
+    first = await node.streams.first(node.streams.holding("SIA_TRACE", run))
+    lost, put_back = {sequence for sequence, _, _ in await log.lines(run) if sequence >= first}, set[int]()
+    unread = await node.streams.counted("SIA_TRACE", run)
+    async for message in node.streams.traced(run):
+        unread -= 1
+        lost.discard(message.sequence)
+        if message.in_place_of is not None:
+            put_back.add(message.in_place_of)
+        if message.envelope is None:
+            left_out.append(f"run {run}, trace sequence {message.sequence}: {message.why}")
+        else:
+            yield message.envelope
+    if lost & put_back:
+        raise Unusable(f"a repair of run {run} was cut short; nothing was written. First: sia verify {run} --repair")
+    for _, envelope in await log.envelopes(run, sorted(lost)) if lost else ():
+        yield envelope
+    if (gone := unread - len(lost) - len(put_back)) > 0:
+        left_out.append(f"run {run}: {gone} of its trace envelopes are lost, on the stream and in the tables")
 
 
 def _checked(file: Path) -> Contents:

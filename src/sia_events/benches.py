@@ -92,18 +92,18 @@ async def log(settings: Settings, parts: Collection[str], scale: float, as_json:
     load = os.getloadavg()[0]
     found: list[Figure] = []
     with tempfile.TemporaryDirectory(prefix="bench-", dir=settings.home) as folder:
-        async for figure in log_figures.measured(Path(folder), parts, scale):
+        async for figure in log_figures.measured(settings, Path(folder), parts, scale):
             _tell(found, figure)
     return _told(found, load, as_json)
 
 
-def learn(settings: Settings, as_json: bool) -> str:
-    """Figures of learning on the embedded model; the disk is that of SIA_HOME."""
+def learn(settings: Settings, size: tuple[int, int, int], as_json: bool) -> str:
+    """Figures of learning on the embedded model; `size` is of the batch: prompts, samples of each, tokens of these."""
     from sia_events import learning_figures
 
     settings.home.mkdir(parents=True, exist_ok=True)
     load = os.getloadavg()[0]
-    return _told(learning_figures.learning(settings.home), load, as_json)
+    return _told(learning_figures.learning(settings.home, *size), load, as_json)
 
 
 def _told(found: Sequence[Figure], load: float, as_json: bool) -> str:

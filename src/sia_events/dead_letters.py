@@ -8,6 +8,7 @@ from sia_events.catching_up import settled
 from sia_events.errors import Unusable
 from sia_events.reading import lineage, look, resolve
 from sia_events.shared.events import LetterDropped
+from sia_events.shared.failpoints import reach
 from sia_events.shared.letters import Letter, letters
 from sia_events.shared.ports import BlobCorrupt, BlobMissing, Bus, Log
 from sia_events.shared.record import answers
@@ -65,7 +66,9 @@ async def drop(settings: Settings, run: str, position: int, by: str | None, reas
     async with app.stores_of_home(settings, "dlq", running is not None) as node:
         letter = await _open(node.bus, run, position)
         event = LetterDropped(letter=str(letter.record.id), by=by or getpass.getuser(), reason=reason)
+        reach("sia dlq before dropping")
         (record,) = await node.bus.append(letter.record.run, answers(letter.record.run, letter.record, "cli", [event]))
+        reach("sia dlq after dropping")
     return {"run": record.run, "position": record.position, "event": record.type}
 
 

@@ -82,7 +82,7 @@ async def _serve(settings: Settings, bus: Bus, blobs: Blobs, local_model: bool) 
         ending.callback(providers.turn_away)
         ending.callback(_hush)
         async with asyncio.TaskGroup() as group:
-            group.create_task(_Door(config).serve())
+            group.create_task(Door(config).serve())
             if local_model:
                 group.create_task(server.start())
 
@@ -92,7 +92,7 @@ def _hush() -> None:
     logging.getLogger("uvicorn.error").disabled = True
 
 
-class _Door(uvicorn.Server):
+class Door(uvicorn.Server):
     """Uvicorn without its own signal handling: the process around it decides when to end."""
 
     @contextmanager

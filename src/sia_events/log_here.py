@@ -2,6 +2,7 @@
 
 import asyncio
 import sys
+import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 
@@ -18,6 +19,7 @@ NAME = "recorder"
 COPIED = "copied.json"
 MARK_S = 5.0
 OWNER_S = 0.5
+ROOM_S, TOLD_S = 1.0, 60.0  # how often a full disk is tried again, and told of
 
 
 @asynccontextmanager
@@ -45,6 +47,7 @@ async def keep_log(settings: Settings, bus: Bus) -> None:
 
 async def _record(settings: Settings, bus: Bus) -> None:
     keeper: Child | None = None
+    told = -TOLD_S
     dsn, store = settings.log_dsn or "", settings.home / "log"
     if not dsn:
         command = ("-m", "sia_events.infra.chdb_server", "--path", str(store), "--die-with-parent")
@@ -58,12 +61,19 @@ async def _record(settings: Settings, bus: Bus) -> None:
             try:
                 log = await asyncio.to_thread(clickhouse.connect, dsn)
                 try:
+                    await log.keep_traces(settings.trace_days)
                     await record(bus, log)
                 finally:
                     await log.close()
             except clickhouse.LogUnavailable:
                 # The stream keeps everything; the owner is being started again.
                 await asyncio.sleep(OWNER_S)
+            except clickhouse.LogFull as error:
+                # So it does here: what holds the log up costs lag and no run.
+                if time.monotonic() - told >= TOLD_S:
+                    told = time.monotonic()
+                    print(f"sia: {error}. The stream keeps it, and the log goes on when there is room", file=sys.stderr)
+                await asyncio.sleep(ROOM_S)
     finally:
         with suppress(TimeoutError, BusUnreachable, OSError):
             async with asyncio.timeout(MARK_S):

@@ -6,19 +6,21 @@ import multiprocessing
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import ParamSpec, TypeVar
 from uuid import uuid4
 
 import nats
+import nats.errors
 from nats.aio.client import Client
 from nats.js import api
 
 from sia_events.infra import clickhouse
+from sia_events.infra.nats_server import binary, free_port
 
 STREAM = "RAW"
-ANSWER_S = 10.0
+ANSWER_S, START_S, LOOK_S = 10.0, 120.0, 0.01
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -80,6 +82,53 @@ class RawStore:
 
     def close(self) -> None:
         self._handle.close()
+
+
+def read_rows(store: Path) -> float:
+    """Seconds in which chDB reads every row of our events, in its order. Blocking."""
+    raw = RawStore(store)
+    began = time.perf_counter()
+    raw.run("SELECT run, position, record FROM events ORDER BY run, position", "Null")
+    took = time.perf_counter() - began
+    raw.close()
+    return took
+
+
+def started(streams: Path, store: Path) -> float:
+    """Seconds until a bare nats-server on the files of a server that was killed has the streams, and chDB the rows.
+
+    Nothing of ours watches or configures it, and it is killed as well. Blocking.
+    """
+    began = time.perf_counter()
+    asyncio.run(_has_streams(streams))
+    raw = RawStore(store)
+    raw.run("SELECT count() FROM events")
+    took = time.perf_counter() - began
+    raw.close()
+    return took
+
+
+async def _has_streams(streams: Path) -> None:
+    port = free_port()
+    bare = (await binary(), "-js", "-sd", str(streams), "-a", "127.0.0.1", "-p", str(port))
+    server = await asyncio.create_subprocess_exec(*bare, stdout=-3, stderr=-3)
+    try:
+        async with asyncio.timeout(START_S):
+            while True:
+                with suppress(OSError, nats.errors.Error):
+                    url = f"nats://127.0.0.1:{port}"
+                    client = await nats.connect(url, allow_reconnect=False, error_cb=_not_yet)
+                    await client.jetstream().stream_info("SIA")
+                    await client.close()
+                    return
+                await asyncio.sleep(LOOK_S)
+    finally:
+        server.kill()
+        await server.wait()
+
+
+async def _not_yet(_: Exception) -> None:
+    """It is asked again until it answers."""
 
 
 def insert_traces(store: Path, bundles: Sequence[Sequence[bytes]], at_once: int) -> float:

@@ -3,6 +3,7 @@
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from importlib.util import find_spec
 from itertools import islice
 from pathlib import Path
@@ -22,12 +23,13 @@ from sia_events.shared.run import fold
 from sia_events.stream_figures import NEWS, bus_on
 
 GENERATIONS = 90  # about a thousand records
-BRANCHES, AT_ONCE = 9, 1_000
+BRANCHES, AT_ONCE = 25, 1_000
+SAME = 1.25
 HEAD = 512  # what a stream keeps of a message beside its body: subject, headers, checksum
 
 
 async def replayed(records: int) -> list[Figure]:
-    """Records that are decided again and compared, chain and ids too; and that are read and folded to the last state.
+    """Records from their bytes to the verdict: read, decided again, compared, chain and ids too; and to the last state.
 
     The same run over and over. `eventsourcing` reconstructs as many aggregates of as many events.
     """
@@ -35,10 +37,8 @@ async def replayed(records: int) -> list[Figure]:
     times = max(1, records // len(wires))
     services = tuple(app.SERVICES.values())
 
-    read = [parse_record(wire) for wire in wires]
-
     def decided() -> None:
-        found = replay(read, services)
+        found = replay([parse_record(wire) for wire in wires], services)
         if found.divergences or found.records != len(wires):
             raise RuntimeError(f"no figure: the run does not replay: {found}")
 
@@ -53,7 +53,7 @@ async def replayed(records: int) -> list[Figure]:
     else:
         beside |= {"eventsourcing": "not installed"}
     return [
-        Figure("replay", whole, "records a CPU s", ">= 50000", whole >= 50_000, {"read before, at": parsed}),
+        Figure("replay, from bytes", whole, "records a CPU s", ">= 50000", whole >= 50_000, {"reading alone": parsed}),
         Figure("state rebuilt from bytes", folded, "records a CPU s", "", None, beside),
     ]
 
@@ -61,40 +61,57 @@ async def replayed(records: int) -> list[Figure]:
 async def branched(home: Path, depths: Sequence[int]) -> list[Figure]:
     """Opening a branch at each depth of one run, by those who have read nothing of it; and what the streams grow by.
 
-    What they grow by beyond the branch's own record, once it is stored, would be a copy.
+    What they grow by beyond the branch's own record, once it is stored, would be a copy. The depths take turns, and a
+    message that nats-py alone appends with them: all meet the same load.
     """
-    found: list[Figure] = []
+    opened = {depth: list[_Opened]() for depth in sorted(depths)}
+    raw: list[float] = []
     async with bus_on(home) as node, raw_engines.raw_stream(url := own_nats_url(node.settings)) as client:
         deep = (record.wire for record in long_run("deep", max(depths), NEWS))
         while some := list(islice(deep, AT_ONCE)):
             await raw_engines.publish_batch(client, f"sia.events.deep.{type(NEWS).__name__}", some)
-        shallow = 0.0
-        for depth in sorted(depths):
-            fork = RunBranched(
-                parent="deep", at=depth, generation=0, overrides={}, settings=RunSettings(), code="bench"
-            )
-            took: list[float] = []
-            own = 0
-            before = await _stored(node)
-            for number in range(BRANCHES):
-                name = f"branch-{depth}-{number}"
-                async with connect(url, node.blobs, SystemClock()) as bus:
-                    began = time.perf_counter()
-                    (opened,) = await bus.append(name, opening(name, [fork]))
-                    took.append(time.perf_counter() - began)
-                    own = len(opened.wire)
-            grown = (await _stored(node) - before) / BRANCHES
-            value = 1000 * statistics.median(took)
-            shallow = shallow or value
-            beside = {
-                "slowest": 1000 * max(took),
-                "x the first": value / shallow,
-                "stored bytes": grown,
-                "its record": own,
-            }
-            good = value < 100 and grown < own + HEAD
-            found.append(Figure(f"a branch at {depth}", value, "ms", "< 100, nothing copied", good, beside))
-    return found
+        for number in range(BRANCHES):
+            for depth, found in opened.items():
+                found.append(await _opened(node, url, depth, number))
+            raw.append(1000 * await raw_engines.publish_each(client, [bytes(opened[min(depths)][-1].record)], 1))
+    figures: list[Figure] = []
+    shallow, deepest = opened[min(depths)], opened[max(depths)]
+    for depth, found in opened.items():
+        value, grown = statistics.median(each.ms for each in found), statistics.fmean(each.grown for each in found)
+        beside = {
+            "slowest": max(each.ms for each in found),
+            "raw nats-py append": statistics.median(raw),
+            "stored bytes": grown,
+            "its record": found[-1].record,
+        }
+        good = value < 100 and grown < found[-1].record + HEAD
+        figures.append(Figure(f"a branch at {depth}", value, "ms", "< 100, nothing copied", good, beside))
+    ratio = statistics.median(there.ms / here.ms for there, here in zip(deepest, shallow, strict=True))
+    # By how much two turns at one depth differ: as often more as less.
+    again = [shallow[at].ms / shallow[at - 1].ms for at in range(1, len(shallow))]
+    noise = max(SAME, statistics.quantiles(again, n=4)[2]) if len(again) > 1 else SAME
+    name, goal = f"a branch at {max(depths)}, beside one at {min(depths)}", f"<= {noise:.2f}, the noise"
+    told = {"turns": BRANCHES, "upper quartile, same depth again": noise}
+    return [*figures, Figure(name, ratio, "x", goal, ratio <= noise, told)]
+
+
+@dataclass(frozen=True)
+class _Opened:
+    """A branch: how long it took, in ms, by how many bytes the streams grew, and how long its record is."""
+
+    ms: float
+    grown: int
+    record: int
+
+
+async def _opened(node: app.Node, url: str, depth: int, number: int) -> _Opened:
+    fork = RunBranched(parent="deep", at=depth, generation=0, overrides={}, settings=RunSettings(), code="bench")
+    name, before = f"branch-{depth}-{number}", await _stored(node)
+    async with connect(url, node.blobs, SystemClock()) as bus:
+        began = time.perf_counter()
+        (record,) = await bus.append(name, opening(name, [fork]))
+        took = time.perf_counter() - began
+    return _Opened(1000 * took, await _stored(node) - before, len(record.wire))
 
 
 async def _stored(node: app.Node) -> int:

@@ -8,7 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from importlib.util import find_spec
 from typing import Any
 
@@ -53,7 +53,12 @@ async def _serving(node: app.Node, names: Sequence[str], as_json: bool) -> int:
 
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, interrupted)
-    async with node.answering(None):
+    scraping = nullcontext()
+    if log_here.NAME in names and (port := node.settings.metrics_port):
+        from sia_events.metrics import scraped  # a package that nothing else needs
+
+        scraping = scraped(node, port)
+    async with scraping, node.answering(None):
         told = {"serving": list(names), "pid": os.getpid()}
         print(json.dumps(told) if as_json else f"serving {', '.join(names)}; interrupt to stop", flush=True)
         await node.guard(stop.wait())

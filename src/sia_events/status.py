@@ -1,7 +1,9 @@
 """`sia status`: how far the recorder is, how full the streams are, what was given up on, and who is up."""
 
+import asyncio
 import shutil
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
@@ -11,6 +13,7 @@ from sia_events.event_log import recorder
 from sia_events.home import is_taken
 from sia_events.infra.clickhouse import LogUnavailable
 from sia_events.infra.store_lock import StoreHeld
+from sia_events.infra.tail import RunIncomplete, RunTooNew
 from sia_events.log_here import open_log
 from sia_events.shared.letters import letters
 from sia_events.shared.run import fold
@@ -23,7 +26,13 @@ WHERE database = 'system' AND engine LIKE '%MergeTree' AND engine_full NOT LIKE 
 TABLES = """\
 SELECT table, sum(rows) AS rows, sum(bytes_on_disk) AS bytes, count() AS parts FROM system.parts
 WHERE active AND database = currentDatabase() GROUP BY table ORDER BY table"""
+# Runs of which nothing more can come to be told: they are over, and nothing of them was ever given up on.
+OVER = """\
+SELECT run, if(countIf(type = 'RunFinished') > 0, 'finished', 'cancelled') AS status FROM events
+WHERE type IN ('RunFinished', 'RunCancelled') AND run NOT IN (SELECT run FROM events WHERE type = 'ServiceFailed')
+GROUP BY run"""
 LOG_S = 5.0
+READ_S = 10.0
 
 
 async def status(settings: Settings) -> dict[str, Any]:
@@ -31,41 +40,68 @@ async def status(settings: Settings) -> dict[str, Any]:
 
     `process` runs the services of this home; `up` has those of the gateway and the recorder that run here. `services`
     has by service what waits for it, what it is at, and for how many runs somebody asks. `lag` is in messages. `runs`
-    are counted by status, `letters` are the open ones. `log` says why the log does not answer, where it does not.
-    `unbounded` are ClickHouse's own tables that only grow.
+    are counted by status, `letters` are the open ones; both None where that takes too long. `log` says why the log
+    does not answer, where it does not. `unbounded` are ClickHouse's own tables that only grow.
     """
     running = await settled(settings)
-    up = [name for name in (gateway_here.NAME, log_here.NAME) if is_taken(name, settings)]
     async with app.stores_of_home(settings, "status", running is not None) as node:
-        histories = [await node.bus.history(name) for name in await node.bus.runs()]
-        sizes = await node.streams.sizes(recorder.NAME)
-        found: dict[str, Any] = {
-            "home": str(settings.home),
-            "process": dict(running) if running else None,
-            "up": up,
-            "services": await _services(node),
-            "lag": sum(size.lag or 0 for size in sizes),
-            "streams": [asdict(size) for size in sizes],
-            **await _log(settings),
-            "runs": dict(Counter(fold(history).status for history in histories)),
-            "letters": sum(
-                each.state == "open" and each.record.run == history[-1].run
-                for history in histories
-                for each in letters(history)
-            ),
-            "free": shutil.disk_usage(settings.home).free,
-        }
-    return found
+        return await status_on(node, running)
 
 
-async def _log(settings: Settings) -> dict[str, Any]:
-    """What the log tells of itself. The lag shows while it does not answer: that is when somebody asks for it."""
+async def status_on(node: app.Node, running: Mapping[str, object] | None) -> dict[str, Any]:
+    """The status of a home whose stores are at hand, and whose services somebody is `running`."""
+    settings = node.settings
+    sizes = await node.streams.sizes(recorder.NAME)
+    services = await _services(node)
+    log, over = await _log(settings)
+    runs, open_letters = await _runs(node, over)
+    return {
+        "home": str(settings.home),
+        "process": dict(running) if running else None,
+        "up": [name for name in (gateway_here.NAME, log_here.NAME) if is_taken(name, settings)],
+        "services": services,
+        "lag": sum(size.lag or 0 for size in sizes),
+        "streams": [asdict(size) for size in sizes],
+        **log,
+        "runs": runs,
+        "letters": open_letters,
+        "free": shutil.disk_usage(settings.home).free,
+    }
+
+
+async def _log(settings: Settings) -> tuple[dict[str, Any], Mapping[str, str]]:
+    """What the log tells of itself, and by run how those ended that are over.
+
+    The lag shows while it does not answer: that is when somebody asks for it.
+    """
     try:
         async with open_log(settings, LOG_S) as log:
-            tables, unbounded = await log.query(TABLES), await log.query(UNBOUNDED)
+            tables, unbounded, over = [await log.query(sql) for sql in (TABLES, UNBOUNDED, OVER)]
     except (LogUnavailable, StoreHeld) as error:
-        return {"log": str(error), "tables": [], "unbounded": []}
-    return {"log": None, "tables": [dict(row) for row in tables], "unbounded": [row["name"] for row in unbounded]}
+        return {"log": str(error), "tables": [], "unbounded": []}, {}
+    told = {"log": None, "tables": [dict(row) for row in tables], "unbounded": [row["name"] for row in unbounded]}
+    return told, {row["run"]: row["status"] for row in over}
+
+
+async def _runs(node: app.Node, over: Mapping[str, str]) -> tuple[dict[str, int] | None, int | None]:
+    """Runs by status, and open letters. Those that are `over` are counted, the others read from the stream."""
+    counts, open_letters = Counter[str](), 0
+    try:
+        async with asyncio.timeout(READ_S):
+            for name in await node.bus.runs():
+                if name in over:
+                    counts[over[name]] += 1
+                    continue
+                try:
+                    history = await node.bus.history(name)
+                except (RunIncomplete, RunTooNew):
+                    counts["unreadable"] += 1
+                    continue
+                counts[fold(history).status] += 1
+                open_letters += sum(each.state == "open" and each.record.run == name for each in letters(history))
+    except TimeoutError:
+        return None, None
+    return dict(counts), open_letters
 
 
 async def _services(node: app.Node) -> dict[str, dict[str, int]]:

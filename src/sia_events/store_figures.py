@@ -5,8 +5,9 @@ import random
 import statistics
 import sys
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager, suppress
+from itertools import islice
 from pathlib import Path
 
 from sia_events import raw_engines, verifying
@@ -36,7 +37,10 @@ COLUMNS = "id, type, producer, cause, correlation, time, schema, version, attemp
 
 
 async def reconciled(home: Path, events: int) -> Figure:
-    """So many events in runs of RUN: appended, recorded, and then verified, stream against tables and every chain."""
+    """So many events in runs of RUN: appended, recorded, and then verified, stream against tables and every chain.
+
+    Raw are as many batches of the same bodies by nats-py, and reading every row in its order by chDB.
+    """
     waiting = iter(range(0, events, RUN))
     async with bus_on(home, ("recorder",)) as node:
 
@@ -49,6 +53,8 @@ async def reconciled(home: Path, events: int) -> Figure:
         appended = time.perf_counter()
         await node.guard(recorded(node))
         copied = time.perf_counter()
+        raw = await _appended_raw(own_nats_url(node.settings), events)
+    began_again = time.perf_counter()
     told = await verifying.verify(Settings(home=home), None, repair=False, source=None)
     looked = time.perf_counter()
     found = told["records"] - 1  # the news that opened the log
@@ -56,24 +62,29 @@ async def reconciled(home: Path, events: int) -> Figure:
         "differences": len(told["findings"]),
         "appended s": appended - began,
         "in the tables s later": copied - appended,
-        "verified s": looked - copied,
+        "verified s": looked - began_again,
+        "raw nats-py appends s": raw,
+        "raw chDB reads s": await raw_engines.apart(raw_engines.read_rows, home / "log"),
     }
     good = found == events and not told["findings"]
     return Figure("events reconciled, stream and tables", found, "", f"{events}, no difference", good, beside)
 
 
-async def restart(home: Path, starts: int = STARTS) -> Figure:
-    """From starting `sia serve` on a home whose services were killed until a new event has come into its tables."""
+async def restart(home: Path, starts: int = STARTS, names: Sequence[str] = ()) -> Figure:
+    """From starting `sia serve`, all services or these, on a home where they were killed, to an event in the tables.
+
+    The slowest start counts. Raw is a bare nats-server on the same files and then chDB, until both answer.
+    """
     settings, took, total = Settings(home=home), [], 0
     for _ in range(1 + starts):  # what goes before the first of them was stopped, and not killed
         began = time.perf_counter()
-        async with _served(settings):
+        async with _served(settings, names):
             total = await _queryable(settings)
             took.append(time.perf_counter() - began)
     del took[0]
-    value = statistics.median(took)
-    beside = {"slowest": max(took), "events": total, "starts": starts}
-    return Figure("kill -9 to an event in the tables again", value, "s", "< 5", value < 5, beside)
+    raw = await raw_engines.apart(raw_engines.started, home / "nats", home / "log")
+    beside = {"median": statistics.median(took), "raw engines": raw, "events": total, "starts": starts}
+    return Figure("kill -9 to an event in the tables again", max(took), "s", "< 5", max(took) < 5, beside)
 
 
 async def run_by_position(home: Path, rows: int) -> list[Figure]:
@@ -122,6 +133,21 @@ async def _looked_at(store: Path, runs: int) -> list[Figure]:
     ]
 
 
+async def _appended_raw(url: str, events: int) -> float:
+    """Seconds for so many events, by APPENDERS at once as ours are, on the same server's disk."""
+    bodies = [record.wire for record in islice(long_run("raw", BATCH, NEWS), BATCH)]
+    waiting = iter(range(0, events, BATCH))
+    async with raw_engines.raw_stream(url) as client:
+
+        async def one_after_another(writer: int) -> None:
+            for start in waiting:
+                await raw_engines.publish_batch(client, f"raw.{writer}", bodies[: events - start])
+
+        began = time.perf_counter()
+        await together(one_after_another, range(APPENDERS))
+        return time.perf_counter() - began
+
+
 async def _fill(bus: Bus, run: str, events: int) -> None:
     last = (await bus.append(run, opening(run, [NEWS])))[-1]
     while last.position < events:
@@ -130,10 +156,10 @@ async def _fill(bus: Bus, run: str, events: int) -> None:
 
 
 @asynccontextmanager
-async def _served(settings: Settings) -> AsyncIterator[None]:
-    """The recorder with its stores in processes of their own, which are killed at the end."""
+async def _served(settings: Settings, names: Sequence[str]) -> AsyncIterator[None]:
+    """The services with their stores in processes of their own, which are killed at the end."""
     process = await asyncio.create_subprocess_exec(
-        *(sys.executable, "-m", "sia_events", "serve", "recorder", "--json"),
+        *(sys.executable, "-m", "sia_events", "serve", *names, "--json"),
         stdout=asyncio.subprocess.PIPE,
         env={**plain(), "SIA_HOME": str(settings.home)},
     )

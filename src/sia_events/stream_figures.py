@@ -13,6 +13,7 @@ from typing import TypeVar
 import psutil
 
 from sia_events import app, raw_engines
+from sia_events.event_log import recorder
 from sia_events.figures import Figure
 from sia_events.home import hold, own_nats_url
 from sia_events.infra.nats_wire import packed
@@ -75,9 +76,12 @@ async def _appended(bus: Bus, client: raw_engines.Client, writers: int, batches:
 
 
 async def accepted(home: Path, seconds: float) -> Figure:
-    """Events a second in acknowledged envelopes, as fast as WRITERS send them; raw are their bodies by nats-py."""
+    """Events a second in acknowledged envelopes, as fast as WRITERS send them, while the recorder copies what it can.
+
+    Raw are their bodies by nats-py, as many, the recorder still at work beside.
+    """
     bundles = [lines(number) for number in range(ENVELOPES)]
-    async with bus_on(home) as node, raw_engines.raw_stream(own_nats_url(node.settings)) as client:
+    async with bus_on(home, ("recorder",)) as node, raw_engines.raw_stream(own_nats_url(node.settings)) as client:
         began, cpu, sent = time.perf_counter(), time.process_time(), 0
 
         async def send(writer: int) -> None:
@@ -88,14 +92,16 @@ async def accepted(home: Path, seconds: float) -> Figure:
                 await node.bus.trace(Envelope(f"accepted-{writer}", "step", "g0a", bundle))
                 sent += LINES
 
-        await asyncio.gather(*(send(writer) for writer in range(WRITERS)))
+        await node.guard(together(send, range(WRITERS)))
         value = sent / (time.perf_counter() - began)
         cpu_us = 1e6 * (time.process_time() - cpu) / sent
+        behind = LINES * await recorder.lag(node.bus)
         bodies = [packed(bundle, 2**20)[0] for bundle in bundles]
         many = list(islice(cycle(bodies), sent // LINES))
         raw = sent / await raw_engines.publish_each(client, many, WRITERS)
-    beside = {"raw nats-py": raw, "ratio": value / raw, "CPU us an event": cpu_us}
-    return Figure("trace events accepted", value, "/s", ">= 40000", value >= 40_000, beside)
+    copied = (sent - behind) / seconds
+    beside = {"raw nats-py": raw, "ratio": value / raw, "copied meanwhile, a second": copied, "CPU us an event": cpu_us}
+    return Figure(f"trace events accepted, {seconds:g} s", value, "/s", ">= 40000", value >= 40_000, beside)
 
 
 async def sustained(home: Path, seconds: float) -> list[Figure]:

@@ -13,6 +13,7 @@ from sia_events.infra.blobs import Kept, StoredBlobs
 from sia_events.infra.clickhouse import ClickHouseLog
 from sia_events.log_here import open_log
 from sia_events.shared.events import RunCancelled, RunFinished
+from sia_events.shared.failpoints import reach
 from sia_events.shared.settings import Settings
 
 YOUNG = timedelta(hours=1)
@@ -39,11 +40,15 @@ async def sweep(settings: Settings, remove: bool, now: datetime | None = None) -
             names = await _reached(store, there, marked, since)
             found += [(store, kept) for kept in there if kept.digest not in names]
             count += len(names)
-        gone = [kept for store, kept in found if remove and await store.remove(kept.digest, since)]
+        removed = 0
+        for store, kept in found if remove else ():
+            reach("sia gc before removing a blob")
+            removed += await store.remove(kept.digest, since)
+            reach("sia gc after removing a blob")
     return {
         "blobs": sorted(kept.digest for _, kept in found),
         "bytes": sum(kept.size for _, kept in found),
-        "removed": len(gone),
+        "removed": removed,
         "kept": count,
         "since": since.isoformat(timespec="seconds"),
     }

@@ -10,13 +10,15 @@ from sia_events import app, log_here
 from sia_events.catching_up import settled
 from sia_events.errors import Unusable
 from sia_events.event_log import recorder
-from sia_events.event_log.reconciling import Finding, Reconciled, Start, reconcile, reconcile_lines
+from sia_events.event_log.reconciling import Finding, Reconciled, Start, reconcile
+from sia_events.event_log.reconciling_traces import Traces, reconcile_lines
 from sia_events.event_log.references import members, named
 from sia_events.home import describe
 from sia_events.infra.blobs import open_blobs
 from sia_events.infra.clickhouse import ClickHouseLog, QueryRefused
 from sia_events.log_here import open_log
 from sia_events.shared.events import RunBranched
+from sia_events.shared.failpoints import reach
 from sia_events.shared.ports import BlobCorrupt, BlobMissing, RunExists
 from sia_events.shared.record import NewerRecord, Record, UnreadableRecord, parse_record
 from sia_events.shared.settings import Settings
@@ -28,15 +30,15 @@ Copied = dict[str, int]
 class Looked:
     """What one look found, and what mending it needs; `private` where the evaluator's blobs are kept here.
 
-    `lines` has a run's trace sequences whose rows are wrong, and those that only the tables have; `ends` the last
-    sequence of each stream; `blobs` who named each, by digest and whether it is private. `under_way` are runs that are
-    just being looked at.
+    `lines` has a run's trace sequences whose rows are wrong, and those that only the tables have; `lost` the last
+    sequence of a stream, and those up to it of which nothing can be read; `blobs` who named each, by digest and whether
+    it is private. `under_way` are runs that are just being looked at.
     """
 
     all: bool
     runs: dict[str, Reconciled] = field(default_factory=dict)
     lines: dict[str, tuple[frozenset[int], frozenset[int]]] = field(default_factory=dict)
-    ends: dict[str, int] = field(default_factory=dict)
+    lost: dict[str, tuple[int, Sequence[int]]] = field(default_factory=dict)
     torn: bool = False
     private: bool = True
     findings: list[Finding] = field(default_factory=list)
@@ -119,18 +121,23 @@ async def _look_at(node: app.Node, log: ClickHouseLog, name: str, copied: Copied
         rows, tabled = [], []
         looked.torn = True
         looked.findings.append(Finding("unreadable", "tables", name, "its rows", "they lie in a torn part"))
+    # Counted before they are read: what comes meanwhile is not taken for lost.
+    counted, traces = await node.streams.counted("SIA", name), Traces(await node.streams.counted("SIA_TRACE", name))
     wires = [(each.sequence, each.body) async for each in node.streams.messages("SIA", name)]
     start = await _start(node, log, [wire for _, wire in (*wires, *rows)], copied, looked)
-    found = reconcile(name, wires, rows, copied[node.streams.holding("SIA", name)], start)
-    envelopes = [
-        (sequence, [hashlib.sha256(line).hexdigest() for line in envelope.lines])
-        async for sequence, envelope in node.streams.envelopes(name)
-    ]
-    of_lines, wrong, lost = reconcile_lines(name, envelopes, tabled, copied[node.streams.holding("SIA_TRACE", name)])
+    stream, unread = node.streams.holding("SIA", name), (0, 0)
+    if counted > len(wires):
+        last = wires[-1][0] if wires else 0
+        unread = counted - len(wires), sum(lost > last for lost in (await _lost(node, stream, looked))[1])
+    found = reconcile(name, wires, rows, copied[stream], start, unread)
+    async for message in node.streams.traced(name):
+        traces.take(message)
+    traced = node.streams.holding("SIA_TRACE", name)
+    of_lines, wrong, lost = reconcile_lines(name, traces, tabled, copied[traced], await node.streams.first(traced))
     looked.runs[name], looked.lines[name] = found, (wrong, lost)
     looked.under_way.remove(name)
     looked.findings += [*found.findings, *of_lines]
-    looked.counted += sum(len(digests) for _, digests in envelopes)
+    looked.counted += sum(len(digests) for digests in traces.envelopes.values())
     return found
 
 
@@ -138,11 +145,13 @@ async def _start(
     node: app.Node, log: ClickHouseLog, wires: Sequence[bytes], copied: Copied, looked: Looked
 ) -> Start | None:
     """Where the run's own records begin: at 1, or behind the position of its parent that it branched from."""
+    unknown = False
     for wire in wires:
         try:
             first = parse_record(wire)
-        except NewerRecord:
-            return None
+        except NewerRecord as newer:
+            unknown = unknown or newer.position > 1
+            continue
         except UnreadableRecord:
             continue
         if first.position == 1:
@@ -151,7 +160,7 @@ async def _start(
             parent = await _lineage(node, log, first.event.parent, copied, looked)
             fork = next((r for r in parent if r.position == first.event.at), None)
             return Start(fork.position, fork.chain) if fork else None
-    return Start()
+    return None if unknown else Start()
 
 
 async def _lineage(node: app.Node, log: ClickHouseLog, name: str, copied: Copied, looked: Looked) -> Sequence[Record]:
@@ -167,10 +176,15 @@ async def _lineage(node: app.Node, log: ClickHouseLog, name: str, copied: Copied
     return [record for own in reversed(parts.values()) for record in own]
 
 
+async def _lost(node: app.Node, stream: str, looked: Looked) -> tuple[int, Sequence[int]]:
+    if stream not in looked.lost:
+        looked.lost[stream] = await node.streams.lost(stream)
+    return looked.lost[stream]
+
+
 async def _look_for_gaps(node: app.Node, copied: Copied, looked: Looked) -> None:
     for stream in node.streams.histories():
-        last, lost = await node.streams.lost(stream)
-        looked.ends[stream] = last
+        last, lost = await _lost(node, stream, looked)
         told = "it had been copied: what its run lacks is named there"
         for sequence in lost:
             harmless = told if sequence <= copied[stream] else ""
@@ -213,31 +227,39 @@ async def _look_at_blob(node: app.Node, looked: Looked, digest: str, private: bo
 async def _mend(
     settings: Settings, node: app.Node, log: ClickHouseLog, looked: Looked, source: str | None
 ) -> dict[str | None, str]:
-    """Mend what can be mended: the stream from the tables, then the tables from the stream, then blobs.
+    """Mend what can be mended: the tables from the stream, then the stream from the tables, then blobs.
 
     Returns by run why something of it could not be.
     """
     refused: dict[str | None, str] = {}
     log_here.forget_copied(settings)
+    reach("sia verify before mending")
+    # The tables first: a server that is killed over a damaged stream may drop what stands behind the damage.
+    for name, run in looked.runs.items() if not looked.torn else ():
+        wrong = looked.lines[name][0]
+        envelopes = [each async for each in node.streams.envelopes(name) if each[0] in wrong]
+        await log.mend(name, [record for record in run.records if record.position in run.wrong], envelopes)
+    reach("sia verify after mending the tables")
     for name, run in looked.runs.items():
         try:
-            await node.streams.restore(name, run.records)
+            # Behind those that are put back nobody would miss what was lost behind them.
+            if not run.cut_off:
+                await node.streams.restore(name, run.records)
         except RunExists as error:
             refused[name] = str(error)
+        reach("sia verify after putting back records")
         if not run.whole:
             refused[name] = "no good copy of it is left in the stream or in the tables; an archive may have one"
         lost = sorted(looked.lines[name][1])
         if lost and not looked.torn:
             # What is cut short here is begun again: neither step does anything twice.
             await node.streams.put_back(await log.envelopes(name, lost))
+            reach("sia verify after putting back traces")
             await log.remove_lines(name, lost)
-    for stream, end in looked.ends.items():
+    reach("sia verify after mending the streams")
+    for stream, (end, _) in looked.lost.items():
         await node.streams.step_back(stream, recorder.NAME, end)
     if not looked.torn:
-        for name, run in looked.runs.items():
-            wrong = looked.lines[name][0]
-            envelopes = [each async for each in node.streams.envelopes(name) if each[0] in wrong]
-            await log.mend(name, [record for record in run.records if record.position in run.wrong], envelopes)
         # Behind a record that is lost, what follows would pass for no part of its run.
         if settings.nats_url is None and all(run.whole for run in looked.runs.values()):
             await recorder.catch_up(node.bus, log)
@@ -246,6 +268,7 @@ async def _mend(
     else:
         refused[None] = "the tables are filled anew once everything else is mended: sia verify --all --repair"
     await _mend_blobs(node, looked, source)
+    reach("sia verify after mending the blobs")
     await log_here.mark_copied(settings, node.bus)
     return refused
 

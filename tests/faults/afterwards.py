@@ -13,21 +13,21 @@ from sia_events.shared.settings import Settings
 
 LINES = """\
 SELECT run, kind, key, lower(hex(SHA256(body))) AS digest FROM (
-    SELECT run, 'model_call' AS kind, key, sequence, line, body FROM model_calls FINAL
-    UNION ALL SELECT run, kind, key, sequence, line, body FROM trace FINAL
+    SELECT run, 'model_call' AS kind, key, sequence, line, body FROM model_calls
+    UNION ALL SELECT run, kind, key, sequence, line, body FROM trace
 ) ORDER BY sequence, line
 """
 
 
 async def held(home: Path, paid: Sequence[str]) -> Held:
-    """As readers see it: the tables' rows are those that are left when equal places are collapsed."""
+    """The tables' rows as they lie there: what readers would collapse is seen too."""
     settings = Settings(home=home)
     async with app.stores_of_home(settings, "verify", False) as node, open_log(settings) as log:
         runs = await node.streams.runs()
         envelopes = [each for run in runs async for each in node.streams.envelopes(run)]
         envelopes = [envelope for _, envelope in sorted(envelopes, key=lambda each: each[0])]
         tables: dict[str, list[bytes]] = {run: [] for run in await log.runs()}
-        for row in await log.query("SELECT run, record FROM events FINAL ORDER BY run, position"):
+        for row in await log.query("SELECT run, record FROM events ORDER BY run, position"):
             tables[row["run"]].append(row["record"].encode())
         calls = [(e.run, decode_call(line)) for e in envelopes if e.kind == "model_call" for line in e.lines]
         return Held(

@@ -1,7 +1,8 @@
 """The history checker: what clients were told, held against what can be read afterwards. Pure; knows of no store.
 
 A client was told of a record when its append returned, of a trace line when its envelope was taken, and of a reply when
-the gateway gave it away. What a client was not told of may be there or not, but in one piece, once, and in its place.
+the gateway gave it away. What a client was not told of may be there or not, but in one piece, once, and in its place; a
+line as often at most as somebody began to send it.
 """
 
 from collections import Counter, defaultdict
@@ -41,11 +42,15 @@ class Reply:
 
 @dataclass(frozen=True)
 class Told:
-    """What clients were told, in that order. A record is its run, its position and the SHA-256 of its bytes."""
+    """What clients were told, in that order. A record is its run, its position and the SHA-256 of its bytes.
+
+    `sent` are the lines that a client handed over, whether or not it was told that they were taken.
+    """
 
     records: Sequence[tuple[str, int, str]] = ()
     lines: Sequence[Line] = ()
     replies: Sequence[Reply] = ()
+    sent: Sequence[Line] = ()
 
 
 @dataclass(frozen=True)
@@ -151,6 +156,7 @@ def _of_told_records(told: Told, held: Held) -> Iterator[Fault]:
 def _of_lines(told: Told, held: Held) -> Iterator[Fault]:
     streamed, tabled = Counter(held.lines), Counter(held.tabled_lines)
     yield from (Fault("lost", "stream", f"a line of {one}, acknowledged") for one in Counter(told.lines) - streamed)
+    yield from (Fault("doubled", "stream", f"a line of {one}") for one in streamed - Counter(told.sent))
     yield from (Fault("lost", "tables", f"a line of {one}") for one in streamed - tabled)
     yield from (Fault("doubled", "tables", f"a line of {one}") for one in tabled - streamed)
     if streamed == tabled:

@@ -35,6 +35,7 @@ class FaultyBus:
         self._machine, self._stream = machine, stream
         self.told_records: list[tuple[str, int, str]] = []
         self.told_lines: list[Line] = []
+        self.sent_lines: list[Line] = []
 
     async def append(self, run: str, drafts: Sequence[Draft]) -> Sequence[Record]:
         await self._machine.step()
@@ -49,6 +50,7 @@ class FaultyBus:
         return records
 
     async def trace(self, envelope: Envelope) -> None:
+        self.sent_lines += lines_of(envelope)
         await self._machine.step()
         self._cut("unreachable")
         self._cut("stream full", BusFull)

@@ -165,7 +165,8 @@ def _of_copies(world: World, records: Sequence[Record]) -> list[str]:
         journal=[reply_of(run, call) for run, call in calls if call.reply is not None],
         paid=world.provider.paid,
     )
-    return [str(fault) for fault in check(Told(world.bus.told_records, world.bus.told_lines, world.gateway.told), held)]
+    told = Told(world.bus.told_records, world.bus.told_lines, world.gateway.told, world.bus.sent_lines)
+    return [str(fault) for fault in check(told, held)]
 
 
 def _wires(records: Sequence[Record]) -> dict[str, list[bytes]]:

@@ -17,6 +17,11 @@ from chains import chain
             ["model_gateway before asking a model #4"],
             {("paid again", "provider"), ("altered", "journal")},
         ),
+        (
+            "sends_envelopes_twice",
+            ["meta_svc before publishing on RunStarted"],
+            {("doubled", "stream"), ("doubled", "journal")},
+        ),
     ],
 )
 def test_the_checker_tells_what_a_broken_build_loses_when_it_is_killed(

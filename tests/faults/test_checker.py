@@ -34,7 +34,7 @@ WIRES = written("r", STARTED, RunResumed(reason="a"), RunResumed(reason="b"), Ru
 OTHERS = written("r", STARTED, RunResumed(reason="a"), RunResumed(reason="another"), RunResumed(reason="c"))
 LINES = [Line("r", "log", "k", digest) for digest in "abc"]
 FIRST, SECOND = Reply(("r", "g0a", "x", 0), 1), Reply(("r", "g0a", "y", 0), 2)
-TOLD = Told(noted(WIRES), LINES, [FIRST, SECOND])
+TOLD = Told(noted(WIRES), LINES, [FIRST, SECOND], sent=LINES)
 HELD = Held({"r": WIRES}, {"r": WIRES}, LINES, LINES, [FIRST, SECOND], ["x", "y"])
 
 
@@ -47,7 +47,13 @@ def test_a_whole_history_has_no_fault():
 
 
 def test_what_nobody_was_told_of_may_be_there_too():
-    assert check(Told(noted(WIRES[:2]), LINES[:1], [FIRST]), HELD) == []
+    assert check(Told(noted(WIRES[:2]), LINES[:1], [FIRST], sent=LINES), HELD) == []
+
+
+def test_a_line_that_was_sent_again_because_nobody_knew_of_it_may_be_there_once_or_twice():
+    for lines in (LINES, [*LINES, LINES[2]]):
+        again = replace(TOLD, sent=[*LINES, LINES[2]])
+        assert check(again, replace(HELD, lines=lines, tabled_lines=lines)) == []
 
 
 def test_a_request_that_was_paid_for_before_its_reply_was_recorded_may_be_paid_for_again():
@@ -129,6 +135,10 @@ FAULTY: dict[str, tuple[Held, Fault | tuple[Fault, ...]]] = {
     "a line is lost": (
         replace(HELD, lines=LINES[:2], tabled_lines=LINES[:2]),
         Fault("lost", "stream", "a line of log k of run r, acknowledged"),
+    ),
+    "a line stands on the stream more often than it was sent": (
+        replace(HELD, lines=[*LINES, LINES[0]], tabled_lines=[*LINES, LINES[0]]),
+        Fault("doubled", "stream", "a line of log k of run r"),
     ),
     "the tables lack a line": (
         replace(HELD, tabled_lines=LINES[:2]),

@@ -5,7 +5,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from command import sia
+from command import answered, sia
 from disturbed import assert_as_undisturbed, child_of, command, going, log
 from small_disk import fill, small_disk
 
@@ -32,6 +32,28 @@ def test_a_run_whose_stream_has_no_room_says_so_and_goes_on_when_there_is(
         filler.unlink()
         again = sia(tmp_path, "run", "--resume", "r1")
         assert again.returncode == 0, again.stderr
+        assert_as_undisturbed(tmp_path, undisturbed)
+
+
+@pytest.mark.slow  # a whole run, and what it left is verified
+def test_a_run_whose_log_has_no_room_says_so_and_goes_on_and_the_log_has_it_all_when_there_is(
+    task: Path, tmp_path: Path, undisturbed: list[Record]
+):
+    """The tables are there before; what was merged just then may be damaged, and is filled anew from the stream."""
+    (tmp_path / "log").mkdir()
+    with small_disk(tmp_path / "log", megabytes=100):
+        assert answered(tmp_path, "runs") == []
+        process = going(task, tmp_path, 3)
+        filler = fill(tmp_path / "log")
+        assert process.stderr
+        for line in process.stderr:
+            if "the disk under the event log is full" in line:
+                break
+        assert process.poll() is None, "the run goes on"
+        filler.unlink()
+        _, talk = process.communicate(timeout=200)
+        assert process.returncode == 0, talk
+        assert answered(tmp_path, "verify", "--all", "--repair")["left"] == []
         assert_as_undisturbed(tmp_path, undisturbed)
 
 

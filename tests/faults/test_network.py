@@ -4,7 +4,7 @@ import asyncio
 import os
 import random
 import subprocess
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from hashlib import sha256
 from pathlib import Path
@@ -15,6 +15,7 @@ from checker import Held, Told, check
 from command import sia, start
 from disturbed import assert_as_undisturbed, command, log
 from link import link
+from namespace import POSSIBLE, apart
 
 from sia_events.infra import nats_connection
 from sia_events.infra.nats import NatsBus
@@ -50,9 +51,36 @@ async def test_a_connection_that_the_network_forgot_is_made_anew(megabytes: int,
 @pytest.mark.parametrize("seed", [1, 2])
 async def test_what_was_acknowledged_over_a_link_that_fails_again_and_again_is_there_once(seed: int, tmp_path: Path):
     rng = random.Random(seed)
+    async with running(tmp_path / "nats") as url, link(url) as far:
+
+        async def disturb() -> None:
+            for fault in rng.choice([[far.cut], [far.hush], [far.hush, far.forget]]):
+                fault()
+            await asyncio.sleep(rng.choice([0.1, 0.7]))  # for so long it is away
+            far.mend()
+
+        await assert_each_there_once(rng, far.url, disturb)
+
+
+@pytest.mark.skipif(not POSSIBLE, reason="a network namespace of one's own takes root, and the program ip")
+@pytest.mark.usefixtures("quick")
+async def test_what_was_acknowledged_between_namespaces_whose_cable_is_pulled_is_there_once(tmp_path: Path):
+    rng = random.Random(1)
+    async with apart(tmp_path / "nats") as cable:
+
+        async def disturb() -> None:
+            await cable.pull()
+            await asyncio.sleep(rng.choice([0.1, 0.7, 2.5]))  # for so long it is away
+            await cable.plug()
+
+        await assert_each_there_once(rng, cable.url, disturb)
+
+
+async def assert_each_there_once(rng: random.Random, url: str, disturb: Callable[[], Awaitable[None]]) -> None:
+    """Two writers and a service go on over a network that is disturbed; what they were told is what the stream has."""
     acknowledged: list[Record] = []
     answered: list[int] = []
-    async with running(tmp_path / "nats") as url, link(url) as far, on(far.url) as one, on(far.url) as two:
+    async with on(url) as one, on(url) as two:
         first, *_ = await opened(one, "r")
         stop = asyncio.Event()
 
@@ -72,17 +100,14 @@ async def test_what_was_acknowledged_over_a_link_that_fails_again_and_again_is_t
             writers = [asyncio.create_task(write(bus, f"w{n}-")) for n, bus in enumerate((one, two))]
             for _ in range(4):
                 await more(acknowledged, rng.randint(5, 20))
-                for fault in rng.choice([[far.cut], [far.hush], [far.hush, far.forget]]):
-                    fault()
-                await asyncio.sleep(rng.choice([0.1, 0.7]))  # for so long it is away
-                far.mend()
+                await disturb()
             await more(acknowledged, 10)
             stop.set()
             await asyncio.gather(*writers)
             asked = {record.position for record in acknowledged if record.producer.startswith("w")}
             await until(lambda: asked <= {*answered}, 60)
-        async with on(url) as fresh:
-            wires = [record.wire for record in await fresh.history("r")]
+    async with on(url) as fresh:
+        wires = [record.wire for record in await fresh.history("r")]
     told = [("r", record.position, sha256(record.wire).hexdigest()) for record in acknowledged]
     assert check(Told(records=told), Held(stream={"r": wires}, tables={"r": wires})) == []
     assert {at for _, at, _ in told} == set(range(2, len(wires) + 1))

@@ -13,6 +13,7 @@ import pytest
 from bus_on import notes, opened
 from command import answered, sia
 from disturbed import assert_as_undisturbed, child_of, command, going, log
+from scraping import samples
 
 from sia_events import app, log_here
 from sia_events.event_log import recorder
@@ -69,8 +70,9 @@ async def test_while_the_logs_owner_stands_still_records_are_taken_and_status_sh
             with standing_still(held.pid):
                 for number in range(20):
                     await node.bus.append("r1", notes("r1", first, "x", producer=f"tester {number}"))
-                found = await asyncio.to_thread(answered, tmp_path, "status")
-                assert found["lag"] == 20 and "does not answer" in found["log"] and found["runs"] == {"running": 1}
+                found = samples((await asyncio.to_thread(sia, tmp_path, "status", "--metrics")).stdout)
+                assert found["sia_stream_lag_messages", "SIA"] == 20 and found["sia_log_up", ""] == 0
+                assert found["sia_runs", "running"] == 1, "the stream tells as long as the tables do not"
                 told = await asyncio.to_thread(sia, tmp_path, "status")
                 assert "20 messages behind" in told.stdout and "does not answer" in told.stdout
             await caught_up(node)

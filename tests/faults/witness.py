@@ -41,9 +41,12 @@ def attend(to: Path, passed: Path) -> None:
 
     @functools.wraps(trace)
     async def noted_trace(bus: NatsBus, envelope: Envelope) -> None:
+        lines = [[line.run, line.kind, line.key, line.body] for line in lines_of(envelope)]
+        for line in lines:
+            note("sent", line)
         await trace(bus, envelope)
-        for line in lines_of(envelope):
-            note("line", [line.run, line.kind, line.key, line.body])
+        for line in lines:
+            note("line", line)
 
     @functools.wraps(end)
     def noted_end(reading: Reading, ended: ModelCall | Exception) -> None:
@@ -64,13 +67,14 @@ def attend(to: Path, passed: Path) -> None:
 
 def told(file: Path) -> Told:
     """What was noted of what clients were told."""
-    said: dict[str, list[Any]] = {"record": [], "line": [], "reply": []}
+    said: dict[str, list[Any]] = {"record": [], "sent": [], "line": [], "reply": []}
     for kind, what in map(json.loads, file.read_text().splitlines()):
         said[kind].append(what)
     return Told(
         tuple((run, position, digest) for run, position, digest in said["record"]),
         tuple(Line(*each) for each in said["line"]),
         tuple(Reply(tuple(call), payment) for call, payment in said["reply"]),
+        tuple(Line(*each) for each in said["sent"]),
     )
 
 

@@ -55,11 +55,16 @@ def gateway(
     say(wait_for(benches.gateway(settings(), sia_agent and sia_agent.absolute(), as_json)))
 
 
-def learn(as_json: Json = False) -> None:
+def learn(
+    prompts: Annotated[int, typer.Option(min=1, max=8, help="Prompts of the batch.")] = 4,
+    samples: Annotated[int, typer.Option(min=2, max=64, help="Completions of each.")] = 4,
+    tokens: Annotated[int, typer.Option(min=1, max=512, help="Tokens of each completion.")] = 8,
+    as_json: Json = False,
+) -> None:
     """A step of learning and rollouts, beside TRL's and transformers' where they are installed."""
     from sia_events import benches
 
-    say(benches.learn(settings(), as_json))
+    say(benches.learn(settings(), (prompts, samples, tokens), as_json))
 
 
 def log(

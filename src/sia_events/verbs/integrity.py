@@ -70,9 +70,19 @@ def gc(
     tell(wait_for(sweeping.sweep(settings(), yes)), as_json, integrity.sweep_text)
 
 
-def status(as_json: Json = False) -> None:
+def status(
+    as_json: Json = False,
+    metrics: Annotated[
+        bool, typer.Option("--metrics", help="OpenMetrics text, as a monitoring system reads it.")
+    ] = False,
+) -> None:
     """Who is up, how far the recorder is, how full streams and tables are, and how many dead letters wait."""
     from sia_events import status
     from sia_events.views import integrity
 
-    tell(wait_for(status.status(settings())), as_json, integrity.status_text)
+    found = wait_for(status.status(settings()))
+    if metrics:
+        from sia_events.metrics import metrics_text
+
+        return say(metrics_text(found).rstrip())
+    tell(found, as_json, integrity.status_text)

@@ -27,7 +27,8 @@ def verify_text(found: Mapping[str, Any]) -> str:
 def archive_text(made: Mapping[str, Any]) -> str:
     runs = " and ".join(made["runs"])
     text = f"{made['file']}: {runs}, {made['records']} records, {made['blobs']} blobs, {made['bytes']:,} bytes"
-    return "\n".join([text, *(f"blob {digest} is named and was not there" for digest in made["missing"])])
+    missing = [f"blob {digest} is named and was not there" for digest in made["missing"]]
+    return "\n".join([text, *missing, *(f"left out: {each}" for each in made["left_out"])])
 
 
 def restore_text(put: Mapping[str, Any]) -> str:
@@ -88,10 +89,13 @@ def status_text(found: Mapping[str, Any]) -> str:
     ]
     tables = [(each["table"], each["rows"], f"{each['bytes'] / 1e6:.1f} MB", each["parts"]) for each in found["tables"]]
     at_work = [(name, *counts.values()) for name, counts in found["services"].items() if any(counts.values())]
-    runs = ", ".join(f"{count} {status}" for status, count in found["runs"].items()) or "none"
+    runs = "not counted in time"
+    if found["runs"] is not None:
+        runs = ", ".join(f"{count} {status}" for status, count in found["runs"].items()) or "none"
+    letters = "not counted in time" if found["letters"] is None else found["letters"]
     lines = [
         f"{found['home']}: {up}{parts}; {found['free'] / 1e9:.1f} GB free",
-        f"runs: {runs}; open dead letters: {found['letters']}; the tables are {found['lag']} messages behind",
+        f"the tables are {found['lag']} messages behind; runs: {runs}; open dead letters: {letters}",
         "",
         table(("stream", "messages", "size", "of its limit", "not copied"), streams),
         "",
