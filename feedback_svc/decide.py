@@ -330,7 +330,15 @@ def _finish(run: Run) -> Sequence[Event]:
 
 
 def _attempt(run: Run, version: str, split: Split) -> AttemptRequested:
-    return AttemptRequested(attempt=f"{version}.{split}", version=version, split=split, seed=run.settings.seed)
+    """On a split that is judged, from what the version started from on dev, where it did."""
+    dev = run.attempts.get(f"{version}.dev")
+    return AttemptRequested(
+        attempt=f"{version}.{split}",
+        version=version,
+        split=split,
+        seed=run.settings.seed,
+        starts=dev.starts if dev else (),
+    )
 
 
 def _reject(run: Run, version: Version, comparison: Comparison | None, reason: str) -> VersionRejected:

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from sia_events.feedback_svc.archive import starts
+from sia_events.shared.archive import starts
 from sia_events.shared.events import (
     AttemptRequested,
     FeedbackGiven,

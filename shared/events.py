@@ -163,7 +163,7 @@ class Start(Value):
     `share` is how many of them do. `reward` is its own dev score, turned so that more is better, `value` that of its
     best child where it has one; `visits` counts how often it or a descendant was started from, `expansions` how often
     any version was. `scale` is the spread of rewards in the archive. `puct` follows from them
-    (feedback_svc/archive.py).
+    (shared/archive.py).
     """
 
     version: str
@@ -305,7 +305,8 @@ class AttemptRequested(Event):
     """A version is owed a run on a split, each item `samples` times; above one, replies are drawn at temperature 1.
 
     In a search, rollouts of an item start from what one of the `starts` wrote, dealt round the items. On a task without
-    items a whole attempt is one rollout: those of a `group` start alike, and replies are drawn at temperature 1.
+    items a whole attempt is one rollout: those of a `group` start alike, and replies are drawn at temperature 1. In a
+    search a version's other attempts start there from the best state there was when it came.
     """
 
     type: Literal["AttemptRequested"] = "AttemptRequested"

@@ -25,7 +25,7 @@ async def with_states(work: Work, asked: AttemptRequested, data: Mapping[str, by
     for start, folder in zip(asked.starts, folders, strict=True):
         written = await load_tree(work.ports.blobs, _outputs(work.run, start))
         laid |= {f"{folder}/{path}": body for path, body in written.items()}
-    if asked.group is not None:
+    if ITEMS not in data:
         return {**data, **laid}
     lines = [msgspec.json.decode(line) for line in data[ITEMS].splitlines()]
     for place, line in enumerate(lines):

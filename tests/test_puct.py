@@ -24,9 +24,9 @@ from story import (
     trained,
 )
 
-from sia_events.feedback_svc.archive import CAPACITY, CHILDREN_KEPT, kept, ranked, related, starts, visited
-from sia_events.feedback_svc.archive import scored as rewards_of
 from sia_events.feedback_svc.service import feedback_svc
+from sia_events.shared.archive import CAPACITY, CHILDREN_KEPT, kept, ranked, related, starts, visited
+from sia_events.shared.archive import scored as rewards_of
 from sia_events.shared.events import (
     AttemptRequested,
     Estimate,

@@ -26,11 +26,11 @@ from story import (
 from test_rollouts import call, source
 
 from sia_events.evaluator.service import evaluator
-from sia_events.feedback_svc.archive import ranked, visited
 from sia_events.feedback_svc.lever import choose_lever
 from sia_events.feedback_svc.service import feedback_svc
 from sia_events.infra.memory import MemoryBlobs, MemoryBus, SystemTime
 from sia_events.infra.sandbox import UnsafeProcess
+from sia_events.shared.archive import ranked, visited
 from sia_events.shared.events import (
     AttemptRequested,
     Estimate,
@@ -138,6 +138,23 @@ def test_what_a_rollout_wrote_is_a_state_that_later_rollouts_start_from_and_no_h
     again = fold(recorded(*before, fed_back(2, "weights", "g1a"), *asked_for))
     assert visited(again) == {best: 1, second: 1, "g0a": 3}, "and what they descend from was expanded with them"
     assert {state.state for state in ranked(run)} == {"g0a", "g1a"}, "a harness is a version's"
+
+
+def test_a_version_is_judged_from_the_best_state_there_was_when_it_came():
+    settings = {"rollout_samples": SAMPLES, "candidates": 2, "search": "archive"}
+    past, ends = settled([0.1, 0.9, 0.6], search="line")
+    before = (past[0], started(**settings), *past[2:], *ends)
+    came = trained("g1a", "g0a")
+    (dev,) = given(target_runner, *before).when(came).then_types(AttemptRequested)
+    assert isinstance(dev, AttemptRequested) and not dev.sampled
+    assert (dev.attempt, [start.state for start in dev.starts]) == ("g1a.dev", ["g0a.train.g1.1"])
+    (gate,) = given(feedback_svc, *before, came, dev).when(on("g1a", "dev", 0.95)).then_types(AttemptRequested)
+    assert isinstance(gate, AttemptRequested) and (gate.split, gate.starts) == ("gate", dev.starts)
+    (line,) = given(target_runner, past[0], started(), *past[2:], *ends).when(came).decided
+    assert line.starts == (), "which is the control that reuses nothing"
+    items = registered(whole=False)
+    (alone,) = given(target_runner, items, *before[1:]).when(came).decided
+    assert alone.starts == (), "and items are problems of their own"
 
 
 def test_a_start_of_many_attempts_is_one_expansion():

@@ -44,6 +44,12 @@ def starts(run: Run, wanted: int, most: int, rollouts: bool = False) -> tuple[St
     return tuple(state.model_copy(update={"share": share}) for state, share in zip(picked, shares, strict=True))
 
 
+def best(run: Run) -> tuple[Start, ...]:
+    """The state with the highest R, rollouts' too, as the one start; none where nothing is scored."""
+    found = max(ranked(run, rollouts=True), key=lambda state: state.reward, default=None)
+    return (found,) if found else ()
+
+
 def ranked(run: Run, rollouts: bool = False) -> list[Start]:
     """The archive with every state's terms, the highest PUCT first; of equal ones the better, then the older."""
     rewards = scored(run, rollouts)
