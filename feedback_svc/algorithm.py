@@ -97,9 +97,12 @@ def learning(settings: RunSettings, algorithm: str) -> Learning:
     return asked
 
 
-def carry_logprobs(calls: Iterable[ModelCall]) -> bool:
-    """Whether replies made for an item came with log-probs; so too where there are none to tell by."""
-    replies = [call.reply for call in calls if call.item is not None and call.reply]
+def carry_logprobs(calls: Iterable[ModelCall], whole: bool = False) -> bool:
+    """Whether replies made for an item came with log-probs; so too where there are none to tell by.
+
+    `whole`: rollouts are whole attempts, of which every call is learned from, whether it names an item or not.
+    """
+    replies = [call.reply for call in calls if (whole or call.item is not None) and call.reply]
     said = [reply if "choice" in reply else (reply.get("choices") or ({},))[0] for reply in replies]
     return not said or any(each.get("logprobs") for each in said)
 

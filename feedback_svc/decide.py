@@ -29,7 +29,7 @@ from sia_events.shared.events import (
     WeightUpdateRequested,
     WholeAttempt,
 )
-from sia_events.shared.run import Run, Version, final
+from sia_events.shared.run import Run, Version, final, in_a_row
 
 
 def on_score(run: Run, scored: Scored) -> Sequence[Event]:
@@ -48,15 +48,15 @@ def on_score(run: Run, scored: Scored) -> Sequence[Event]:
 def on_failure(run: Run, failure: AttemptFailed) -> Sequence[Event]:
     """A failure that will not be tried again settles its attempt as a score does; many in a row hold the run."""
     paused: list[Event] = []
-    if failure.kind != "budget" and _too_many_failed(run):
-        last = next(each for each in reversed(run.failures.values()) if each.kind != "budget")
+    if in_a_row(run, failure) and _too_many_failed(run):
+        last = next(each for each in reversed(run.failures.values()) if in_a_row(run, each))
         paused.append(RunPaused(reason=f"{run.failures_in_a_row} attempts failed in a row, the last: {last.message}"))
     return [*paused, *_settle(run, failure)]
 
 
 def _too_many_failed(run: Run) -> bool:
     """Whether the limit was reached by this failure, or by those that came while the run was held."""
-    new = sum(isinstance(fact, AttemptFailed) and fact.kind != "budget" for fact in run.released) or 1
+    new = sum(isinstance(fact, AttemptFailed) and in_a_row(run, fact) for fact in run.released) or 1
     most = run.settings.pause_after_failures
     return 0 < most <= run.failures_in_a_row < most + new
 
@@ -171,7 +171,7 @@ def _meet_gate(run: Run, candidate: Version) -> Sequence[Event]:
     comparison = compare_on(run, "gate", run.incumbent, candidate.name)
     assert comparison is not None, "the incumbent met the gate before its candidate did"
     # Every generation looks at the same gate items, so each look gets its share of the error allowed to the run.
-    alpha = run.settings.alpha / run.settings.generations
+    alpha = run.settings.alpha / max(1, run.settings.generations)
     if proven(comparison, alpha):
         most = run.settings.pause_on_gain
         wary: list[Event] = []
@@ -275,17 +275,21 @@ def _learn_from_whole(run: Run, version: Version) -> Sequence[Event]:
 def whole_attempts(run: Run, version: Version, lag: int) -> Sequence[WholeAttempt]:
     """The version's rollouts that are worth something known, in the order they were asked for.
 
-    What the evaluator refused is worth the least of them, and nothing at most where more is better: an agent is not to
-    learn that refused outputs cost nothing. What broke off has no trajectory and is left out.
+    What the evaluator refused is worth the least of its siblings, and nothing at most where more is better: an agent is
+    not to learn that refused outputs cost nothing. What broke off has no trajectory and is left out.
     """
     rollouts = {name: asked for name, asked in run.attempts.items() if asked.version == version.name and asked.group}
     sign = 1.0 if run.task is None or run.task.maximize else -1.0
     rewards = {name: sign * run.scores[name].score.value for name in rollouts if name in run.scores}
-    least = min([*rewards.values(), *([0.0] if sign > 0 else [])], default=None)
-    if least is not None:
-        for name, failure in run.failures.items():
-            if name in rollouts and name in run.executions and failure.kind == "invalid_output":
-                rewards[name] = least
+    least: dict[str | None, float] = {each.group: 0.0 for each in rollouts.values()} if sign > 0 else {}
+    for name, reward in rewards.items():
+        group = rollouts[name].group
+        least[group] = min(reward, least.get(group, reward))
+    for name, failure in run.failures.items():
+        if name in rollouts and name in run.executions and failure.kind == "invalid_output":
+            group = rollouts[name].group
+            if group in least:
+                rewards[name] = least[group]
     return [
         WholeAttempt(
             attempt=name,

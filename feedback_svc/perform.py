@@ -43,7 +43,7 @@ async def _signal(work: Work) -> Signal:
     task = decode_task(await blobs.get(run.task.spec))
     attempt = run.scored(run.incumbent, "dev")[-1].attempt
     calls = calls_in(await blobs.get(run.executions[attempt].trajectory))
-    return Signal(ranked=task.ranking, logprobs=carry_logprobs(calls))
+    return Signal(ranked=task.ranking, logprobs=carry_logprobs(calls, run.task.whole))
 
 
 async def patch(work: Work, asked: HarnessPatchRequested) -> Sequence[Event]:

@@ -13,6 +13,7 @@ from sia_events.shared.events import (
 from sia_events.shared.run import Run, Version
 
 SEEDS_APART = 1_000_003
+ASKED_AT_ONCE = 500  # of one answer's records, of which an append takes a thousand
 
 
 def patches(run: Run, feedback: FeedbackGiven) -> HarnessPatchRequested:
@@ -44,9 +45,11 @@ def rollouts(run: Run, feedback: FeedbackGiven) -> Sequence[AttemptRequested]:
     settings, version = run.settings, feedback.incumbent
     reuse, name = settings.search == "archive", f"{feedback.incumbent}.train.g{feedback.generation}"
     if run.task.whole:
-        chosen = starts(run, settings.candidates, settings.candidates, rollouts=True) if reuse else ()
-        groups = [(f"{name}.{start.state}", (start,)) for start in chosen] or [(name, ())]
         count = settings.rollout_samples
+        most = min(settings.candidates, ASKED_AT_ONCE // count)
+        chosen = starts(run, most, most, rollouts=True) if reuse else ()
+        # By place: a state may be a rollout's, whose name would grow from one to the next, and may have a try's number.
+        groups = [(f"{name}.{place}", (start,)) for place, start in enumerate(chosen)] or [(name, ())]
         return [
             AttemptRequested(
                 attempt=f"{group}.{k}",

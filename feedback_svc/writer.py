@@ -46,6 +46,11 @@ ROLLOUTS_START = """\
 On train, where the model learns from rollouts, a line of items.jsonl has the key `state`: a folder under the data, with
 what an earlier version wrote on dev. A rollout of that item is to start from there."""
 
+ROLLOUT_STARTS = """\
+
+The data may have one folder under `state`, with what the best attempt before wrote, or another that was good. The
+attempt is to start from there."""
+
 
 async def choose(work: Work, asked: FeedbackRequested, by_rule: LeverChoice, signal: Signal) -> FeedbackGiven:
     """The lever that the model picks, with its reasons; the rule's, and why, where it says nothing that can be used."""
@@ -131,7 +136,7 @@ async def _writing(work: Work, asked: HarnessPatchRequested, parent: Version) ->
     if weights_from(run, parent) != parent.weights:
         apart += OTHER_WEIGHTS.format(parent=parent.name, over=run.incumbent)
     if run.settings.search == "archive" and run.settings.lever != "harness":
-        apart += ROLLOUTS_START
+        apart += ROLLOUT_STARTS if run.task.whole else ROLLOUTS_START
     return _brief(work, "feedback", words.text + apart, asked.seed + asked.generation, harness, data)
 
 

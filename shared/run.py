@@ -142,6 +142,16 @@ def final(run: Run, failure: AttemptFailed) -> bool:
     return failure.kind != "infrastructure" or tries >= run.settings.attempt_tries
 
 
+def in_a_row(run: Run, failure: AttemptFailed) -> bool:
+    """Whether a failure counts among those that, many in a row, hold the run.
+
+    Want of budget does not; nor does what a rollout of a whole attempt brought on itself: it was drawn, as answers are.
+    """
+    asked = run.attempts.get(failure.attempt)
+    drawn = asked is not None and asked.group is not None and failure.kind != "infrastructure"
+    return failure.kind != "budget" and not drawn
+
+
 def _changed(run: Run, **changes: Any) -> Run:
     """The state with some fields changed: what `dataclasses.replace` does, at a thirtieth of its time."""
     new = object.__new__(Run)
@@ -220,7 +230,7 @@ def _barren(run: Run, event: ProposalFailed) -> Run:
 
 
 def _failed(run: Run, event: AttemptFailed) -> Run:
-    row = run.failures_in_a_row + (event.kind != "budget")
+    row = run.failures_in_a_row + in_a_row(run, event)
     return _changed(run, failures={**run.failures, event.attempt: event}, failures_in_a_row=row)
 
 

@@ -32,13 +32,14 @@ from story import (
 from sia_events.cost import Calls
 from sia_events.estimate import Estimate, Line
 from sia_events.experiment import announced, draw, planned, write
-from sia_events.experiment_ends import to_the_test
+from sia_events.experiment_ends import branch_to_test, to_the_test
 from sia_events.experiment_figures import Interval, Outcome, crossed, difference, outcome, score
 from sia_events.experiment_report import curves, report, scores_csv, shown
 from sia_events.feedback_svc.decide import on_verdict
 from sia_events.shared.events import (
     AttemptRequested,
     Budget,
+    BudgetChanged,
     BudgetExhausted,
     Comparison,
     RunFinished,
@@ -262,6 +263,18 @@ def test_a_run_that_is_out_of_budget_is_tested_with_the_incumbent_of_its_last_wh
     assert outcome(history).reason == "paused: its budget of 60 calls is used up"
 
 
+def test_a_run_that_went_on_is_not_taken_for_what_it_was_when_its_budget_ended():
+    more = BudgetChanged(budget=Budget(calls=600))
+    names = [
+        found and found[0] for found in (branch_to_test(recorded(*HALF_WAY)), branch_to_test(recorded(*HALF_WAY, more)))
+    ]
+    assert names == ["r1-tested1", None]
+    further = (more, trained("g2a", "g1b"), scored("g2a", "gate", "11111111"), accepted("g2a", "g1b"))
+    third = (feedback_asked(3, "g2a"), fed_back(3, incumbent="g2a"), OUT)
+    again = branch_to_test(recorded(*HALF_WAY, *further, *third))
+    assert again and again[0] == "r1-tested2", "another generation has a test of its own"
+
+
 def test_nothing_is_tested_before_the_first_agent_is_accepted():
     assert to_the_test(recorded(*OPENING, OUT)) is None
 
@@ -356,7 +369,7 @@ def test_an_experiment_reports_real_runs_goes_on_after_a_kill_and_has_no_run_twi
     assert f"Python {sys.version.split()[0]}" in text and "cores" in text
 
     other = sia(home, *words, "--set", "alpha=0.01")
-    assert other.returncode == 2 and "exists with another alpha" in other.stderr and "--run NAME" in other.stderr
+    assert other.returncode == 2 and "exists with another alpha" in other.stderr and "--set alpha=" in other.stderr
 
 
 def test_an_experiment_whose_runs_are_out_of_budget_has_them_tested_with_what_they_have(tmp_path: Path, task: Path):
@@ -365,7 +378,7 @@ def test_an_experiment_whose_runs_are_out_of_budget_has_them_tested_with_what_th
     words = ("experiment", "levers", *few, "--out", tmp_path / "report")
     done = sia(tmp_path / "home", *words)
     assert done.returncode == 0, done.stderr
-    assert "sia branch levers-taste-harness-00-tested --at 0 " in done.stderr
+    assert "sia branch levers-taste-harness-00-tested0 --at 0 " in done.stderr
     text = (tmp_path / "report" / "report.md").read_text()
     assert "- budget: 30 calls" in text and "1 of 1 did" in text
     assert "| levers-taste-harness-00 | `harness` | 0 | 0.000 | 0.000 |" in text

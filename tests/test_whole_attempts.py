@@ -23,14 +23,16 @@ from story import (
     started,
     trained,
 )
-from test_rollouts import call, source
+from test_rollouts import PROMPT, call, source
 
 from sia_events.evaluator.service import evaluator
+from sia_events.feedback_svc.algorithm import Signal, carry_logprobs
 from sia_events.feedback_svc.lever import choose_lever
 from sia_events.feedback_svc.service import feedback_svc
 from sia_events.infra.memory import MemoryBlobs, MemoryBus, SystemTime
 from sia_events.infra.sandbox import UnsafeProcess
 from sia_events.shared.archive import ranked, visited
+from sia_events.shared.calls import journal_key
 from sia_events.shared.events import (
     AttemptRequested,
     Estimate,
@@ -39,6 +41,7 @@ from sia_events.shared.events import (
     KernelMeasured,
     Learning,
     ProposalFailed,
+    RunPaused,
     RunSettings,
     Scored,
     Weights,
@@ -115,11 +118,34 @@ def test_in_an_archive_every_state_that_puct_picked_has_a_group_that_starts_from
     states = [patched("g1a"), on("g1a", "dev", 0.7), patched("g1b"), on("g1b", "dev", 0.6)]
     _, requests = pulled(*states, search="archive")
     found = [(each.group, [start.version for start in each.starts]) for each in requests]
-    assert found == [
-        *[("g0a.train.g1.g1a", ["g1a"])] * SAMPLES,
-        *[("g0a.train.g1.g1b", ["g1b"])] * SAMPLES,
-    ]
+    assert found == [*[("g0a.train.g1.0", ["g1a"])] * SAMPLES, *[("g0a.train.g1.1", ["g1b"])] * SAMPLES]
     assert len({each.attempt for each in requests}) == 2 * SAMPLES
+
+
+def test_siblings_stay_apart_where_they_start_from_a_rollout_that_was_tried_again():
+    settings = {"rollout_samples": SAMPLES, "candidates": 1, "search": "archive"}
+    past, ends = settled([0.1, 0.2, None], search="line")
+    again = asked("g0a", "train", attempt="g0a.train.g1.2~1", tries=1, group="g0a.train.g1")
+    best = (again, ran(again.attempt), on("g0a", "train", 0.9, again.attempt))
+    before = (past[0], started(**settings), *past[2:], *ends, *best, feedback_asked(2))
+    requests = given(feedback_svc, *before).when(fed_back(2, "weights")).decided
+    assert [start.state for start in requests[0].starts] == [again.attempt]
+    assert len({journal_key(each.attempt) for each in requests}) == SAMPLES
+    ends = [on("g0a", "train", 0.5, each.attempt) for each in requests]
+    ran_too = [ran(each.attempt) for each in requests]
+    story = (*before, fed_back(2, "weights"), *requests, *ran_too, *ends)
+    updates = [
+        given(feedback_svc, *story[: len(story) - left - 1]).when(story[len(story) - left - 1]).decided
+        for left in reversed(range(SAMPLES))
+    ]
+    assert [len(found) for found in updates] == [0, 0, 1]
+
+
+def test_no_more_rollouts_are_asked_for_than_one_append_takes():
+    settings = {"rollout_samples": 64, "candidates": 26, "search": "archive"}
+    states = [each for k in range(26) for each in (patched(f"g1{chr(97 + k)}"), on(f"g1{chr(97 + k)}", "dev", 0.6))]
+    before = (*opened(**settings), *states, feedback_asked(1))
+    assert len(given(feedback_svc, *before).when(fed_back(1, "weights")).decided) <= 500
 
 
 def test_what_a_rollout_wrote_is_a_state_that_later_rollouts_start_from_and_no_harness_does():
@@ -216,6 +242,35 @@ def test_an_output_that_the_evaluator_refused_is_worth_the_least(
     assert [each.reward for each in update.whole] == [*(sign * reward for reward in rewards), least]
 
 
+def test_the_least_is_of_those_that_began_alike():
+    states = [patched("g1a"), on("g1a", "dev", 0.3), patched("g1b"), on("g1b", "dev", 0.4)]
+    before, requests = pulled(*states, search="archive", maximize=False)
+    ends: list[Event] = []
+    for request, score in zip(requests, (1.0, 1.2, None, 999.0, 2.0, 3.0), strict=True):
+        done = [on("g0a", "train", score, request.attempt)] if score is not None else []
+        refused = failed("g0a", "train", "invalid_output").model_copy(update={"attempt": request.attempt})
+        ends += [ran(request.attempt), *(done or [refused])]
+    story = (*before, *requests, *ends)
+    (update,) = given(feedback_svc, *story[:-1]).when(story[-1]).then_types(WeightUpdateRequested)
+    assert isinstance(update, WeightUpdateRequested)
+    assert [each.reward for each in update.whole] == [-1.0, -1.2, -1.2, -999.0, -2.0, -3.0]
+
+
+@pytest.mark.parametrize(("kind", "pauses"), [("invalid_output", False), ("crash", False), ("infrastructure", True)])
+def test_what_rollouts_bring_on_themselves_holds_no_run(kind: str, pauses: bool):
+    before, requests = pulled(pause_after_failures=2, attempt_tries=1)
+    broke = [
+        failed("g0a", "train", kind).model_copy(update={"attempt": request.attempt, "tries": 0}) for request in requests
+    ]
+    found = given(feedback_svc, *before, *requests, broke[0]).when(broke[1]).decided
+    assert any(isinstance(event, RunPaused) for event in found) == pauses
+
+
+def test_an_algorithm_that_needs_log_probs_is_not_picked_where_calls_that_name_no_item_have_none():
+    silent = call(None, reply={**PROMPT, "choices": [{"token_ids": [1]}]}, kind="chat")
+    assert carry_logprobs([silent]) and not carry_logprobs([silent], whole=True)
+
+
 def test_attempts_of_earlier_weights_are_learned_from_as_far_back_as_is_asked():
     past, ends = settled([0.25, 0.5, 0.75])
     adapter = Weights(model="local/m", adapter="c" * 64)
@@ -240,14 +295,8 @@ def test_an_agent_that_asks_no_model_anything_has_its_harness_changed():
     silent = logged("g0a", "dev").model_copy(update={"calls": 0})
     story = (*opened(lever="auto")[:3], asked("g0a", "dev"), silent, *opened()[3:], feedback_asked(2))
     records = recorded(*story)
-    choice = choose_lever(fold(records), records, signal=_signal())
+    choice = choose_lever(fold(records), records, Signal())
     assert choice.lever == "harness" and "asks no model anything" in choice.reasons[0]
-
-
-def _signal() -> Any:
-    from sia_events.feedback_svc.algorithm import Signal
-
-    return Signal()
 
 
 def test_all_calls_of_a_whole_attempt_share_its_reward_and_were_drawn_at_temperature_one():

@@ -123,7 +123,7 @@ async def writing_room(
     """Ports for who writes harnesses. One `like` another is a later start on the same bus and blobs."""
     blobs = like.blobs if like else blobs or MemoryBlobs()
     bus = like.bus if like else MemoryBus(blobs, retry_delay=0.001)
-    clock, door = SystemTime(), TokenDoor(home / f"gateway-{id(models)}.sock", SECRET)
+    clock, door = SystemTime(), TokenDoor(home / f"{id(models):x}", SECRET)
     journal = Journal(bus)
     calls = Calls(journal, lambda _: models, clock, Unlimited(), patience=120.0)
     async with serving(gateway(calls, SECRET, clock), door.socket):

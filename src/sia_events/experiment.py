@@ -23,12 +23,13 @@ from sia_events import driver, reading
 from sia_events.cost import CALLS, Calls
 from sia_events.errors import Unusable
 from sia_events.estimate import Estimate, before_each
-from sia_events.experiment_ends import end, is_out_of_budget, tested
+from sia_events.experiment_ends import branch_to_test, end
 from sia_events.experiment_figures import Outcome, outcome
 from sia_events.experiment_report import NO_BUDGET, curves, report, scores_csv, shown
 from sia_events.run_settings import differences
 from sia_events.shared.events import LeverPolicy, RunSettings
 from sia_events.shared.ports import Log
+from sia_events.shared.record import Record
 from sia_events.shared.run import fold
 from sia_events.shared.settings import Settings
 from sia_events.shared.task import Task, find_task
@@ -123,19 +124,31 @@ async def _over(settings: Settings, plan: Sequence[Planned]) -> set[str]:
     there = {row["run"] for row in await reading.all_runs(settings)}
     for each in plan:
         if each.name in there:
-            run = fold(await reading.records(settings, each.name))
+            history = await reading.records(settings, each.name)
+            run = fold(history)
             if other := differences(run.settings, each.settings):
+                had = " ".join(f"--set {name}={_stated(run.settings, name)}" for name in other)
                 raise Unusable(
-                    f"run {each.name} exists with another {', '.join(other)}; give the experiment another --run NAME"
+                    f"run {each.name} exists with another {', '.join(other)}; give the experiment another --run NAME, "
+                    f"or go on with it as it was begun: {had}"
                 )
-            if run.finished or (is_out_of_budget(run) and await _is_tested(settings, each.name, there)):
+            if run.finished or await _is_tested(settings, history, there):
                 over.add(each.name)
     return over
 
 
-async def _is_tested(settings: Settings, run: str, there: Collection[str]) -> bool:
-    """Whether the run's branch to the sealed test is there, and is over."""
-    return tested(run) in there and fold(await reading.records(settings, tested(run))).finished is not None
+def _stated(settings: RunSettings, name: str) -> str:
+    """A setting's value as --set takes it."""
+    value = settings.model_dump(mode="json")[name]
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+async def _is_tested(settings: Settings, history: Sequence[Record], there: Collection[str]) -> bool:
+    """Whether a run that is out of budget has its branch to the sealed test, and that is over."""
+    found = branch_to_test(history)
+    if found is None or found[0] not in there:
+        return False
+    return fold(await reading.records(settings, found[0])).finished is not None
 
 
 async def _have(settings: Settings, task: str, wanted: Planned, as_json: bool) -> None:
@@ -154,8 +167,10 @@ async def _came_to(settings: Settings, run: str) -> Outcome:
 
     async def ask(log: Log) -> Outcome:
         calls = [Calls(*row.values()) for row in await log.query(CALLS, {"runs": [run]})]
-        branch = await reading.lineage(log, tested(run)) if tested(run) in await log.runs() else ()
-        return outcome(await reading.lineage(log, run), calls, branch)
+        history = await reading.lineage(log, run)
+        found = branch_to_test(history)
+        branch = await reading.lineage(log, found[0]) if found and found[0] in await log.runs() else ()
+        return outcome(history, calls, branch)
 
     return await reading.look(settings, ask)
 

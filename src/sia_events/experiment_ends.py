@@ -15,14 +15,19 @@ from sia_events.shared.run import Run, fold
 from sia_events.shared.settings import Settings
 
 
-def tested(run: str) -> str:
-    """The name of the branch on which a run that is out of budget is tested."""
-    return f"{run}-tested"
-
-
 def is_out_of_budget(run: Run) -> bool:
     """Whether nothing but more budget would let the run go on."""
     return run.exhausted is not None and run.paused is None and run.status == "paused"
+
+
+def branch_to_test(history: Sequence[Record]) -> tuple[str, RunBranched] | None:
+    """Name and opening of the branch on which a run is tested that is out of budget; None where there is nothing to.
+
+    Another generation, which more budget may bring, has a branch of its own.
+    """
+    run = fold(history)
+    opened = to_the_test(history) if is_out_of_budget(run) else None
+    return (f"{run.name}-tested{opened.generation}", opened) if opened else None
 
 
 def to_the_test(history: Sequence[Record]) -> RunBranched | None:
@@ -48,12 +53,12 @@ def to_the_test(history: Sequence[Record]) -> RunBranched | None:
 
 async def end(settings: Settings, run: str, as_json: bool) -> None:
     """Have what the run has tested, where it is out of budget; a test that was cut short goes on."""
-    history = await reading.records(settings, run)
-    opened = to_the_test(history) if is_out_of_budget(fold(history)) else None
-    if opened is None:
+    found = branch_to_test(await reading.records(settings, run))
+    if found is None:
         return
-    print(f"{run} ends with its budget: what it has is tested as {tested(run)}", file=sys.stderr, flush=True)
+    branch, opened = found
+    print(f"{run} ends with its budget: what it has is tested as {branch}", file=sys.stderr, flush=True)
     async with open_stores(settings, f"experiment {run}") as node:
-        if tested(run) not in await node.bus.runs():
-            await node.bus.append(tested(run), opening(tested(run), [opened]))
-        await follow(node, settings, tested(run), as_json)
+        if branch not in await node.bus.runs():
+            await node.bus.append(branch, opening(branch, [opened]))
+        await follow(node, settings, branch, as_json)
