@@ -52,6 +52,14 @@ def test_what_is_held_out_and_cannot_be_told_apart_is_on_no_side() -> None:
     assert held == [] and 50 < len(learned) < 90
 
 
+def test_where_nothing_would_be_left_to_learn_from_nothing_is_held_out(tiny: Path, tmp_path: Path) -> None:
+    lines = [line | {"group": "only"} for line in choice_lines(tiny, count=2)]
+    out = next(seed for seed in range(99) if not divided([group("only")], 0.5, seed)[0])
+    *steps, last = learn(spec(tiny, tmp_path, lines, hold_out=0.5, seed=out, epochs=2))
+    assert len(steps) == 2 and last["adapter"] is not None
+    assert last["counts"]["groups"] == 1 and "held_out" not in last["counts"]
+
+
 def rollouts(tiny: Path, folder: Path, lines: Lines, **options: Any) -> tuple[Engine, list[RolloutGroup]]:
     settings = spec(tiny, folder, lines, **options)
     return opened(settings)[0], read(Path(settings.rollouts))[0]

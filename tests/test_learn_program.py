@@ -100,7 +100,7 @@ def test_the_longer_the_prompts_the_fewer_go_through_the_model_at_once(tiny: Pat
         settings = spec(tiny, tmp_path / name, lines)
         groups, _ = read(Path(settings.rollouts), True)
         counts.append(room_for(opened(settings)[0], groups).scenes)
-    assert counts == [24, 5]
+    assert counts == [24, 3]
 
 
 def test_learning_under_way_since_an_earlier_release_is_taken_for_the_same(tiny: Path, tmp_path: Path) -> None:

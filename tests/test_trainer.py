@@ -46,6 +46,7 @@ from sia_events.shared.run import fold
 from sia_events.shared.service import Work
 from sia_events.shared.tree import load_tree, read_tree, store_tree
 from sia_events.trainer.child import LearningFailed
+from sia_events.trainer.perform import learning_key
 from sia_events.trainer.service import trainer
 from sia_events.trainer.spec import to_json
 
@@ -183,10 +184,28 @@ async def test_the_same_request_again_has_the_same_answer_and_leaves_nothing_els
     assert house.left("r1") == ["updated.json"]
 
 
+# As the release before `targets`, `recompute` and `whole` recorded it.
+EARLIER = (
+    '{{"type":"WeightUpdateRequested","generation":1,"parent":"g0a","algorithm":"grpo","trajectory":"{a}","rewards":"{b}",'
+    '"epochs":2,"seed":7,"learning":{{"lr":0.0005,"rank":16,"scale":2.0,"batch_prompts":24,"updates":1,"clip":1.0,'
+    '"kl":0.0,"kl_stop":null,"entropy":0.0,"reduction":"sample","credit":"terminal","discount":1.0,"trace":0.95,'
+    '"best_of":1,"margin":0.0,"beta":0.1,"leave_one_out":false,"max_lag":1,"max_ratio":5.0,"dtype":"auto",'
+    '"backend":"ours","hold_out":0.0,"look_every":4,"patience":2}},"older":[{{"attempt":"g0a.train.g0","version":"g0a",'
+    '"trajectory":"{a}","rewards":"{b}","lag":1}}]}}'
+)
+
+
+def test_learning_that_an_earlier_release_began_lies_where_it_is_looked_for() -> None:
+    asked = WeightUpdateRequested.model_validate_json(EARLIER.format(a="a" * 64, b="b" * 64))
+    assert learning_key("r1", asked) == "r1.g1.64a6978f5444"
+    other = asked.learning.model_copy(update={"recompute": True})
+    assert learning_key("r1", asked.model_copy(update={"learning": other})) != learning_key("r1", asked)
+
+
 async def test_a_killed_learner_costs_a_step_and_changes_nothing(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = await house.learn("r2", epochs=2)
     monkeypatch.setenv("SIA_FAIL_AT", "learner behind keeping step 2")
-    with pytest.raises(LearningFailed, match="killed by signal 9"):
+    with pytest.raises(LearningFailed, match=r"killed by signal 9.*learning\.recompute=true"):
         await house.learn("r1", epochs=2)
     assert "checkpoint.safetensors" in house.left("r1")
     monkeypatch.delenv("SIA_FAIL_AT")
@@ -236,9 +255,46 @@ async def test_what_does_not_fit_into_memory_is_not_tried_again_and_says_what_to
     monkeypatch.setattr(sys, "executable", str(python))
     told = await house.learn(lines=long_attempts())
     assert isinstance(told, ProposalFailed)
-    assert "reinforce was broken off: Out of memory, also with 2 prompts at once" in told.reason
+    assert "reinforce was broken off: Out of memory, also with 1 prompts at once" in told.reason
     assert "sia branch r1 --at 0 --set learning.recompute=true" in told.reason
     assert "spec.json" not in house.left("r1")
+
+
+# A Python whose learner has the memory for so many steps, and not for the next.
+FILLING = """#!{python}
+import sys
+from sia_events.trainer.engines import OutOfMemory
+from sia_events.trainer.learn import main
+from sia_events.trainer.learner import Learner
+gradients, left = Learner.gradients, [{steps}]
+def narrow(*arguments, **more):
+    if not left[0]:
+        raise OutOfMemory("also with half of it")
+    left[0] -= 1
+    return gradients(*arguments, **more)
+Learner.gradients = narrow
+sys.argv = sys.argv[2:]
+main()
+"""
+
+
+async def test_memory_that_was_enough_for_a_step_is_waited_for_behind_what_was_kept(
+    house: House, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = await house.learn("r2", epochs=2, seed=11)
+    python = tmp_path / "python"
+    python.write_text(FILLING.format(python=sys.executable, steps=2))
+    python.chmod(0o755)
+    with monkeypatch.context() as patched:
+        patched.setattr(sys, "executable", str(python))
+        with pytest.raises(LearningFailed, match=r"Out of memory, .* It goes on behind step 2 or the one before"):
+            await house.learn("r1", epochs=2, seed=11)
+    assert "checkpoint.safetensors" in house.left("r1")
+    told = await house.learn("r1", epochs=2, seed=11)
+    assert isinstance(told, WeightsUpdated) and isinstance(whole, WeightsUpdated)
+    assert told.weights == whole.weights
+    steps = await house.ports.bus.traces("r1", "training", "g1")
+    assert [msgspec.json.decode(one.lines[0])["step"] for one in steps] == [1, 2, 3, 4, 4]
 
 
 async def test_what_was_seen_of_held_out_items_is_on_record(house: House) -> None:

@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import signal
 import sys
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,8 @@ import msgspec
 
 from sia_events.shared.environment import plain
 from sia_events.shared.ports import Envelope, Ports
+
+NO_MEMORY = "A machine without memory left ends it so: if that comes back, set learning.recompute=true. "
 
 
 class LearningFailed(Exception):
@@ -21,7 +24,7 @@ class LearningRefused(Exception):
 
 
 class LearningTooLarge(Exception):
-    """Learning does not fit into this machine's memory, whenever it is asked; the message says what to do."""
+    """Not one step of learning fits into this machine's memory, whenever it is asked; the message says what to do."""
 
 
 async def run_learner(spec: Path, ports: Ports, run: str, key: str) -> dict[str, Any]:
@@ -55,13 +58,17 @@ async def run_learner(spec: Path, ports: Ports, run: str, key: str) -> dict[str,
     said = (await words).decode(errors="replace").strip()[-2000:]
     if code < 0:
         raise LearningFailed(
-            f"learning was killed by signal {-code}{', which is how a machine without memory ends it' * (code == -9)}; "
-            f"it goes on behind step {last.get('step', 0)} or the one before. {said}"
+            f"learning was killed by signal {-code}; it goes on behind step {last.get('step', 0)} or the one before. "
+            f"{NO_MEMORY * (code == -signal.SIGKILL)}{said}"
         )
     if code == os.EX_DATAERR:
         raise LearningRefused(said.rpartition("learn: ")[2])
     if code == os.EX_OSERR:
-        raise LearningTooLarge(said.rpartition("learn: ")[2])
+        why = said.rpartition("learn: ")[2]
+        if "step" not in last:
+            raise LearningTooLarge(why)
+        # Others may have taken the memory since: what fitted may fit again.
+        raise LearningFailed(f"{why} It goes on behind step {last['step']} or the one before.")
     if code or not last.get("done"):
         raise LearningFailed(said or f"learning ended with exit status {code}, without an adapter and without a word")
     return last

@@ -19,6 +19,8 @@ TOKENS, GPU_TOKENS = 1536, 8192
 """At once, at most: what bounds the memory that activations take."""
 LARGE = 1_000_000_000
 """From so many parameters on, activations are computed anew in the backward pass unless the spec says otherwise."""
+LONG = 4 * TOKENS
+"""So too from so many tokens on that go through the model together whatever there is room for."""
 
 
 class TargetsRefused(ValueError):
@@ -67,11 +69,11 @@ class Engine(Protocol):
 
     @property
     def at_once(self) -> int:
-        """How many tokens a pass is to have, unless one sample has more."""
+        """How many tokens a pass is to have, unless one call has more."""
         ...
 
-    def cost(self, scene: Scene) -> int:
-        """How many tokens of a pass the scene takes."""
+    def cost(self, scenes: Sequence[Scene]) -> int:
+        """How many tokens a pass over the scenes computes."""
         ...
 
     def score(
@@ -106,8 +108,8 @@ class OwnEngine:
                 factor.requires_grad_()
         self.width = self._net.weight("model.embed_tokens").shape[1]
 
-    def cost(self, scene: Scene) -> int:
-        return len(scene.prompt) + sum(map(len, scene.continuations))
+    def cost(self, scenes: Sequence[Scene]) -> int:
+        return sum(scene.tokens for scene in scenes)
 
     def score(
         self, scenes: Sequence[Scene], adapted: bool = True, entropy: bool = False, hidden: bool = False

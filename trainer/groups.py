@@ -28,6 +28,10 @@ class Scene:
     bias: tuple[float, ...] | None
     temperature: float
 
+    @property
+    def tokens(self) -> int:
+        return len(self.prompt) + sum(map(len, self.continuations))
+
     def only(self, answers: Sequence[int]) -> "Scene":
         """With some of its continuations, in that order."""
         return replace(self, continuations=tuple(self.continuations[answer] for answer in answers))

@@ -1,9 +1,9 @@
 """Held out: items of which nothing is learned, whose samples tell what reward new weights can expect."""
 
-from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from hashlib import sha256
+from itertools import islice
 from statistics import fmean
 
 import torch
@@ -65,15 +65,15 @@ def expected_reward(engine: Engine, groups: Sequence[RolloutGroup], room: Room) 
     Counterfactual Learning", NIPS 28). It stays within the rewards that were seen, whatever the weights, and is their
     mean under the policy that made them. Of long texts few samples have any weight left: it then tells of these alone.
     """
-    ratios: dict[str, list[Tensor]] = defaultdict(list)
+    calls: list[Tensor] = []
     for part in parts(engine, groups, room):
         for group, views in zip(part, view(engine, part), strict=True):
-            for sample in group.samples:
-                now = torch.cat([views[act.scene].logprobs(act) for act in sample.acts]).double()
-                then = [value for act in sample.acts for value in group.behaviour(act) or ()]
-                ratios[group.name].append((now - torch.tensor(then, device=now.device)).sum())
-    values = []
+            for act in (act for sample in group.samples for act in sample.acts):
+                now = views[act.scene].logprobs(act).double()
+                calls.append((now - torch.tensor(group.behaviour(act) or (), device=now.device)).sum())
+    values, ratios = [], iter(calls)
     for group in groups:
-        weights = torch.softmax(torch.stack(ratios[group.name]), dim=0).tolist()
+        together = [torch.stack(list(islice(ratios, len(sample.acts)))).sum() for sample in group.samples]
+        weights = torch.softmax(torch.stack(together), dim=0).tolist()
         values.append(sum(w * sample.reward for w, sample in zip(weights, group.samples, strict=True)))
     return fmean(values)

@@ -67,19 +67,15 @@ class HuggingFaceEngine:
                 if hasattr(module, "attention_dropout"):
                     module.attention_dropout = 0.0  # type: ignore[assignment]
 
-    def cost(self, scene: Scene) -> int:
-        """Every row repeats the prompt, and is as long as the longest of them."""
-        rows = {tokens[:-1] for tokens in scene.continuations}
-        return len(rows) * (len(scene.prompt) + max(map(len, rows)))
+    def cost(self, scenes: Sequence[Scene]) -> int:
+        """Every row repeats its prompt, and is filled up to the longest of the pass."""
+        rows = _rows(scenes)
+        return len(rows) * max(map(len, rows))
 
     def score(
         self, scenes: Sequence[Scene], adapted: bool = True, entropy: bool = False, hidden: bool = False
     ) -> list[list[Scored]]:
-        # Continuations that differ in their last token alone are predicted by one row.
-        rows: dict[tuple[int, ...], int] = {}
-        for scene in scenes:
-            for tokens in scene.continuations:
-                rows.setdefault((*scene.prompt, *tokens[:-1]), len(rows))
+        rows = _rows(scenes)
         longest = max(len(tokens) for scene in scenes for tokens in scene.continuations)
         with nullcontext() if adapted else self.model.disable_adapter():
             logits, states = self._forward(list(rows), longest, hidden)
@@ -114,6 +110,15 @@ class HuggingFaceEngine:
         )
         logits = out.logits[:, -keep:].to(self.device)
         return logits, out.hidden_states[-1][:, -keep:].to(self.device) if hidden else None
+
+
+def _rows(scenes: Sequence[Scene]) -> dict[tuple[int, ...], int]:
+    """The rows of a pass, each with its number: continuations that differ in their last token alone have one."""
+    rows: dict[tuple[int, ...], int] = {}
+    for scene in scenes:
+        for tokens in scene.continuations:
+            rows.setdefault((*scene.prompt, *tokens[:-1]), len(rows))
+    return rows
 
 
 def _set(

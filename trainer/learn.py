@@ -25,15 +25,16 @@ from sia_events.local_model import parent, weights
 from sia_events.shared.failpoints import reach
 from sia_events.trainer.algorithms import ALGORITHMS, RewardRefused
 from sia_events.trainer.backends import named, why_not_trl
-from sia_events.trainer.batches import batches, room_for
+from sia_events.trainer.batches import batches, largest, room_for
 from sia_events.trainer.checkpoints import SavingFailed
 from sia_events.trainer.credit import teaching
-from sia_events.trainer.engines import Engine, OutOfMemory, TargetsRefused, out_of_memory
+from sia_events.trainer.engines import LONG, Engine, OutOfMemory, TargetsRefused, out_of_memory
 from sia_events.trainer.groups import RolloutGroup, RolloutsRefused, read
 from sia_events.trainer.holding import divided
 from sia_events.trainer.learner import Learner
 from sia_events.trainer.observing import collapsed
 from sia_events.trainer.opening import opened
+from sia_events.trainer.preparing import Method
 from sia_events.trainer.spec import Spec, from_json
 from sia_events.trainer.updating import PartLoss
 
@@ -57,8 +58,11 @@ def learn(spec: Spec, open_engine: Callable[[Spec], tuple[Engine, weights.ModelF
     torch.use_deterministic_algorithms(True)
     algorithm, learning = ALGORITHMS[spec.algorithm], spec.learning
     groups, counts = read(Path(spec.rollouts), algorithm.needs_logprobs or learning.hold_out > 0)
-    groups, held = divided(groups, learning.hold_out, spec.seed)
-    groups, alike = teaching(groups, algorithm, learning)
+    learned, held = divided(groups, learning.hold_out, spec.seed)
+    taught, alike = teaching(learned, algorithm, learning)
+    if not taught:  # Learning from what was to be held out is better than learning nothing.
+        held, (taught, alike) = [], teaching(groups, algorithm, learning)
+    groups = taught
     counts.update(equal_rewards=alike, groups=len(groups), samples=sum(len(group.samples) for group in groups))
     if held:
         counts["held_out"] = len(held)
@@ -69,7 +73,7 @@ def learn(spec: Spec, open_engine: Callable[[Spec], tuple[Engine, weights.ModelF
     by_trl = learning.backend == "trl" and why_not is None
     if by_trl:
         spec = replace(spec, engine="transformers")
-    engine, folder = open_engine(spec)
+    engine, folder = open_engine(_sparing(spec, groups))
     plan = list(batches(groups, learning.batch_prompts, spec.epochs, spec.seed))
     theirs = _trl_loss(engine, spec, groups) if by_trl else None
     room = room_for(engine, [*groups, *held], spec.micro_prompts)
@@ -121,6 +125,14 @@ def learn(spec: Spec, open_engine: Callable[[Spec], tuple[Engine, weights.ModelF
         "seconds": round(time.monotonic() - started, 3),
         "cpu_seconds": round(time.process_time(), 3),
     }
+
+
+def _sparing(spec: Spec, groups: Sequence[RolloutGroup]) -> Spec:
+    """The spec, with less kept of a pass where one is large that cannot be cut and nobody said otherwise."""
+    least = Method(ALGORITHMS[spec.algorithm], spec.learning).least
+    if spec.learning.recompute is not None or largest(groups, least) <= LONG:
+        return spec
+    return replace(spec, learning=spec.learning.model_copy(update={"recompute": True}))
 
 
 def _trl_loss(engine: Engine, spec: Spec, groups: Sequence[RolloutGroup]) -> PartLoss:

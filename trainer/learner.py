@@ -18,7 +18,7 @@ from sia_events.trainer.holding import Looks, expected_reward
 from sia_events.trainer.observing import COLLAPSE_WINDOW, Answers, Tally
 from sia_events.trainer.preparing import Method, Prepared, prepare
 from sia_events.trainer.spec import Spec
-from sia_events.trainer.updating import Part, PartLoss, part_loss, totals
+from sia_events.trainer.updating import Part, PartLoss, distances, lengths_of, part_loss, totals
 from sia_events.trainer.views import view
 
 T = TypeVar("T")
@@ -92,20 +92,21 @@ class Learner:
         engine, progress, learning = self._engine, self.progress, self._spec.learning
         self._optimiser.zero_grad()
         progress.prepared = progress.prepared or prepare(engine, self._method, batch, progress.room)
-        whole, tally, first = totals(self._method, batch), Tally(), 0
+        whole, tally, first = totals(self._method, batch), Tally.of(batch), 0
         samples = [f"{group.name}#{number}" for group in batch for number in range(len(group.samples))]
-        by_pairs = self._method.algorithm.objective == "preference"
-        for groups in parts(engine, batch, progress.room, whole=by_pairs):
+        cut = list(parts(engine, batch, progress.room, self._method.least))
+        apart = distances(engine, cut, whole)
+        for groups in cut:
             with torch.set_grad_enabled(self._theirs is None):
                 views = view(engine, groups, entropy=learning.entropy > 0, hidden=self._method.head is not None)
                 part = Part(groups, views, first)
-                loss, figures, masked = part_loss(self._method, part, progress.prepared, whole)
+                loss, figures, masked = part_loss(self._method, part, progress.prepared, whole, apart)
             if self._theirs is not None:
                 loss = self._theirs(part, progress.prepared, whole, masked)
             tally.add(groups, views, loss.item(), figures)
             loss.backward()
             progress.masked |= {samples[at] for at in masked}
-            first += len(part.samples)
+            first += sum(sum(lengths_of(group)) for group in groups)
         return tally
 
     def told(self, step: int, tally: Tally, seconds: float) -> dict[str, Any]:

@@ -63,15 +63,20 @@ class Met:
 
 @dataclass
 class Tally:
-    """Sums over the samples of one step, and the scenes that they came to, by group and number."""
+    """Sums over one step, whose samples have that `reward`, and the scenes that they came to, by group and number."""
 
+    samples: int
+    reward: float
     loss: float = 0.0
-    samples: int = 0
-    reward: float = 0.0
     actions: float = 0.0
     figures: dict[str, float] = field(default_factory=lambda: defaultdict(float))
     scenes: dict[tuple[str, int], Met] = field(default_factory=dict)
     tokens: int = 0
+
+    @classmethod
+    def of(cls, batch: Sequence[RolloutGroup]) -> "Tally":
+        rewards = [sample.reward for group in batch for sample in group.samples]
+        return cls(len(rewards), sum(rewards))
 
     def add(
         self, groups: Sequence[RolloutGroup], views: Sequence[Mapping[int, View]], loss: float, told: Figures
@@ -83,14 +88,12 @@ class Tally:
             if name != "actions":
                 self.figures[name] += told["actions"] * value
         for group, seen in zip(groups, views, strict=True):
-            self.samples += len(group.samples)
-            self.reward += sum(sample.reward for sample in group.samples)
             for number in sorted(seen):
                 self._meet(group, number, seen[number])
 
     def _meet(self, group: RolloutGroup, number: int, view: View) -> None:
         said = view.scene.continuations
-        self.tokens += len(view.scene.prompt) + sum(map(len, said))
+        self.tokens += view.scene.tokens
         met = self.scenes.setdefault((group.name, number), Met())
         best = int(view.distribution.argmax())
         met.liked.append((view.distribution[best].item(), said[best]))

@@ -48,7 +48,7 @@ async def update(work: Work, asked: WeightUpdateRequested) -> Sequence[Event]:
     Whoever answers this request again after a crash goes on where the learner was, in the same folder, and once the
     adapter is stored repeats the answer.
     """
-    folder = work.ports.home / "learning" / _key(work.run.name, asked)
+    folder = work.ports.home / "learning" / learning_key(work.run.name, asked)
     if (folder / STORED).is_file():
         return [WeightsUpdated.model_validate_json((folder / STORED).read_bytes())]
     try:
@@ -242,8 +242,14 @@ def _told(counts: Mapping[str, int]) -> str:
     return ", ".join(f"{name.replace('_', ' ')}: {count}" for name, count in sorted(counts.items()) if count)
 
 
-def _key(run: str, asked: WeightUpdateRequested) -> str:
-    return f"{run}.g{asked.generation}.{sha256(asked.model_dump_json().encode()).hexdigest()[:12]}"
+def learning_key(run: str, asked: WeightUpdateRequested) -> str:
+    """What earlier releases lacked is told where it is set alone, so that learning that they began is gone on with."""
+    learning = asked.learning
+    new: dict[str, bool | set[str]] = {} if asked.whole else {"whole": True}
+    if not learning.targets and learning.recompute is None:
+        new["learning"] = {"targets", "recompute"}
+    told = asked.model_dump_json(exclude=new)
+    return f"{run}.g{asked.generation}.{sha256(told.encode()).hexdigest()[:12]}"
 
 
 def _tidy(folder: Path, run: str) -> None:

@@ -3,7 +3,7 @@
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import chain
+from itertools import chain, islice
 from statistics import fmean, pstdev
 
 import torch
@@ -13,7 +13,7 @@ from sia_events.shared.events import Learning
 from sia_events.trainer.algorithms import Algorithm
 from sia_events.trainer.algorithms.cloning import balanced
 from sia_events.trainer.algorithms.ppo import gae, gae_of_calls, whitened
-from sia_events.trainer.batches import Room, parts
+from sia_events.trainer.batches import Least, Room, parts
 from sia_events.trainer.credit import credit
 from sia_events.trainer.engines import Engine
 from sia_events.trainer.groups import RolloutGroup
@@ -30,6 +30,13 @@ class Method:
     algorithm: Algorithm
     learning: Learning
     head: torch.nn.Linear | None = None
+
+    @property
+    def least(self) -> Least:
+        """What its loss is of: preferences compare samples, and a joint ratio is of all of a sample's tokens."""
+        if self.algorithm.objective == "preference":
+            return "group"
+        return "sample" if self.algorithm.reduction == "joint" else "call"
 
 
 @dataclass(frozen=True)
@@ -115,17 +122,16 @@ def _by_group(
 @torch.no_grad()
 def _looked_up(engine: Engine, head: torch.nn.Linear | None, batch: Sequence[RolloutGroup], room: Room) -> Numbers:
     """The critic's value before every action, or without one the base model's log-prob of it."""
-    rows: Numbers = []
+    calls: Numbers = []
     for part in parts(engine, batch, room):
         seen = view(engine, part, adapted=head is not None, hidden=head is not None)
         for group, views in zip(part, seen, strict=True):
-            for sample in group.samples:
-                told = [
-                    views[act.scene].logprobs(act) if head is None else critic(head, views[act.scene].states(act))
-                    for act in sample.acts
-                ]
-                rows.append(torch.cat(told).tolist())
-    return rows
+            for act in (act for sample in group.samples for act in sample.acts):
+                at = views[act.scene]
+                calls.append((at.logprobs(act) if head is None else critic(head, at.states(act))).tolist())
+    told = iter(calls)
+    samples = [sample for group in batch for sample in group.samples]
+    return [list(chain.from_iterable(islice(told, len(sample.acts)))) for sample in samples]
 
 
 def critic(head: torch.nn.Linear, hidden: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ RLOO has a ratio a call.
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -46,12 +47,13 @@ def trl_loss(engine: HuggingFaceEngine, spec: Spec, temperature: float) -> PartL
     trainer = _trainer(engine, spec, temperature)
 
     def loss(part: Part, prepared: Prepared, whole: Totals, masked: Collection[int]) -> Tensor:
-        rows = _rows(part, prepared)
+        rows = _rows(part, prepared, whole)
         if spec.algorithm == "dpo":
-            chosen = [pair for pair in _pairs(part, spec.learning.margin) if not set(pair) & set(masked)]
+            first = rows[0].sample
+            chosen = [pair for pair in _pairs(part, first, spec.learning.margin) if not set(pair) & set(masked)]
             if not chosen:
                 return torch.zeros((), device=engine.device, requires_grad=True)
-            found = trainer.compute_loss(trainer.model, _on(engine, _compared(rows, chosen, part.first)))
+            found = trainer.compute_loss(trainer.model, _on(engine, _compared(rows, chosen, first)))
             return found * len(chosen) / whole.pairs
         inputs = _written(rows, masked)
         inputs["num_items_in_batch"] = torch.tensor(whole.actions)
@@ -117,20 +119,21 @@ def _trainer(engine: HuggingFaceEngine, spec: Spec, temperature: float) -> Any:
     return trainer
 
 
-def _rows(part: Part, prepared: Prepared) -> list[Row]:
+def _rows(part: Part, prepared: Prepared, whole: Totals) -> list[Row]:
     rows = []
-    for number, (group, _, sample) in enumerate(part.samples, start=part.first):
-        end = 0
+    advantages, base = list(chain.from_iterable(prepared.advantages)), list(chain.from_iterable(prepared.base or ()))
+    end = part.first
+    for group, _, sample in part.samples:
         for act in sample.acts:
             begin, end = end, end + group.actions(act)
             rows.append(
                 Row(
-                    number,
+                    int(whole.sample[begin]),
                     group.scenes[act.scene].prompt,
                     group.said(act),
                     group.behaviour(act) or (),
-                    prepared.base[number][begin:end] if prepared.base else (),
-                    prepared.advantages[number][begin],
+                    base[begin:end],
+                    advantages[begin],
                 )
             )
     return rows
@@ -165,9 +168,9 @@ def _compared(rows: Sequence[Row], chosen: Sequence[tuple[int, int]], first: int
     }
 
 
-def _pairs(part: Part, margin: float) -> list[tuple[int, int]]:
-    """(better, worse) of every group, by the samples' numbers in the batch."""
-    found, first = [], part.first
+def _pairs(part: Part, first: int, margin: float) -> list[tuple[int, int]]:
+    """(better, worse) of every group, by the samples' numbers in the batch, in which the part's begin at `first`."""
+    found = []
     for group in part.groups:
         found += [(first + a, first + b) for a, b in pairs([sample.reward for sample in group.samples], margin)]
         first += len(group.samples)

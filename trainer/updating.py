@@ -1,12 +1,17 @@
 """The loss of a part of a batch, from the views that the policy has of it."""
 
+from collections import defaultdict
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain, islice
+from math import isnan, nan
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
 
 from sia_events.trainer.algorithms.dpo import pairs
+from sia_events.trainer.engines import Engine
 from sia_events.trainer.groups import Rollout, RolloutGroup
 from sia_events.trainer.losses import (
     Actions,
@@ -19,7 +24,7 @@ from sia_events.trainer.losses import (
     value_loss,
 )
 from sia_events.trainer.preparing import Method, Numbers, Prepared, critic
-from sia_events.trainer.views import View
+from sia_events.trainer.views import View, view
 
 VALUE_WEIGHT, VALUE_CLIP = 0.1, 0.2
 """Weight of the critic's loss beside the policy's, and how far updates on a batch may take a value, in deviations of
@@ -28,18 +33,24 @@ the returns: as usual for text."""
 
 @dataclass(frozen=True)
 class Totals:
-    """Of a whole batch, so that the losses of its parts add up to its own; `shares` [actions] are weights in it."""
+    """Of a whole batch, so that the losses of its parts add up to its own; `shares` [actions] are weights in it.
+
+    `sample` [actions] is the number of each action's sample, `lengths` how many actions each sample has.
+    """
 
     actions: int
     calls: int
     pairs: int
     shares: Tensor
+    sample: Tensor
+    lengths: Sequence[int]
 
 
 @dataclass(frozen=True)
 class Part:
-    """Some groups of a batch, or some samples of one, as the policy sees them. `first` is the first sample's number in
-    the batch.
+    """Some groups of a batch, some samples of one or some calls of a sample, as the policy sees them.
+
+    `first` is the number of the first action in the batch.
     """
 
     groups: Sequence[RolloutGroup]
@@ -58,38 +69,64 @@ PartLoss = Callable[[Part, Prepared, Totals, Collection[int]], Tensor]
 
 def totals(method: Method, batch: Sequence[RolloutGroup]) -> Totals:
     """Samples that are masked later count here too: masking one weighs no other."""
-    lengths = [sum(group.actions(act) for act in sample.acts) for group in batch for sample in group.samples]
+    lengths = [length for group in batch for length in lengths_of(group)]
     sample = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths))
     reduction = method.algorithm.reduction or method.learning.reduction
     share = shares(sample, len(lengths), torch.ones(len(sample), dtype=torch.bool), reduction)
     found = sum(len(_pairs(method, group)) for group in batch) if method.algorithm.objective == "preference" else 0
     calls = sum(len(sample.acts) for group in batch for sample in group.samples)
-    return Totals(len(sample), calls, found, share.float())
+    return Totals(len(sample), calls, found, share.float(), sample, lengths)
 
 
-def part_loss(method: Method, part: Part, prepared: Prepared, whole: Totals) -> tuple[Tensor, Figures, list[int]]:
+def lengths_of(group: RolloutGroup) -> list[int]:
+    """How many actions each of its samples has."""
+    return [sum(group.actions(act) for act in sample.acts) for sample in group.samples]
+
+
+@torch.no_grad()
+def distances(engine: Engine, cut: Sequence[Sequence[RolloutGroup]], whole: Totals) -> dict[int, float]:
+    """The mean |log ratio| an action of every sample that is in several parts, by its number in the batch.
+
+    That takes a pass more through these samples. Those are left out of which the behaviour policy is not known.
+    """
+    found: dict[int, float] = defaultdict(float)
+    first = 0
+    for piece in chain.from_iterable(cut):
+        number, actions = int(whole.sample[first]), sum(lengths_of(piece))
+        first += actions
+        if actions < whole.lengths[number]:  # which no group of several samples is
+            part = Part([piece], view(engine, [piece]), first)
+            then = _then(part)
+            off = (_now(part)[0] - then[0]).abs().sum().item() if then else nan
+            found[number] += off / whole.lengths[number]
+    return {number: distance for number, distance in found.items() if not isnan(distance)}
+
+
+def part_loss(
+    method: Method, part: Part, prepared: Prepared, whole: Totals, apart: Mapping[int, float] = MappingProxyType({})
+) -> tuple[Tensor, Figures, list[int]]:
     """What the part adds to its batch's loss, figures of it, and which of the batch's samples were masked.
 
     A sample is masked when its mean |log ratio| an action passes `max_ratio`: the policy is too far from what made it.
+    `apart` tells it of samples that are in several parts.
     """
     algorithm, learning = method.algorithm, method.learning
-    now = [torch.cat([views[act.scene].logprobs(act) for act in sample.acts]) for _, views, sample in part.samples]
-    then = _then(part)
-    apart = [(row.detach() - past).abs().mean() for row, past in zip(now, then, strict=True)] if then else []
-    masked = [at for at, distance in enumerate(apart) if distance > learning.max_ratio]
-    device, rows = now[0].device, slice(part.first, part.first + len(now))
-    before = sum(map(len, prepared.advantages[: part.first]))
-    sample = torch.arange(len(now)).repeat_interleave(torch.tensor([len(row) for row in now]))
+    now, then = _now(part), _then(part)
+    device, rows = now[0].device, slice(part.first, part.first + sum(map(len, now)))
+    first = int(whole.sample[part.first])
+    sample = whole.sample[rows] - first
+    seen = [(row.detach() - past).abs().mean() for row, past in zip(now, then, strict=True)] if then else []
+    masked = [at for at, distance in enumerate(seen) if apart.get(first + at, distance) > learning.max_ratio]
     actions = Actions(
         now=torch.cat(now),
         then=torch.cat(then) if then else None,
-        base=_flat(prepared.base, rows, device),
-        advantage=torch.tensor([value for row in prepared.advantages[rows] for value in row], device=device),
+        base=_flat(prepared.base, rows, device) if prepared.base else None,
+        advantage=_flat(prepared.advantages, rows, device),
         sample=sample.to(device),
         samples=len(now),
         kept=~torch.isin(sample, torch.tensor(masked, dtype=torch.long)).to(device),
         entropy=_entropies(part) if learning.entropy else None,
-        share=whole.shares[before : before + len(sample)].to(device),
+        share=whole.shares[rows].to(device),
     )
     if algorithm.objective == "preference":
         loss, figures = _preferred(method, part, actions, whole)
@@ -101,12 +138,12 @@ def part_loss(method: Method, part: Part, prepared: Prepared, whole: Totals) -> 
         values = torch.cat(
             [critic(method.head, views[act.scene].states(act)) for _, views, s in part.samples for act in s.acts]
         )
+        assert prepared.values and prepared.returns, "a critic's batch is prepared with values"
         old, returns = _flat(prepared.values, rows, device), _flat(prepared.returns, rows, device)
-        assert old is not None and returns is not None, "a critic's batch is prepared with values"
         off = value_loss(values, old, returns, VALUE_CLIP * prepared.spread)
         figures = figures | {"value_loss": off.item()}
         loss = loss + VALUE_WEIGHT * len(values) / whole.actions * off
-    return loss, figures, [part.first + at for at in masked]
+    return loss, figures, [first + at for at in masked]
 
 
 def _preferred(method: Method, part: Part, actions: Actions, whole: Totals) -> tuple[Tensor, Figures]:
@@ -130,6 +167,11 @@ def _pairs(method: Method, group: RolloutGroup) -> tuple[tuple[int, int], ...]:
     return pairs([sample.reward for sample in group.samples], method.learning.margin)
 
 
+def _now(part: Part) -> list[Tensor]:
+    """The policy's log-probs, a row a sample."""
+    return [torch.cat([views[act.scene].logprobs(act) for act in sample.acts]) for _, views, sample in part.samples]
+
+
 def _then(part: Part) -> list[Tensor]:
     """The behaviour policy's log-probs, a row a sample; empty where some are not known."""
     rows = []
@@ -146,7 +188,5 @@ def _entropies(part: Part) -> Tensor:
     return torch.cat([views[act.scene].entropies(act) for _, views, sample in part.samples for act in sample.acts])
 
 
-def _flat(table: Numbers | None, rows: slice, device: torch.device) -> Tensor | None:
-    if table is None:
-        return None
-    return torch.tensor([value for row in table[rows] for value in row], device=device)
+def _flat(table: Numbers, rows: slice, device: torch.device) -> Tensor:
+    return torch.tensor(list(islice(chain.from_iterable(table), rows.start, rows.stop)), device=device)
