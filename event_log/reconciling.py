@@ -38,8 +38,8 @@ class Start:
 class Reconciled:
     """`records` are the run's own, up to the first of which there is no good copy; `whole` where there is none such.
 
-    `wrong` are positions of which the tables have nothing, or something else than the chain says. `cut_off` says that
-    those without a good copy are the last, so that no later one tells of them.
+    `wrong` are positions of which the tables have nothing, or not yet, or something else than the chain says. `cut_off`
+    says that those without a good copy are the last, so that no later one tells of them.
     """
 
     findings: tuple[Finding, ...]
@@ -75,6 +75,7 @@ def reconcile(
     copied: int,
     start: Start | None,
     unread: tuple[int, int] = (0, 0),
+    made_good: tuple[int, int] = (0, 0),
 ) -> Reconciled:
     """Walk the run's chain position by position; at each one the copy that follows from the one before is the record.
 
@@ -82,13 +83,14 @@ def reconcile(
     tables have to have what the stream has; what came later may still be on its way. `start` is None where the run
     branched from what is not known: then its first record is taken as it stands. `unread` are how many messages of the
     run the stream's server counts and cannot read, and how many of them may stand behind the last that it can.
+    `made_good` is the sequence of the last record that was put back, and how many of the unread it tells to be so.
     """
     streamed, strangers = _streamed(run, stream)
     tabled = _tabled(run, rows)
     good, gaps = _chain(streamed, tabled, start)
 
     found = [Finding("missing", "stream", run, _places(gap), "in the tables too") for gap in gaps]
-    end = _lost_end(streamed, good, start, unread)
+    end = _lost_end(streamed, good, start, unread, made_good)
     if end:
         found.append(Finding("missing", "stream", run, _places(end), "it was lost before it was copied"))
     for position in sorted({*good, *streamed, *tabled}):
@@ -99,6 +101,7 @@ def reconcile(
         found += _in_the_tables(run, position, copy, there, copied)
     found += _disorder(run, streamed, good)
     wrong = {int(f.place.split()[1]) for f in found if f.store == "tables" and not f.harmless}
+    wrong |= {position for position, copy in good.items() if copy.sequence > copied and position not in tabled}
 
     records: list[Record] = []
     last = gaps[0].start if gaps else max(good, default=0) + 1
@@ -206,23 +209,29 @@ def _places(gap: range) -> str:
 
 
 def _lost_end(
-    streamed: Mapping[int, Sequence[_Copy]], good: Mapping[int, _Copy], start: Start | None, unread: tuple[int, int]
+    streamed: Mapping[int, Sequence[_Copy]],
+    good: Mapping[int, _Copy],
+    start: Start | None,
+    unread: tuple[int, int],
+    made_good: tuple[int, int],
 ) -> range:
     """The positions behind the last record known whose messages are lost, as far as the server's count tells.
 
     What is missing between two records in the stream's order is lost too, and told already; it stays counted once the
-    record has been put back.
+    record has been put back, as does all that was lost before the last time that some were.
     """
     count, behind = unread
-    own = [
+    since, explained = made_good
+    own = sorted(
         (c.sequence, position) for position, copies in streamed.items() for c in copies if _same(c, good.get(position))
-    ]
+    )
     before = start.position if start else min(good, default=1) - 1
-    order = [before, *(position for _, position in sorted(own))]
-    between = sum(max(0, there - here - 1) for here, there in pairwise(order))
+    order = [before, *(position for _, position in own)]
+    later = order[sum(sequence <= since for sequence, _ in own) :]
+    between = sum(max(0, there - here - 1) for here, there in pairwise(later))
     last = max([before, *good])
     in_tables = sum(position > max(order) for position in good)
-    return range(last + 1, last + 1 + max(0, min(count - between, behind) - in_tables))
+    return range(last + 1, last + 1 + max(0, min(count - explained - between, behind) - in_tables))
 
 
 def _disorder(run: str, streamed: Mapping[int, Sequence[_Copy]], good: Mapping[int, _Copy | None]) -> Iterator[Finding]:

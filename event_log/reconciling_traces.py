@@ -42,8 +42,8 @@ def reconcile_lines(
     """Hold the run's envelopes on the stream against their rows: findings, and the sequences that are wrong.
 
     `rows` are (sequence, line, digest). What stood before the sequence `first` the stream has let go by its age: those
-    rows may be there or have gone too. The first set are sequences whose rows are missing or altered, the second
-    those that only the tables still have.
+    rows may be there or have gone too. The first set are sequences whose rows are missing, also only until they are
+    copied, or altered, the second those that only the tables still have.
     """
     tabled: dict[int, dict[int, set[str]]] = defaultdict(lambda: defaultdict(set))
     counted: Counter[int] = Counter()
@@ -59,7 +59,10 @@ def reconcile_lines(
     wrong: set[int] = set()
     for sequence, digests in stream.envelopes.items():
         place, has = f"trace sequence {sequence}", tabled.get(sequence)
-        if sequence < first or (has is None and (sequence > copied or not digests)):
+        if sequence < first or (has is None and not digests):
+            continue
+        if has is None and sequence > copied:
+            wrong.add(sequence)
             continue
         if has == {line: {digest} for line, digest in enumerate(digests)}:
             if counted[sequence] > len(digests):

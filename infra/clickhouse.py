@@ -4,8 +4,9 @@ import asyncio
 import json
 import re
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
+from hashlib import sha256
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, TypeVar
@@ -27,6 +28,11 @@ TABLES = ("events", *TRACES)
 # Without async_insert=0 an insert may be acknowledged from memory.
 SETTINGS = {"async_insert": "0", "wait_for_async_insert": "1", "insert_deduplicate": "1", "max_threads": "2"}
 TABLE_SETTINGS = ("fsync_after_insert = 1", "fsync_part_directory = 1", "non_replicated_deduplication_window = 10000")
+# What tells a row that belongs in its place from another.
+MARKS = {"events": "lower(hex(SHA256(record)))"} | dict.fromkeys(
+    TRACES, "lower(hex(SHA256(concat(toString(sequence), ' ', toString(line), ' ', body))))"
+)
+MENDED_AT_ONCE = 500  # that are named in one statement
 READERS_S = 5.0
 ANSWER_S = 300.0  # what somebody asks in SQL may take its time
 NO_SPACE = 243  # ClickHouse's NOT_ENOUGH_SPACE
@@ -112,14 +118,7 @@ class ClickHouseLog:
         await self._insert("events", {"record": "String"}, [(to_wire(record),) for record in records], token)
 
     async def append_traces(self, envelopes: Sequence[tuple[int, Envelope]], token: str) -> None:
-        calls: list[tuple[Any, ...]] = []
-        rest: list[tuple[Any, ...]] = []
-        for sequence, envelope in envelopes:
-            for line, body in enumerate(envelope.lines):
-                if envelope.kind == "model_call":
-                    calls.append((envelope.run, envelope.key, sequence, line, body))
-                else:
-                    rest.append((envelope.run, envelope.kind, envelope.key, sequence, line, body))
+        calls, rest = _trace_rows(envelopes)
         place = {"sequence": "UInt64", "line": "UInt32", "body": "String"}
         name = "LowCardinality(String)"
         await self._insert("model_calls", {"run": name, "key": "String", **place}, calls, token)
@@ -176,25 +175,36 @@ class ClickHouseLog:
         return found
 
     async def mend(self, run: str, records: Sequence[Record], envelopes: Sequence[tuple[int, Envelope]]) -> None:
-        """Have these rows, of one run, as they are given, whatever stands in their place."""
-        await self._remove("events", "position", run, [record.position for record in records])
-        await self.append(records, f"mended {uuid4()}")
-        await self.remove_lines(run, [sequence for sequence, _ in envelopes])
-        await self.append_traces(envelopes, f"mended {uuid4()}")
+        """Have these rows, of one run, as they are given, whatever stands in their place.
+
+        They are written before that is taken out: what is given may have been read here, and stand nowhere else.
+        """
+        for start in range(0, len(records), MENDED_AT_ONCE):
+            part = records[start : start + MENDED_AT_ONCE]
+            await self.append(part, f"mended {uuid4()}")
+            good = [sha256(to_wire(record)).hexdigest() for record in part]
+            await self._remove("events", "position", run, [record.position for record in part], good)
+        for part in _parts(envelopes):
+            await self.append_traces(part, f"mended {uuid4()}")
+            sequences = [sequence for sequence, _ in part]
+            for table, rows in zip(TRACES, _trace_rows(part), strict=True):
+                await self._remove(table, "sequence", run, sequences, [_line_mark(row) for row in rows])
 
     async def remove_lines(self, run: str, sequences: Sequence[int]) -> None:
         """Take the rows of these envelopes out."""
         for table in TRACES:
             await self._remove(table, "sequence", run, sequences)
 
-    async def _remove(self, table: str, column: str, run: str, values: Sequence[int]) -> None:
+    async def _remove(self, table: str, column: str, run: str, values: Sequence[int], good: Sequence[str] = ()) -> None:
+        """Take out the rows of these values, but for those whose mark is among the `good`."""
         if not values:
             return
         sql = (
             f"ALTER TABLE {table} DELETE WHERE run = {{run:String}} AND {column} IN {{some:Array(UInt64)}} "
-            "SETTINGS mutations_sync = 2"
+            f"AND {MARKS[table]} NOT IN {{good:Array(String)}} SETTINGS mutations_sync = 2"
         )
-        await self._call(lambda: self._writer.command(sql, parameters={"run": run, "some": list(values)}))
+        parameters = {"run": run, "some": list(values), "good": list(good)}
+        await self._call(lambda: self._writer.command(sql, parameters=parameters))
 
     async def select(self, sql: str, form: Rows) -> bytes:
         return await self._call(lambda: self._selected(sql, form))
@@ -253,6 +263,40 @@ class ClickHouseLog:
 
     async def _call(self, work: Callable[[], T]) -> T:
         return await asyncio.to_thread(_translated, work)
+
+
+def _trace_rows(
+    envelopes: Sequence[tuple[int, Envelope]],
+) -> tuple[list[tuple[Any, ...]], list[tuple[Any, ...]]]:
+    """The rows of the two tables of TRACES; each ends in sequence, line and body."""
+    calls: list[tuple[Any, ...]] = []
+    rest: list[tuple[Any, ...]] = []
+    for sequence, envelope in envelopes:
+        for line, body in enumerate(envelope.lines):
+            if envelope.kind == "model_call":
+                calls.append((envelope.run, envelope.key, sequence, line, body))
+            else:
+                rest.append((envelope.run, envelope.kind, envelope.key, sequence, line, body))
+    return calls, rest
+
+
+def _line_mark(row: tuple[Any, ...]) -> str:
+    """As MARKS has it."""
+    *_, sequence, line, body = row
+    return sha256(b"%d %d %b" % (sequence, line, body)).hexdigest()
+
+
+def _parts(envelopes: Sequence[tuple[int, Envelope]]) -> Iterator[list[tuple[int, Envelope]]]:
+    """The envelopes in parts of MENDED_AT_ONCE lines or little more."""
+    part, lines = list[tuple[int, Envelope]](), 0
+    for each in envelopes:
+        part.append(each)
+        lines += len(each[1].lines)
+        if lines >= MENDED_AT_ONCE:
+            yield part
+            part, lines = [], 0
+    if part:
+        yield part
 
 
 def migrations() -> list[tuple[int, list[str]]]:

@@ -169,10 +169,10 @@ class NatsBus:
             full = False
             for stream in streams:
                 at = places[stream]
-                # What was handed out and not acked is handed out again as the same batch.
+                # What was handed out and not acked is handed out again as the same batch, by where it ended.
                 again = at.offered - at.acked
-                enough = 2**62 if again else FEED_BYTES
-                messages = await self._nats.read(stream, at.acked + 1, limit=again or batch, enough=enough)
+                enough, until = (2**62, at.offered) if again else (FEED_BYTES, 2**62)
+                messages = await self._nats.read(stream, at.acked + 1, limit=again or batch, enough=enough, until=until)
                 came = messages[-1].sequence if messages else at.acked
                 # Another replica may be behind the one that we read before; or else what is missing is lost.
                 if came == at.acked or (came < at.offered and not await self._is_end(stream, came)):

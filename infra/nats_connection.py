@@ -51,10 +51,16 @@ class Connection:
             await asyncio.sleep(AGAIN_S)
 
     async def read(
-        self, stream: str, start: int, subject: str | None = None, limit: int = 2**62, enough: int = 2**62
+        self,
+        stream: str,
+        start: int,
+        subject: str | None = None,
+        limit: int = 2**62,
+        enough: int = 2**62,
+        until: int = 2**62,
     ) -> list[Message]:
         """As `nats_streams.read`, asked until it is answered."""
-        return await self.ask(lambda client: read(client, stream, start, subject, limit, enough))
+        return await self.ask(lambda client: read(client, stream, start, subject, limit, enough, until))
 
 
 @asynccontextmanager

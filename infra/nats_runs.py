@@ -11,7 +11,7 @@ from sia_events.infra.delivery import checked_name
 from sia_events.infra.nats_connection import Connection
 from sia_events.infra.nats_partitions import EVENTS
 from sia_events.infra.nats_seek import seek
-from sia_events.infra.nats_streams import Message, counted_last, publish, read
+from sia_events.infra.nats_streams import IN_PLACE_OF, Message, counted_last, publish, read, subjects_with
 from sia_events.infra.nats_wire import CLOUD_EVENTS, read_record, subject_of
 from sia_events.infra.tail import RunIncomplete, Tail, check_copied, check_part, following, left_at, stored
 from sia_events.shared.events import RunBranched
@@ -103,8 +103,12 @@ class Runs:
 
     async def _restore(self, client: Client, tail: Tail, records: Sequence[Record]) -> int:
         """Compare and set, as an append, but of records that have their place. Cut short, it goes on where it was."""
+        counted = sum((await subjects_with(client, self._stream(tail.run), _subjects(tail.run))).values())
         await self._catch_up(client, tail)
         before = len(tail.records)
+        # The server goes on counting those that it cannot read: what is put back tells how many are made good by it.
+        lost = counted - before - tail.skipped
+        mark = {IN_PLACE_OF: str(lost)} if lost > 0 else {}
         while True:
             if any(one.wire != other.wire for one, other in zip(tail.records, records, strict=False)):
                 raise RunExists(f"run {tail.run!r} exists already and has other records; nothing of it was changed")
@@ -115,7 +119,8 @@ class Runs:
             behind = await counted_last(client, self._stream(tail.run), _subjects(tail.run))
             # No message id: the server would take a record that it has lost lately for one that it still has.
             messages = [
-                (self._subject(each), to_wire(each), _behind(tail.run, behind, i)) for i, each in enumerate(missing)
+                (self._subject(each), to_wire(each), {**_behind(tail.run, behind, i), **mark})
+                for i, each in enumerate(missing)
             ]
             if behind <= tail.sequence and (last := await publish(client, messages)):
                 for sequence, record in enumerate(missing, last - len(missing) + 1):

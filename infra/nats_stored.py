@@ -54,7 +54,9 @@ class NatsStreams:
 
     async def messages(self, stream: StreamName, run: str) -> AsyncIterator[Stored]:
         async for message in self._read(stream, run):
-            yield Stored(message.sequence, run, unquote(message.subject.split(".", 4)[3]), message.data)
+            kind = unquote(message.subject.split(".", 4)[3])
+            lost = int(message.in_place_of) if message.in_place_of.isdecimal() else None
+            yield Stored(message.sequence, run, kind, message.data, lost)
 
     async def traced(self, run: str) -> AsyncIterator[Traced]:
         async for message in self._read("SIA_TRACE", run):
@@ -86,7 +88,8 @@ class NatsStreams:
             for message in messages:
                 missing.extend(range(expected, message.sequence))
                 expected = message.sequence + 1
-        return last, [*missing, *range(expected, last + 1)]
+        first = await self.first(stream)  # some may have gone by their age meanwhile
+        return last, [lost for lost in (*missing, *range(expected, last + 1)) if lost >= first]
 
     async def sizes(self, feed: str) -> Sequence[StreamSize]:
         found: list[StreamSize] = []

@@ -24,7 +24,7 @@ ANSWER_S = 2.0  # an answer that takes longer counts as none: what was asked is 
 LOOKS, LOOK_S = 20, 0.05
 READ_AT_ONCE, READ_BYTES = 500, 64 * 2**20
 DAY_S = 86_400
-CUT = "sia-partitions"
+CUT, AGED = "sia-partitions", "sia-aged"
 HISTORY = (EVENTS, TRACE)
 IN_PLACE_OF = "Sia-In-Place-Of"
 MAX_BATCH = 1000  # the server's own limit
@@ -102,7 +102,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Message:
-    """A stored message; `in_place_of` names what was lost and is put back by it."""
+    """A stored message; `in_place_of` names the envelope that it puts back, or counts what its run had lost."""
 
     sequence: int
     subject: str
@@ -137,8 +137,10 @@ async def ensure_streams(
         try:
             found = (await jetstream.stream_info(name)).config
         except NotFoundError:
-            cut = {CUT: str(partitions.count)} if holds_history(name) else None
-            made = api.StreamConfig(num_replicas=replicas, metadata=cut, **{**sizes, **fixed})
+            told = {CUT: str(partitions.count)} if holds_history(name) else {}
+            if fixed.get("max_age"):
+                told[AGED] = "yes"
+            made = api.StreamConfig(num_replicas=replicas, metadata=told or None, **{**sizes, **fixed})
             try:
                 await _apply(jetstream.add_stream, made)
             except BusFull:
@@ -150,6 +152,8 @@ async def ensure_streams(
                 continue
         changes: dict[str, Any] = {key: want for key, want in fixed.items() if _value(getattr(found, key)) != want}
         changes.update({size: least for size, least in sizes.items() if 0 < (getattr(found, size) or 0) < least})
+        if (fixed.get("max_age") or found.max_age) and not _has_aged(found):
+            changes["metadata"] = {**(found.metadata or {}), AGED: "yes"}
         if _value(found.persist_mode) == "async":
             changes["persist_mode"] = "default"
         if changes:
@@ -191,6 +195,11 @@ async def _check_cut(client: Client, partitions: Partitions) -> None:
             )
 
 
+def _has_aged(config: api.StreamConfig) -> bool:
+    """Whether the stream ever let messages go by their age. The mark stays: what went then was never lost."""
+    return AGED in (config.metadata or {})
+
+
 def _value(setting: Any) -> Any:
     return getattr(setting, "value", setting)
 
@@ -220,17 +229,29 @@ async def _apply(call: Any, config: api.StreamConfig, changes: Mapping[str, Any]
 
 
 async def read(
-    client: Client, stream: str, start: int, subject: str | None = None, limit: int = 2**62, enough: int = 2**62
+    client: Client,
+    stream: str,
+    start: int,
+    subject: str | None = None,
+    limit: int = 2**62,
+    enough: int = 2**62,
+    until: int = 2**62,
 ) -> list[Message]:
     """Up to `limit` messages from sequence `start` on, of one subject (which may hold wildcards) or of all.
 
-    No more is asked for once they have `enough` bytes.
+    No more is asked for once they have `enough` bytes, or come to the sequence `until`.
     """
-    return (await read_on(client, stream, start, subject, limit, enough))[0]
+    return (await read_on(client, stream, start, subject, limit, enough, until))[0]
 
 
 async def read_on(
-    client: Client, stream: str, start: int, subject: str | None, limit: int, enough: int = 2**62
+    client: Client,
+    stream: str,
+    start: int,
+    subject: str | None,
+    limit: int,
+    enough: int = 2**62,
+    until: int = 2**62,
 ) -> tuple[list[Message], int]:
     """As `read`, and how many more there are behind those that were read.
 
@@ -240,7 +261,7 @@ async def read_on(
     inbox = await client.subscribe(client.new_inbox())
     try:
         pending, size = 1, 0
-        while pending and len(found) < limit and size < enough:
+        while pending and len(found) < limit and size < enough and start <= until:
             # The server sends one message at least, and as many as have so many bytes.
             ask: dict[str, Any] = {"seq": start, "batch": min(limit - len(found), READ_AT_ONCE)}
             ask["max_bytes"] = min(enough, READ_BYTES)
@@ -341,9 +362,10 @@ async def nothing_behind(client: Client, stream: str, sequence: int) -> bool:
 
 
 async def bounds(jetstream: JetStreamContext, stream: str) -> tuple[int, int]:
-    """The sequence before which the stream has let everything go by its age, 1 where it never does; and the last."""
+    """The sequence before which the stream has let everything go by its age, 1 where it never did; and the last."""
     info = await jetstream.stream_info(stream)
-    return max(1, info.state.first_seq) if info.config.max_age else 1, info.state.last_seq
+    ages = info.config.max_age or _has_aged(info.config)
+    return max(1, info.state.first_seq) if ages else 1, info.state.last_seq
 
 
 async def subjects_with(client: Client, stream: str, pattern: str) -> dict[str, int]:

@@ -48,6 +48,8 @@ class Tail:
             if isinstance(read, Record | NewerRecord) and read.run == self.run and read.position > self._next(read):
                 # A number alone is anybody's, and stops no run; two that follow from each other are what was appended.
                 if self.ahead and follows(self.ahead.chain, read.wire, read.chain):
+                    if not self.records and isinstance(self.ahead, NewerRecord):
+                        self.newer = self.newer or self.ahead
                     self.beyond = max(self.beyond, read.position)
                     self.past_gap |= {each.id: each for each in (self.ahead, read) if isinstance(each, Record)}
                 self.ahead = read
@@ -61,7 +63,9 @@ class Tail:
             raise RunTooNew(str(self.newer)) from self.newer
 
     def require_whole(self) -> None:
-        """Raises RunIncomplete."""
+        """Raises RunIncomplete, and RunTooNew where what stands under the name may be the first record of a branch."""
+        if not self.records and isinstance(self.ahead, NewerRecord):
+            raise RunTooNew(str(self.ahead)) from self.ahead
         last = self.records[-1].position if self.records else 0
         if last < self.beyond:
             raise RunIncomplete(
@@ -77,12 +81,9 @@ class Tail:
 
     def _continued_by(self, newer: NewerRecord) -> bool:
         """Whether it is a link of the run's chain: anybody can write a number, and that alone must not stop a run."""
-        if newer.run != self.run:
-            return False
-        if not self.records:
-            return newer.position > 1 or follows(GENESIS, newer.wire, newer.chain)
-        last = self.records[-1]
-        return newer.position == last.position + 1 and follows(last.chain, newer.wire, newer.chain)
+        last = self.records[-1] if self.records else None
+        position, chain = (last.position, last.chain) if last else (0, GENESIS)
+        return newer.run == self.run and newer.position == position + 1 and follows(chain, newer.wire, newer.chain)
 
     def _next(self, read: Record | NewerRecord) -> int:
         if self.records:

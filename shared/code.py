@@ -36,5 +36,5 @@ def _sources() -> Iterator[tuple[str, Path]]:
     if declared.exists():
         folders = tomllib.loads(declared.read_text())["tool"]["setuptools"]["package-dir"]
     for package, folder in folders.items():
-        for file in (ABOVE / folder).rglob("*.py"):
+        for file in filter(Path.is_file, (ABOVE / folder).rglob("*.py")):  # an editor's lock is a link to nowhere
             yield f"{package.replace('.', '/')}/{file.relative_to(ABOVE / folder).as_posix()}", file

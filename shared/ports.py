@@ -116,12 +116,16 @@ StreamName = Literal["SIA", "SIA_TRACE"]
 
 @dataclass(frozen=True)
 class Stored:
-    """A message as it stands on a stream; `kind` is what its subject says: a record's type, or a trace's kind."""
+    """A message as it stands on a stream; `kind` is what its subject says: a record's type, or a trace's kind.
+
+    `made_good` is None but for a record that was put back: then how many messages of its run were lost by then.
+    """
 
     sequence: int
     run: str
     kind: str
     body: bytes
+    made_good: int | None = None
 
 
 @dataclass(frozen=True)
@@ -177,7 +181,7 @@ class Streams(Protocol):
         ...
 
     async def first(self, stream: str) -> int:
-        """The sequence before which the stream has let everything go by its age; 1 where it never does."""
+        """The sequence before which the stream has let everything go by its age; 1 where it never did."""
         ...
 
     async def lost(self, stream: str) -> tuple[int, Sequence[int]]:

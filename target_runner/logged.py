@@ -4,12 +4,16 @@ from collections.abc import Iterator
 from typing import Literal
 
 import msgspec
+import structlog
 
-from sia_events.shared.ports import Envelope, Outcome
+from sia_events.shared.ports import BusFull, Envelope, Outcome
 from sia_events.shared.service import Work
 
 KEPT = 16_384
 """Characters of each of the two that are kept, the last ones: that is where a program says what it died of."""
+
+
+log = structlog.get_logger()
 
 
 class LogLine(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -24,7 +28,7 @@ class LogLine(msgspec.Struct, frozen=True, omit_defaults=True):
 
 
 async def log_lines(work: Work, attempt: str, outcome: Outcome, token: str) -> None:
-    """Put what was said on the trace, under the attempt's name, its token blotted out.
+    """Put what was said on the trace, under the attempt's name, its token blotted out; told of where there is no room.
 
     Nothing in it changes by the clock or by chance: who handles the record again, and is told the same, adds nothing.
     """
@@ -35,7 +39,11 @@ async def log_lines(work: Work, attempt: str, outcome: Outcome, token: str) -> N
     )
     run, bus = work.run.name, work.ports.bus
     if lines and all(there.lines != lines for there in await bus.traces(run, "log", attempt)):
-        await bus.trace(Envelope(run, "log", attempt, lines))
+        try:
+            await bus.trace(Envelope(run, "log", attempt, lines))
+        except BusFull as error:
+            # What the attempt came to does not rest on what its program said.
+            log.warning("what a program said is not kept", run=run, attempt=attempt, error=str(error))
 
 
 def _kept(attempt: str, stream: Literal["stdout", "stderr"], said: str, truncated: bool) -> Iterator[LogLine]:

@@ -122,6 +122,12 @@ async def test_envelopes_that_the_stream_has_lost_come_from_the_tables_and_other
     assert whole == sorted([*traced(tmp_path / "damaged"), ("key2", ('{"n":2}',))])
     assert traced(tmp_path / "damaged")[-1][0] == "key1", "it stands where a repair would put it back"
     assert "left out: run r1" in archive_text(told)
+    away = settings.model_copy(update={"log_dsn": "clickhouse://127.0.0.1:1/default"})
+    without = await archive_run(away, "r1", tmp_path / "without", answers=True)
+    unread, lost = without["left_out"]
+    assert unread.startswith("run r1: what only the log has of its traces, as that cannot be read: the event log")
+    assert lost == "run r1: 2 of its trace envelopes are lost, on the stream"
+    assert traced(tmp_path / "without") == traced(tmp_path / "damaged")[:-1]
 
 
 def traced(file: Path) -> list[tuple[str, tuple[str, ...]]]:

@@ -15,7 +15,7 @@ from sia_events.infra.memory import MemoryBlobs, MemoryBus
 from sia_events.model_gateway.token import TokenDoor, TokenRefused, read_token
 from sia_events.shared.calls import ModelCall, encode_call, journal_key
 from sia_events.shared.events import AttemptFailed, AttemptRequested, Event, ExecutionLogged
-from sia_events.shared.ports import Envelope, Job, Outcome, Ports
+from sia_events.shared.ports import BusFull, Envelope, Job, Outcome, Ports
 from sia_events.shared.registration import decode_task, register
 from sia_events.shared.run import fold
 from sia_events.shared.service import Work
@@ -175,6 +175,18 @@ async def test_a_token_that_a_program_prints_is_not_written_down(tmp_path: Path)
     await attempted(Telling(), tmp_path, asked("g0a", "dev"), bus=bus)
     (envelope,) = await bus.traces("r1", "log", None)
     assert [*map(line_of, envelope.lines)] == [("stderr", "my key is [token]")]
+
+
+async def test_an_attempt_counts_though_the_trace_has_no_room_for_what_its_program_said(tmp_path: Path):
+    class Full(MemoryBus):
+        async def trace(self, envelope: Envelope) -> None:
+            if envelope.kind == "log":
+                raise BusFull("stream SIA_TRACE takes no more")
+            await super().trace(envelope)
+
+    box = Box(outcome=replace(WELL, stdout=b"well"))
+    ((logged,), _) = await attempted(box, tmp_path, asked("g0a", "dev"), bus=Full())
+    assert isinstance(logged, ExecutionLogged)
 
 
 async def test_of_a_program_that_says_nothing_nothing_is_written(tmp_path: Path):

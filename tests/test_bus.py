@@ -449,6 +449,29 @@ async def test_the_feed_stops_at_a_record_of_other_code_and_keeps_its_place(benc
     assert await bench.bus.lag("f") == 3
 
 
+async def test_one_record_of_other_code_under_a_name_without_records_stops_no_feed_and_two_that_are_linked_do(
+    bench: Bench,
+):
+    first, *_ = await opened(bench.bus, "r")
+    chain = "0" * 64
+    for position in (7, 8):
+        draft = answers("unused", first, f"later {position}", [note("b")])[0]
+        wire = of_a_later_release(draft, position, chain, first.time, "unused", "an unknown type")
+        chain = json.loads(wire)["chain"]
+        await bench.inject("unused", "NotYetInvented", wire)
+        with pytest.raises(RunTooNew, match="record 7 of run unused"):
+            await opened(bench.bus, "unused")  # it may be a branch of theirs
+        copied: list[str] = []
+        while position == 7 and await bench.bus.lag("f"):
+            batch = await anext(bench.other.feed("f"))
+            copied += [record.run for record in batch.records]
+            await batch.ack()
+        assert copied == (["r"] if position == 7 else [])
+    with pytest.raises(RunTooNew, match="record 7 of run unused"):
+        await anext(bench.other.feed("f"))
+    assert await bench.bus.lag("f") == 1
+
+
 async def test_a_number_a_name_or_a_field_alone_stops_no_run(bench: Bench):
     firsts = {f"r{i}": await foreign(bench, f"r{i}", kind, linked=False) for i, kind in enumerate(FOREIGN)}
     for run, first in firsts.items():

@@ -1,5 +1,6 @@
 """How much a feed hands out at once: so many bytes, packed and unpacked, however large the messages are."""
 
+import asyncio
 import random
 import zlib
 from base64 import b64encode
@@ -8,11 +9,14 @@ from pathlib import Path
 import nats
 import pytest
 from bus_on import on
+from nats.aio.msg import Msg
+from nats.js import api
 from nats.js.client import JetStreamContext
 
 from sia_events.infra.nats import FEED_BYTES, NatsBus
+from sia_events.infra.nats_feed import Place, keep
 from sia_events.infra.nats_server import running
-from sia_events.infra.nats_streams import Message
+from sia_events.infra.nats_streams import READ_AT_ONCE, Message
 from sia_events.infra.nats_wire import UNPACKED, packed, read_envelope
 from sia_events.infra.zstd import zstd
 from sia_events.shared.ports import Envelope, Feed
@@ -60,6 +64,31 @@ async def test_a_batch_whose_last_messages_were_lost_is_handed_out_with_what_is_
         assert await bus.lag("recorder") == 0
         await bus.trace(Envelope("r", "log", "k3", (b"{}",)))
         assert [envelope.key for _, envelope in (await batch(bus)).envelopes] == ["k3"]
+
+
+async def test_a_first_batch_that_comes_again_is_read_to_its_end_and_no_further_though_age_has_taken_what_came_before(
+    tmp_path: Path,
+):
+    async with running(tmp_path) as url:
+        client = await nats.connect(url)
+        stream: JetStreamContext = client.jetstream()
+        config = api.StreamConfig(name="SIA_TRACE", subjects=["sia.trace.>"], first_seq=1_000_000, allow_direct=True)
+        await stream.add_stream(config)
+        bodies = range(2 * READ_AT_ONCE)
+        await asyncio.gather(*(stream.publish("sia.trace.r.log.k", packed([b"%d" % n], 999)[0]) for n in bodies))
+        async with on(url) as bus:
+            await keep(client, "recorder", "SIA_TRACE", Place(acked=0, offered=1_000_001))
+            sent = await client.subscribe("_INBOX.>")
+            again = await batch(bus)
+            assert [sequence for sequence, _ in again.envelopes] == [1_000_000, 1_000_001]
+            await client.flush()
+            read = [each for each in [await sent.next_msg() for _ in range(sent.pending_msgs)] if stored_in(each)]
+            assert len(read) <= READ_AT_ONCE
+        await client.close()
+
+
+def stored_in(message: Msg) -> bool:
+    return (message.headers or {}).get("Nats-Stream") == "SIA_TRACE"
 
 
 async def test_what_would_unpack_to_more_than_any_envelope_is_none(tmp_path: Path):

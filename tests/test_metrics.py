@@ -13,7 +13,7 @@ from sia_events import app
 from sia_events.event_log import recorder
 from sia_events.home import hold
 from sia_events.log_here import open_log
-from sia_events.metrics import metrics_text
+from sia_events.metrics import metrics_text, scraped
 from sia_events.shared.events import ServiceFailed
 from sia_events.shared.settings import Settings
 from sia_events.status import status
@@ -56,6 +56,17 @@ def test_whoever_records_answers_metrics_on_loopback(port: int, tmp_path: Path):
     finally:
         serving.terminate()
         assert serving.wait(timeout=30) == 0
+
+
+async def test_a_scrape_reads_runs_apart_from_the_services_and_opens_no_log_in_their_process(port: int, tmp_path: Path):
+    settings = Settings(home=tmp_path)
+    async with hold(settings, "test"), app.stores(settings) as node:
+        await opened(node.bus, "r1")
+    async with hold(settings, "test"), app.stores(settings) as node, httpx.AsyncClient(timeout=30) as client:
+        async with scraped(node, port):
+            found = samples((await client.get(f"http://127.0.0.1:{port}/metrics")).text)
+        assert found["sia_log_up", ""] == 0 and not (tmp_path / "log").exists()
+        assert found["sia_runs", "running"] == 1 and not node.bus._runs._tails  # type: ignore[attr-defined]
 
 
 def test_a_port_that_somebody_has_is_named(port: int, tmp_path: Path):

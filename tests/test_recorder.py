@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from bus_on import kill_server, note, notes, on, opened, until
+from bus_on import kill_server, note, notes, of_a_later_release, on, opened, until
 
 from sia_events.event_log.recorder import lag, rebuild, record
 from sia_events.infra import child, clickhouse
@@ -18,7 +18,7 @@ from sia_events.infra.nats_server import running
 from sia_events.infra.store_lock import owner
 from sia_events.log_here import keep_log
 from sia_events.shared.ports import Bus, Envelope, Log
-from sia_events.shared.record import Record
+from sia_events.shared.record import Record, answers
 from sia_events.shared.settings import Settings
 
 
@@ -142,6 +142,31 @@ async def test_the_recorder_leaves_the_store_to_its_owner_also_while_that_is_sta
         assert after and after.pid != os.getpid()
         await caught_up(bus)
         assert not task.done()
+    finally:
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+
+
+async def test_a_run_that_other_code_wrote_to_holds_up_the_log_and_no_other_run(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    bus = MemoryBus()
+    first, *_ = await opened(bus, "theirs")
+    wire = of_a_later_release(answers("theirs", first, "later", [note("b")])[0], 2, first.chain, first.time, "theirs")
+    bus.inject("theirs", "RunResumed", wire)
+    said = ""
+
+    def told() -> bool:
+        nonlocal said
+        said += capsys.readouterr().err
+        return "the log waits there, other runs go on" in said
+
+    task = asyncio.create_task(keep_log(Settings(home=tmp_path), bus))
+    try:
+        await until(lambda: told() or task.done())
+        assert not task.done() and "record 2 of run theirs is of schema" in said
+        await opened(bus, "ours")
+        assert await lag(bus) == 3
     finally:
         task.cancel()
         await asyncio.gather(task, return_exceptions=True)

@@ -1,19 +1,23 @@
 """What history may take: sizes of streams, and traces that go by their age while everything that is left is whole."""
 
 import asyncio
+from collections.abc import AsyncIterator
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from bus_on import opened
 from nats.js import api
 
-from sia_events import app, archiving, sweeping
+from sia_events import app, archiving, sweeping, verifying
+from sia_events.errors import Unusable
 from sia_events.event_log import recorder
 from sia_events.home import hold
 from sia_events.infra.clickhouse import TRACES, ClickHouseLog, connect
 from sia_events.infra.nats_streams import DAY_S
 from sia_events.log_here import open_log
-from sia_events.shared.ports import BusFull, Envelope
+from sia_events.shared.ports import BusFull, Envelope, Traced
 from sia_events.shared.settings import Settings
 from sia_events.verifying import verify
 
@@ -56,11 +60,69 @@ async def test_traces_that_went_by_their_age_are_not_missed_and_the_later_ones_a
         assert await node.streams.first("SIA_TRACE") == 4 and await node.streams.lost("SIA_TRACE") == (4, [])
         await copied(settings, node)
         assert await recorder.lag(node.bus) == 0
-    for run in (None, "r1"):
-        found = await verify(settings, run, repair=False, source=None)
+    for_ever = Settings(home=tmp_path)
+    for each, run in ((settings, None), (settings, "r1"), (for_ever, None), (for_ever, "r1")):
+        found = await verify(each, run, repair=False, source=None)
         assert (found["findings"], found["lines"]) == ([], 1)
     assert (await sweeping.sweep(settings, remove=False))["blobs"] == []
     assert (await archiving.archive_run(settings, "r1", tmp_path / "r1.sia.tar.zst", answers=False))["runs"] == ["r1"]
+
+
+async def test_an_archive_is_restored_where_the_oldest_of_its_traces_went_by_their_age(tmp_path: Path):
+    settings, file = Settings(home=tmp_path / "home", trace_days=1), tmp_path / "r1.sia.tar.zst"
+
+    async def left(node: app.Node) -> list[bytes]:
+        return [line async for _, envelope in node.streams.envelopes("r1") for line in envelope.lines]
+
+    async with hold(settings, "test"), app.stores(settings) as node:
+        await opened(node.bus, "r1")
+        await traced(node, "old", "young", "lost when it was put back")
+    await archiving.archive_run(settings, "r1", file, answers=False)
+    async with hold(settings, "test"), app.stores(settings) as node:
+        await aged(node)
+    async with hold(settings, "test"), app.stores(settings) as node:
+        await traced(node, "young")
+    await archiving.restore(settings, file)
+    async with hold(settings, "test"), app.stores(settings) as node:
+        assert await left(node) == [b'{"text":"young"}', b'{"text":"lost when it was put back"}']
+        await aged(node)
+    async with hold(settings, "test"), app.stores(settings) as node:
+        await traced(node, "another")
+    with pytest.raises(Unusable, match="other traces"):
+        await archiving.restore(settings, file)
+
+
+class AgedMeanwhile:
+    """Streams whose traces go by their age between the moment they are counted and the moment they are read."""
+
+    def __init__(self, node: app.Node) -> None:
+        self._node = node
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._node.streams, name)
+
+    async def traced(self, run: str) -> AsyncIterator[Traced]:
+        await aged(self._node)
+        async for message in self._node.streams.traced(run):
+            yield message
+
+
+async def test_traces_that_go_by_their_age_while_they_are_read_are_not_taken_for_lost(tmp_path: Path):
+    settings = Settings(home=tmp_path, trace_days=1)
+    async with hold(settings, "test"), app.stores(settings) as node, open_log(settings) as log:
+        await opened(node.bus, "r1")
+        await traced(node, "copied", "copied too")
+        await recorder.catch_up(node.bus, log)
+        await traced(node, "never copied")
+        looked = await verifying._look(settings, replace(node, streams=AgedMeanwhile(node)), log, ["r1"], False)
+        assert looked.findings == []
+        await node.bus._nats.client.jetstream().update_stream(  # type: ignore[attr-defined]
+            (await config_of(node, "SIA_TRACE")).evolve(max_age=DAY_S)
+        )
+        await traced(node, "one more", "another")
+        left_out: list[str] = []
+        aging = replace(node, streams=AgedMeanwhile(node))
+        assert [each async for each in archiving._traces(aging, log, "r1", left_out)] == [] and left_out == []
 
 
 async def test_a_trace_that_the_tables_lack_is_still_found_behind_those_that_went_by_their_age(tmp_path: Path):

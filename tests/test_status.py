@@ -52,6 +52,21 @@ async def test_runs_that_are_over_are_told_by_the_tables_and_not_read_again(tmp_
     assert (await status(settings))["runs"] == {"finished": 1}
 
 
+async def test_a_log_that_lies_in_torn_parts_is_told_of_and_everything_else_with_it(tmp_path: Path):
+    settings = Settings(home=tmp_path)
+    async with hold(settings, "test"), app.stores(settings) as node:
+        await opened(node.bus, "r1")
+        async with open_log(settings) as log:
+            await recorder.catch_up(node.bus, log)
+    for file in (tmp_path / "log/store").rglob("data.bin"):
+        if "`record`" in (file.parent / "columns.txt").read_text():
+            body = bytearray(file.read_bytes())
+            body[len(body) // 2 :] = bytes(len(body) - len(body) // 2)
+            file.write_bytes(body)
+    found = await status(settings)
+    assert found["log"] and found["tables"] == [] and found["runs"] == {"running": 1} and found["lag"] == 0
+
+
 def test_the_command_tells_people_and_programs(tmp_path: Path):
     assert answered(tmp_path, "status")["process"] is None
     done = sia(tmp_path, "status")

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import signal
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
@@ -222,6 +223,50 @@ async def test_rows_that_are_missing_doubled_and_altered_are_named_and_mended_fr
         assert list(await log.records("r1")) == (await histories(home))["r1"]
 
 
+async def test_mending_cut_short_has_written_rows_anew_before_any_is_taken_out(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+):
+    record = (await histories(home))["r1"][4]
+    async with open_log(Settings(home=home)) as log:
+        lines = await log.envelopes("r1", [1])
+        await log._remove("events", "position", "r1", [5])
+        await log.remove_lines("r1", [1])
+
+        async def cut(*what: object) -> None:
+            raise OSError("cut short")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(log, "_remove", cut)
+            for records, envelopes in (([record], []), ([], lines)):
+                with pytest.raises(OSError, match="cut short"):
+                    await log.mend("r1", records, envelopes)
+        assert (5, record.wire) in await log.rows("r1") and await log.envelopes("r1", [1]) == lines
+        call = Envelope("r1", "model_call", "a", (b'{"n":1}', b'{"n":2}', b'{"n":3}', b'{"n":4}'))
+        await log.append_traces([(1, call)], "in the other table")
+        await log.mend("r1", [record], lines)
+        assert {wire for position, wire in await log.rows("r1") if position == 5} == {record.wire}
+        assert await log.envelopes("r1", [1]) == lines
+    assert (await looked(home, "r1"))["left"] == []
+
+
+async def test_a_repair_saves_what_is_not_copied_yet_before_it_writes_to_a_damaged_stream(home: Path):
+    async def more(node: app.Node) -> None:
+        history = await node.bus.history("r2")
+        await node.bus.append("r2", notes("r2", history[-1], "news"))
+        await node.bus.trace(Envelope("r2", "log", "news", (b'{"n":1}',)))
+
+    await on_home(home, more, copy=False)
+    flip(block(home), b"note 7 of r1")
+    point = {"SIA_FAIL_AT": "sia verify after mending the tables"}
+    assert sia(home, "verify", "r2", "--repair", **point).returncode == 0, "it is whole"
+    assert sia(home, "verify", "--all", "--repair", **point).returncode == -signal.SIGKILL
+    async with open_log(Settings(home=home)) as log:
+        assert (await log.records("r2"))[-1].event == note("news")
+        rows = await log.query("SELECT body FROM trace FINAL WHERE run = 'r2' AND key = 'news'")
+        assert [row["body"] for row in rows] == ['{"n":1}']
+    assert (await looked(home, repair=True))["left"] == (await looked(home))["left"] == []
+
+
 async def test_one_flipped_bit_in_a_blob_is_found_and_mended_from_the_stream_or_another_store(home: Path):
     (blob,) = (home / "blobs").rglob("*/*")
     digest = blob.parent.name + blob.name
@@ -365,6 +410,17 @@ async def test_the_last_records_of_a_run_that_were_lost_before_they_were_copied_
     assert gone in places(mended) and "no good copy" in mended["left"][0]["detail"]
     await on_home(home, filled_on)
     assert places(await looked(home, "r2")) == {gone}, "that later messages were copied makes nothing of it good"
+
+
+async def test_a_run_that_was_put_back_is_not_missed_again_for_what_another_loses_later(home: Path):
+    for each in (b"note 10 of r2", b"note 11 of r2"):
+        flip(block(home), each)
+    mended = await looked(home, repair=True)
+    assert mended["left"] == [] and len(mended["mended"]) == 2
+    await later(home, "r1")
+    flip(block(home), b"late 1")
+    assert places(await looked(home)) >= {("missing", "stream", "r1", "position 16")}
+    assert (await looked(home, "r2"))["left"] == []
 
 
 async def filled_on(node: app.Node) -> None:

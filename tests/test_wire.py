@@ -2,6 +2,7 @@
 
 import json
 import re
+import runpy
 import subprocess
 import sys
 import zlib
@@ -201,6 +202,16 @@ def test_the_same_sources_are_the_same_code_in_every_process():
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == code()
     assert re.fullmatch(r"sia-events \d+\.\d+\.\d+\+(g?)[0-9a-f]{12}", code())
+
+
+def test_a_link_to_nowhere_among_the_sources_is_no_source(tmp_path: Path):
+    shared = tmp_path / "shared"
+    shared.mkdir()
+    (shared / "code.py").write_bytes(Path(module.__file__).with_name("code.py").read_bytes())
+    digest = runpy.run_path(str(shared / "code.py"))["_digest"]
+    before = digest()
+    (shared / ".#code.py").symlink_to("somebody@somewhere.1")  # as an editor marks a file that is being changed
+    assert digest() == before
 
 
 def test_an_old_record_is_mended_where_it_enters(monkeypatch: pytest.MonkeyPatch):

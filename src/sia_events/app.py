@@ -25,6 +25,7 @@ from sia_events.kernel_bench.service import kernel_bench
 from sia_events.local_model.weights import prepare
 from sia_events.meta_svc.service import meta_svc
 from sia_events.model_gateway.token import TokenDoor, keep_secret
+from sia_events.shared.code import code
 from sia_events.shared.ports import Backend, Bus, Ports, Sandbox, SandboxUnavailable, Streams
 from sia_events.shared.record import Record
 from sia_events.shared.service import Service, serve
@@ -95,6 +96,7 @@ class Node:
 @asynccontextmanager
 async def stores(settings: Settings) -> AsyncIterator[Node]:
     """Bus and blobs without any service; a bus server of our own is started when none is named."""
+    code()  # read once, now: the sources of a process that runs for long may change under it
     blobs, private = open_public_blobs(settings), open_private_blobs(settings)
     retention = Retention(settings.events_gb, settings.trace_gb, settings.trace_days)
     async with AsyncExitStack() as stack:

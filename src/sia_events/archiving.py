@@ -4,10 +4,12 @@ import asyncio
 import hashlib
 import os
 import re
-from collections.abc import AsyncIterator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
+from operator import eq
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 import msgspec
 
@@ -17,7 +19,8 @@ from sia_events.errors import Unusable
 from sia_events.event_log.references import members, mentioned, named
 from sia_events.infra import archive
 from sia_events.infra.archive import ArchiveUnusable
-from sia_events.infra.clickhouse import ClickHouseLog
+from sia_events.infra.clickhouse import ClickHouseLog, LogFull, LogUnavailable, QueryRefused, StoreTooNew, StoreUnsafe
+from sia_events.infra.store_lock import StoreHeld
 from sia_events.log_here import open_log
 from sia_events.shared.events import RunBranched
 from sia_events.shared.failpoints import reach
@@ -25,6 +28,9 @@ from sia_events.shared.ports import Envelope
 from sia_events.shared.record import GENESIS, NewerRecord, Record, UnreadableRecord, broken_link, parse_record, to_wire
 from sia_events.shared.settings import Settings
 
+T = TypeVar("T")
+
+NOT_READ = (LogUnavailable, LogFull, QueryRefused, StoreTooNew, StoreUnsafe, StoreHeld)
 ENVELOPES = 500  # in one member, so that neither side holds a run's traces as a whole
 MEMBER = re.compile(
     r"(?P<kind>records)/(?P<run>[A-Za-z0-9][\w-]{0,63})\.jsonl"
@@ -63,7 +69,8 @@ async def archive_run(settings: Settings, run: str, into: Path | None, answers: 
     stay here. Raises Unusable.
     """
     running = await settled(settings)
-    async with app.stores_of_home(settings, "archive", running is not None) as node, open_log(settings) as log:
+    async with app.stores_of_home(settings, "archive", running is not None) as node, AsyncExitStack() as opened:
+        log = await _opened(settings, opened)
         known = await node.streams.runs()
         found = [run] if run in known else [name for name in known if name.startswith(run)]
         if len(found) != 1:
@@ -99,7 +106,8 @@ async def restore(settings: Settings, file: Path) -> dict[str, Any]:
         for run, records in contents.records.items():
             await _check_free(node, run, records)
         before = {run: [_mark(e) async for _, e in node.streams.envelopes(run)] for run in contents.records}
-        await _check_traces(file, before)
+        ages = {run: await node.streams.first(node.streams.holding("SIA_TRACE", run)) > 1 for run in before}
+        begun = _begun(file, before, ages)
         # Blobs first and records last: whoever finds a record finds what it names, and a run is there when it is whole.
         seen = dict.fromkeys(contents.records, 0)
         reach("sia restore before writing")
@@ -110,7 +118,7 @@ async def restore(settings: Settings, file: Path) -> dict[str, Any]:
                 reach("sia restore after storing a blob")
             elif match["traces"]:
                 for envelope in _envelopes(match["of"], pieces):
-                    if seen[envelope.run] >= len(before[envelope.run]):
+                    if seen[envelope.run] >= begun[envelope.run] + len(before[envelope.run]):
                         await node.bus.trace(envelope)
                         reach("sia restore after sending an envelope")
                     seen[envelope.run] += 1
@@ -132,8 +140,37 @@ async def _lineage(node: app.Node, run: str) -> dict[str, list[Record]]:
     return {**before, run: own}
 
 
+async def _opened(settings: Settings, stack: AsyncExitStack) -> ClickHouseLog | Exception:
+    """The log, or why there is none: an archive is made without."""
+    try:
+        return await stack.enter_async_context(open_log(settings))
+    except NOT_READ as error:
+        return error
+
+
+async def _asked(
+    log: ClickHouseLog | Exception,
+    run: str,
+    left_out: list[str],
+    ask: Callable[[ClickHouseLog], Awaitable[Sequence[T]]],
+) -> Sequence[T] | None:
+    """What the log answers; None where it cannot, which is told once of a run."""
+    try:
+        if isinstance(log, Exception):
+            raise log
+        return await ask(log)
+    except NOT_READ as error:
+        told = f"run {run}: what only the log has of its traces, as that cannot be read: {error}"
+        left_out += [told] if told not in left_out else []
+        return None
+
+
 async def _members(
-    node: app.Node, log: ClickHouseLog, runs: Mapping[str, Sequence[Record]], answers: bool, told: dict[str, Any]
+    node: app.Node,
+    log: ClickHouseLog | Exception,
+    runs: Mapping[str, Sequence[Record]],
+    answers: bool,
+    told: dict[str, Any],
 ) -> AsyncIterator[tuple[str, bytes]]:
     public, private = set[str](), set[str]()
     for run, records in runs.items():
@@ -173,10 +210,14 @@ async def _members(
             yield f"{folder}/{digest}", body
 
 
-async def _traces(node: app.Node, log: ClickHouseLog, run: str, left_out: list[str]) -> AsyncIterator[Envelope]:
+async def _traces(
+    node: app.Node, log: ClickHouseLog | Exception, run: str, left_out: list[str]
+) -> AsyncIterator[Envelope]:
     """The run's envelopes; what the stream has lost comes from the tables and last, as a repair puts it back."""
-    first = await node.streams.first(node.streams.holding("SIA_TRACE", run))
-    lost, put_back = {sequence for sequence, _, _ in await log.lines(run) if sequence >= first}, set[int]()
+    stream = node.streams.holding("SIA_TRACE", run)
+    first = await node.streams.first(stream)
+    rows = await _asked(log, run, left_out, lambda log: log.lines(run))
+    lost, put_back = {sequence for sequence, _, _ in rows or () if sequence >= first}, set[int]()
     unread = await node.streams.counted("SIA_TRACE", run)
     async for message in node.streams.traced(run):
         unread -= 1
@@ -187,12 +228,16 @@ async def _traces(node: app.Node, log: ClickHouseLog, run: str, left_out: list[s
             left_out.append(f"run {run}, trace sequence {message.sequence}: {message.why}")
         else:
             yield message.envelope
+    before, first = first, await node.streams.first(stream)
+    lost = {sequence for sequence in lost if sequence >= first}  # the others went by their age meanwhile
     if lost & put_back:
         raise Unusable(f"a repair of run {run} was cut short; nothing was written. First: sia verify {run} --repair")
-    for _, envelope in await log.envelopes(run, sorted(lost)) if lost else ():
+    found = await _asked(log, run, left_out, lambda log: log.envelopes(run, sorted(lost))) if lost else ()
+    for _, envelope in found or ():
         yield envelope
-    if (gone := unread - len(lost) - len(put_back)) > 0:
-        left_out.append(f"run {run}: {gone} of its trace envelopes are lost, on the stream and in the tables")
+    if (gone := unread - len(lost) - len(put_back)) > 0 and first == before:
+        where = "on the stream and in the tables" if rows is not None else "on the stream"
+        left_out.append(f"run {run}: {gone} of its trace envelopes are lost, {where}")
 
 
 def _checked(file: Path) -> Contents:
@@ -248,16 +293,24 @@ async def _check_free(node: app.Node, run: str, records: Sequence[Record]) -> No
         raise Unusable(f"there is another run {run} here; nothing was written. Restore under another SIA_HOME.")
 
 
-async def _check_traces(file: Path, before: Mapping[str, Sequence[str]]) -> None:
-    """Whether what is there of a run's traces is what the archive begins with. Raises Unusable."""
-    seen = dict.fromkeys(before, 0)
+def _begun(file: Path, before: Mapping[str, Sequence[str]], ages: Mapping[str, bool]) -> dict[str, int]:
+    """How many of a run's traces in the archive come before those that are there. Raises Unusable.
+
+    It begins with what is there, unless the oldest have gone by their age: those stay gone.
+    """
+    archived: dict[str, list[str]] = {run: [] for run in before}
     for name, pieces in archive.read(file):
         if (match := _match(file, name))["traces"]:
-            for envelope in _envelopes(match["of"], pieces):
-                there = before[envelope.run]
-                if seen[envelope.run] < len(there) and there[seen[envelope.run]] != _mark(envelope):
-                    raise Unusable(f"run {envelope.run} has other traces here; nothing was written")
-                seen[envelope.run] += 1
+            archived[match["of"]] += map(_mark, _envelopes(match["of"], pieces))
+    return {run: _found(run, there, archived[run], ages[run]) for run, there in before.items()}
+
+
+def _found(run: str, there: Sequence[str], archived: Sequence[str], ages: bool) -> int:
+    places = (at for at, mark in enumerate(archived) if mark == there[0]) if there and archived else (0,)
+    for at in places:
+        if (at == 0 or ages) and all(map(eq, there, archived[at:])):
+            return at
+    raise Unusable(f"run {run} has other traces here; nothing was written")
 
 
 def _envelopes(run: str, pieces: Iterable[bytes]) -> Iterator[Envelope]:

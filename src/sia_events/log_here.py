@@ -11,6 +11,7 @@ from sia_events.home import make_home, only_one
 from sia_events.infra import clickhouse, nats_disk
 from sia_events.infra.child import Child
 from sia_events.infra.store_lock import owner
+from sia_events.infra.tail import RunTooNew
 from sia_events.shared.ports import Bus, BusUnreachable
 from sia_events.shared.settings import Settings
 
@@ -24,11 +25,20 @@ ROOM_S, TOLD_S = 1.0, 60.0  # how often a full disk is tried again, and told of
 
 @asynccontextmanager
 async def open_log(
-    settings: Settings, answer_s: float = clickhouse.ANSWER_S
+    settings: Settings, answer_s: float = clickhouse.ANSWER_S, here: bool = True
 ) -> AsyncIterator[clickhouse.ClickHouseLog]:
-    """The log, for reading: the embedded store's owner is asked when there is one, else the store is opened here."""
+    """The log, for reading: the embedded store's owner is asked when there is one, else the store is opened here.
+
+    Not `here`, the log counts as away where nobody owns it: the engine would stay in this process.
+    """
     make_home(settings)
-    dsn = settings.log_dsn or f"chdb://{settings.home / 'log'}"
+    store = settings.home / "log"
+    dsn = settings.log_dsn or f"chdb://{store}"
+    if not (here or settings.log_dsn):
+        held = owner(store)
+        if held is None or held.dsn is None:
+            raise clickhouse.LogUnavailable(f"nobody answers for the event log in {store}: no recorder runs here")
+        dsn = held.dsn
     log = await asyncio.to_thread(clickhouse.connect, dsn, answer_s)
     try:
         yield log
@@ -68,12 +78,14 @@ async def _record(settings: Settings, bus: Bus) -> None:
             except clickhouse.LogUnavailable:
                 # The stream keeps everything; the owner is being started again.
                 await asyncio.sleep(OWNER_S)
-            except clickhouse.LogFull as error:
+            except (clickhouse.LogFull, RunTooNew) as error:
                 # So it does here: what holds the log up costs lag and no run.
+                full = isinstance(error, clickhouse.LogFull)
                 if time.monotonic() - told >= TOLD_S:
                     told = time.monotonic()
-                    print(f"sia: {error}. The stream keeps it, and the log goes on when there is room", file=sys.stderr)
-                await asyncio.sleep(ROOM_S)
+                    then = "and the log goes on when there is room" if full else "the log waits there, other runs go on"
+                    print(f"sia: {str(error).removesuffix('.')}. The stream keeps it, {then}", file=sys.stderr)
+                await asyncio.sleep(ROOM_S if full else TOLD_S)
     finally:
         with suppress(TimeoutError, BusUnreachable, OSError):
             async with asyncio.timeout(MARK_S):

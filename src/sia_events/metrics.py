@@ -22,6 +22,7 @@ from sia_events.home import running_node
 from sia_events.status import status_on
 
 HOST = "127.0.0.1"
+READ_S = 3.0  # a scraper asks every few seconds, and gives up after ten
 
 
 def metrics_text(found: Mapping[str, Any]) -> str:
@@ -42,19 +43,21 @@ async def scraped(node: app.Node, port: int) -> AsyncIterator[None]:
     except OSError as error:
         why = f"{HOST}:{port}: {error.strerror}; set SIA_METRICS_PORT to another one"
         raise Unusable(f"metrics cannot be served on {why}") from error
-    door = Door(uvicorn.Config(_routes(node), log_level="error", access_log=False, lifespan="off"))
-    serving = asyncio.create_task(door.serve(sockets=[listening]))
-    try:
-        yield
-    finally:
-        door.should_exit = True
-        await serving
+    # A connection of its own: what the services keep of their runs is not to make room for every run of the home.
+    async with app.stores_of_home(node.settings, "metrics", running=True) as own:
+        door = Door(uvicorn.Config(_routes(own), log_level="error", access_log=False, lifespan="off"))
+        serving = asyncio.create_task(door.serve(sockets=[listening]))
+        try:
+            yield
+        finally:
+            door.should_exit = True
+            await serving
 
 
 def _routes(node: app.Node) -> Starlette:
     async def metrics(request: Request) -> Response:
         try:
-            found = await status_on(node, running_node(node.settings))
+            found = await status_on(node, running_node(node.settings), READ_S, here=False)
         except MENDABLE as error:
             return PlainTextResponse(f"{error}\n", 503)
         return Response(metrics_text(found), media_type=CONTENT_TYPE_LATEST)

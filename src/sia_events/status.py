@@ -11,7 +11,7 @@ from sia_events import app, gateway_here, log_here
 from sia_events.catching_up import settled
 from sia_events.event_log import recorder
 from sia_events.home import is_taken
-from sia_events.infra.clickhouse import LogUnavailable
+from sia_events.infra.clickhouse import LogFull, LogUnavailable, QueryRefused
 from sia_events.infra.store_lock import StoreHeld
 from sia_events.infra.tail import RunIncomplete, RunTooNew
 from sia_events.log_here import open_log
@@ -48,13 +48,18 @@ async def status(settings: Settings) -> dict[str, Any]:
         return await status_on(node, running)
 
 
-async def status_on(node: app.Node, running: Mapping[str, object] | None) -> dict[str, Any]:
-    """The status of a home whose stores are at hand, and whose services somebody is `running`."""
+async def status_on(
+    node: app.Node, running: Mapping[str, object] | None, read_s: float = READ_S, here: bool = True
+) -> dict[str, Any]:
+    """The status of a home whose stores are at hand, and whose services somebody is `running`.
+
+    Runs are read for `read_s` seconds at most; not `here`, the embedded log is asked only where it has an owner.
+    """
     settings = node.settings
     sizes = await node.streams.sizes(recorder.NAME)
     services = await _services(node)
-    log, over = await _log(settings)
-    runs, open_letters = await _runs(node, over)
+    log, over = await _log(settings, here)
+    runs, open_letters = await _runs(node, over, read_s)
     return {
         "home": str(settings.home),
         "process": dict(running) if running else None,
@@ -69,25 +74,25 @@ async def status_on(node: app.Node, running: Mapping[str, object] | None) -> dic
     }
 
 
-async def _log(settings: Settings) -> tuple[dict[str, Any], Mapping[str, str]]:
+async def _log(settings: Settings, here: bool) -> tuple[dict[str, Any], Mapping[str, str]]:
     """What the log tells of itself, and by run how those ended that are over.
 
-    The lag shows while it does not answer: that is when somebody asks for it.
+    The lag shows while it does not answer, or lies in torn parts: that is when somebody asks for it.
     """
     try:
-        async with open_log(settings, LOG_S) as log:
+        async with open_log(settings, LOG_S, here) as log:
             tables, unbounded, over = [await log.query(sql) for sql in (TABLES, UNBOUNDED, OVER)]
-    except (LogUnavailable, StoreHeld) as error:
+    except (LogUnavailable, LogFull, QueryRefused, StoreHeld) as error:
         return {"log": str(error), "tables": [], "unbounded": []}, {}
     told = {"log": None, "tables": [dict(row) for row in tables], "unbounded": [row["name"] for row in unbounded]}
     return told, {row["run"]: row["status"] for row in over}
 
 
-async def _runs(node: app.Node, over: Mapping[str, str]) -> tuple[dict[str, int] | None, int | None]:
+async def _runs(node: app.Node, over: Mapping[str, str], read_s: float) -> tuple[dict[str, int] | None, int | None]:
     """Runs by status, and open letters. Those that are `over` are counted, the others read from the stream."""
     counts, open_letters = Counter[str](), 0
     try:
-        async with asyncio.timeout(READ_S):
+        async with asyncio.timeout(read_s):
             for name in await node.bus.runs():
                 if name in over:
                     counts[over[name]] += 1

@@ -19,20 +19,21 @@ from sia_events.infra.clickhouse import ClickHouseLog, QueryRefused
 from sia_events.log_here import open_log
 from sia_events.shared.events import RunBranched
 from sia_events.shared.failpoints import reach
-from sia_events.shared.ports import BlobCorrupt, BlobMissing, RunExists
+from sia_events.shared.ports import BlobCorrupt, BlobMissing, Envelope, RunExists
 from sia_events.shared.record import NewerRecord, Record, UnreadableRecord, parse_record
 from sia_events.shared.settings import Settings
 
 Copied = dict[str, int]
+ENVELOPES = 500  # that are held at once
 
 
 @dataclass
 class Looked:
     """What one look found, and what mending it needs; `private` where the evaluator's blobs are kept here.
 
-    `lines` has a run's trace sequences whose rows are wrong, and those that only the tables have; `lost` the last
-    sequence of a stream, and those up to it of which nothing can be read; `blobs` who named each, by digest and whether
-    it is private. `under_way` are runs that are just being looked at.
+    `lines` has a run's trace sequences whose rows are wrong or not there yet, and those that only the tables have;
+    `lost` the last sequence of a stream, and those up to it of which nothing can be read; `blobs` who named each, by
+    digest and whether it is private. `under_way` are runs that are just being looked at.
     """
 
     all: bool
@@ -122,18 +123,27 @@ async def _look_at(node: app.Node, log: ClickHouseLog, name: str, copied: Copied
         looked.torn = True
         looked.findings.append(Finding("unreadable", "tables", name, "its rows", "they lie in a torn part"))
     # Counted before they are read: what comes meanwhile is not taken for lost.
+    traced = node.streams.holding("SIA_TRACE", name)
+    first = await node.streams.first(traced)
     counted, traces = await node.streams.counted("SIA", name), Traces(await node.streams.counted("SIA_TRACE", name))
-    wires = [(each.sequence, each.body) async for each in node.streams.messages("SIA", name)]
+    wires: list[tuple[int, bytes]] = []
+    made_good = 0, 0
+    async for each in node.streams.messages("SIA", name):
+        wires.append((each.sequence, each.body))
+        if each.made_good is not None:
+            made_good = each.sequence, each.made_good
     start = await _start(node, log, [wire for _, wire in (*wires, *rows)], copied, looked)
     stream, unread = node.streams.holding("SIA", name), (0, 0)
     if counted > len(wires):
         last = wires[-1][0] if wires else 0
         unread = counted - len(wires), sum(lost > last for lost in (await _lost(node, stream, looked))[1])
-    found = reconcile(name, wires, rows, copied[stream], start, unread)
+    found = reconcile(name, wires, rows, copied[stream], start, unread, made_good)
     async for message in node.streams.traced(name):
         traces.take(message)
-    traced = node.streams.holding("SIA_TRACE", name)
-    of_lines, wrong, lost = reconcile_lines(name, traces, tabled, copied[traced], await node.streams.first(traced))
+    before, first = first, await node.streams.first(traced)
+    if first > before:
+        traces.counted = 0  # some went by their age meanwhile: nobody knows of how many that are not there it is so
+    of_lines, wrong, lost = reconcile_lines(name, traces, tabled, copied[traced], first)
     looked.runs[name], looked.lines[name] = found, (wrong, lost)
     looked.under_way.remove(name)
     looked.findings += [*found.findings, *of_lines]
@@ -234,11 +244,10 @@ async def _mend(
     refused: dict[str | None, str] = {}
     log_here.forget_copied(settings)
     reach("sia verify before mending")
-    # The tables first: a server that is killed over a damaged stream may drop what stands behind the damage.
+    # The tables first, with what was not copied yet: a server that is killed over a damaged stream may drop what stands
+    # behind the damage.
     for name, run in looked.runs.items() if not looked.torn else ():
-        wrong = looked.lines[name][0]
-        envelopes = [each async for each in node.streams.envelopes(name) if each[0] in wrong]
-        await log.mend(name, [record for record in run.records if record.position in run.wrong], envelopes)
+        await _mend_tables(node, log, name, run, looked.lines[name][0])
     reach("sia verify after mending the tables")
     for name, run in looked.runs.items():
         try:
@@ -271,6 +280,18 @@ async def _mend(
     reach("sia verify after mending the blobs")
     await log_here.mark_copied(settings, node.bus)
     return refused
+
+
+async def _mend_tables(node: app.Node, log: ClickHouseLog, name: str, run: Reconciled, lines: frozenset[int]) -> None:
+    await log.mend(name, [record for record in run.records if record.position in run.wrong], [])
+    part: list[tuple[int, Envelope]] = []
+    async for each in node.streams.envelopes(name):
+        if each[0] in lines:
+            part.append(each)
+        if len(part) == ENVELOPES:
+            await log.mend(name, [], part)
+            part = []
+    await log.mend(name, [], part)
 
 
 async def _mend_blobs(node: app.Node, looked: Looked, source: str | None) -> None:
