@@ -20,7 +20,6 @@ def undisturbed(task: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Re
 
 
 @pytest.mark.slow  # the bus is waited for, a minute long
-@pytest.mark.xfail(reason="after the disk was full, the resumed attempt's first call may hang until its limit: open")
 def test_a_run_whose_stream_has_no_room_says_so_and_goes_on_when_there_is(
     task: Path, tmp_path: Path, undisturbed: list[Record]
 ):
