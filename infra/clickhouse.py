@@ -320,7 +320,7 @@ def _open(client: Callable[..., Client], held: ExitStack, alone: bool = False) -
         if alone:
             _translated(lambda: writer.command(f"DROP TABLE IF EXISTS {UPGRADING}"))
         _translated(lambda: _migrate(writer))
-        _check(writer)
+        _translated(lambda: _check(writer))
         reader = _translated(lambda: client(settings={**SETTINGS, "readonly": "2"}, tz_mode="aware"))
         held.callback(reader.close)
         return ClickHouseLog(writer, reader, held.pop_all())

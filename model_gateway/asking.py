@@ -14,6 +14,7 @@ import structlog
 
 from sia_events.model_gateway import completion
 from sia_events.model_gateway.budget import OverBudget
+from sia_events.model_gateway.held import Held
 from sia_events.model_gateway.journal import Journal
 from sia_events.model_gateway.ledger import Ledger
 from sia_events.model_gateway.patience import Patience, is_the_callers
@@ -42,7 +43,7 @@ class Calls:
     """All calls of this gateway. A call that is being read is joined, not made a second time.
 
     `models` finds what answers for a model name, "provider/model", and raises ModelFailed where nothing does. A
-    provider that is away is asked again for `patience` seconds.
+    provider that is away is asked again for `patience` seconds. What the journal makes a program wait for is in `held`.
     """
 
     def __init__(
@@ -53,6 +54,7 @@ class Calls:
         self._clock = clock
         self._ledger = ledger
         self._patience = Patience(patience)
+        self.held = Held()
         self._under_way: dict[tuple[str, ...], tuple[Reading, asyncio.Task[None]]] = {}
         self._told: OrderedDict[tuple[str, str, str], ModelCall] = OrderedDict()
         self._ending = False
@@ -65,7 +67,8 @@ class Calls:
         model, adapter = allowed(claims, body.get("model"))
         asked = {name: value for name, value in body.items() if name not in DELIVERY}
         digest = hashlib.sha256(msgspec.json.encode([wire.name, asked], order="sorted")).hexdigest()
-        recorded = await self._journal.open(claims.run, claims.attempt)
+        with self.held.waiting(claims.run, claims.start):
+            recorded = await self._journal.open(claims.run, claims.attempt)
         same = (claims.run, journal_key(claims.attempt), digest)
         under_way = [int(key[-1]) for key in self._under_way if key[:-1] == same]
         n = self._journal.number(claims.run, claims.start, digest, again, under_way)
@@ -141,7 +144,8 @@ class Calls:
     async def _note(self, claims: Claims, asked_by: str, digest: str, n: int) -> None:
         """Put on record that an agent is given the reply to a call that another start of it has made."""
         if claims.role == "target" and asked_by != claims.start:
-            await self._journal.given_again(claims.run, claims.attempt, GivenAgain(claims.start, digest, n))
+            with self.held.waiting(claims.run, claims.start):
+                await self._journal.given_again(claims.run, claims.attempt, GivenAgain(claims.start, digest, n))
 
     def _refused(self, claims: Claims, recorded: int) -> Refused | None:
         """Why no new call is made: the gateway is ending, or the attempt has made all that it may make."""
@@ -194,7 +198,8 @@ class Calls:
             raise Refused(500, ENDING)
         if paid or await self._is_news(claims, call):
             reach("model_gateway before recording a call")
-            await self._journal.record(claims.run, call)
+            with self.held.waiting(claims.run, claims.start):
+                await self._journal.record(claims.run, call)
             reach("model_gateway after recording a call")
         return call
 

@@ -72,6 +72,14 @@ def gateway(calls: Calls, secret: str, clock: Clock) -> Starlette:
         page = {"has_more": False, "first_id": names[0], "last_id": names[-1]}
         return JSONResponse({"object": "list", "data": data, **page})
 
+    async def held_up(request: Request) -> Response:
+        """How many seconds at most the caller waited for its journal; told when it waits for nothing of it any more."""
+        claims = _claims(request, secret, clock)
+        try:
+            return JSONResponse({"seconds": await calls.held.longest(claims.run, claims.start)})
+        except Exception as error:
+            raise Refused(503, f"not all of its calls are on record: {type(error).__name__}: {error}") from error
+
     return Starlette(
         routes=[
             Route("/v1/chat/completions", served(CHAT), methods=["POST"]),
@@ -81,6 +89,7 @@ def gateway(calls: Calls, secret: str, clock: Clock) -> Starlette:
             Route("/v1/messages", served(MESSAGES), methods=["POST"]),
             Route("/v1/messages/count_tokens", count, methods=["POST"]),
             Route("/v1/models", listing),
+            Route("/v1/held_up", held_up),
         ],
         exception_handlers={Refused: _refused, HTTPException: _no_such_page},
     )

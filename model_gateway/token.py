@@ -8,13 +8,17 @@ from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
 from functools import lru_cache
+from http import HTTPStatus
 from pathlib import Path
 from typing import Any, Literal
 
 import msgspec
 from itsdangerous import BadData, URLSafeSerializer
 
+from sia_events.shared.ports import GatewayAway
 from sia_events.shared.settings import SettingsError
+
+HELD_UP_S = 120.0  # the bus may be away for a minute, and the gateway says so then
 
 
 class Claims(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -54,6 +58,19 @@ class TokenDoor:
 
     def token(self, claims: Mapping[str, Any]) -> str:
         return _serializer(self.secret).dumps(msgspec.to_builtins(msgspec.convert(claims, Claims)))
+
+    async def held_up(self, token: str) -> float:
+        import httpx
+
+        transport = httpx.AsyncHTTPTransport(uds=str(self.socket))
+        async with httpx.AsyncClient(transport=transport, base_url="http://gateway", timeout=HELD_UP_S) as http:
+            try:
+                reply = await http.get("/v1/held_up", headers={"Authorization": f"Bearer {token}"})
+            except httpx.HTTPError as error:
+                raise GatewayAway(f"the gateway does not say what it kept waiting: {error!r}") from error
+        if reply.status_code != HTTPStatus.OK:
+            raise GatewayAway(f"the gateway does not say what it kept waiting: {reply.text[:500]}")
+        return float(reply.json()["seconds"])
 
 
 def read_token(token: str, secret: str, now: datetime) -> Claims:

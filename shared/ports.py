@@ -534,6 +534,10 @@ class ProviderAway(Exception):
     """
 
 
+class GatewayAway(Exception):
+    """The gateway does not answer, or could not put on record what it was asked: nothing is known of whom it kept."""
+
+
 class ModelAway(Exception):
     """No reply came, through no fault of the agent's. Calls answered before are recorded and are not made again."""
 
@@ -562,6 +566,13 @@ class Door(Protocol):
 
     def token(self, claims: Mapping[str, Any]) -> str:
         """A signed token for one attempt; the gateway trusts its claims and nothing else."""
+        ...
+
+    async def held_up(self, token: str) -> float:
+        """Seconds that the token's holder waited for a record of its calls, at most; told when all are on record.
+
+        Raises GatewayAway.
+        """
         ...
 
 

@@ -28,6 +28,7 @@ from sia_events.target_runner.states import with_states
 
 DATA_LEFT_IN_WORK = 64_000_000
 TOKEN_MARGIN_S = 60.0  # a box takes time to start and to end
+HELD_UP_S = 5.0  # longer than a stream on a disk with room takes to put a call on record
 
 
 async def attempt(work: Work, asked: AttemptRequested) -> Sequence[Event]:
@@ -36,7 +37,7 @@ async def attempt(work: Work, asked: AttemptRequested) -> Sequence[Event]:
     The agent gets its harness and the split's public data read-only, one writable folder, the gateway and a token
     for this attempt. Nothing it says about itself is evidence: calls and exit are recorded by the platform. Raises
     ProviderAway where a model was waited for in vain: that tells nothing of any version. Where that happens again and
-    the provider answers others, the attempt has failed.
+    the provider answers others, the attempt has failed. Raises GatewayAway where not all of its calls are on record.
     """
     run, ports = work.run, work.ports
     version, task = run.versions[asked.version], run.task
@@ -72,6 +73,8 @@ async def attempt(work: Work, asked: AttemptRequested) -> Sequence[Event]:
         )
         reach("target_runner after running an agent")
         overslept = ports.clock.now() >= expires
+        # Told as lost already, or by a token that opens nothing any more.
+        held = 0.0 if overslept or outcome.lost_connections else await ports.door.held_up(token)
         await log_lines(work, asked.attempt, outcome, token)
         recorded = await _recorded(work, asked.attempt)
         calls, paid = _each_once(recorded), _paid(recorded)
@@ -82,7 +85,7 @@ async def attempt(work: Work, asked: AttemptRequested) -> Sequence[Event]:
                 raise gone
             paid = _paid(await _recorded(work, asked.attempt))
             return [_failed(asked, "infrastructure", f"{gone}. Its provider answers others: it is given up", paid)]
-        if trouble := _trouble(asked, outcome, unanswered, overslept):
+        if trouble := _trouble(asked, outcome, unanswered, overslept, held):
             detail = await ports.blobs.put(outcome.stderr[-20_000:]) if outcome.stderr else None
             return [trouble.model_copy(update={"detail": detail, **spent(paid)})]
         try:
@@ -189,9 +192,12 @@ def _job(folder: Path, packages: Path | None, socket: Path, token: str, model: s
 
 
 def _trouble(
-    asked: AttemptRequested, outcome: Outcome, unanswered: Sequence[ModelCall], overslept: bool
+    asked: AttemptRequested, outcome: Outcome, unanswered: Sequence[ModelCall], overslept: bool, held: float
 ) -> AttemptFailed | None:
-    """What went wrong, if anything; a model that could not answer is our failure, whatever the agent made of it."""
+    """What went wrong, if anything; a model that could not answer is our failure, whatever the agent made of it.
+
+    So is a reply that was `held` back for so many seconds until it was on record.
+    """
     if over := [call for call in unanswered if call.fault == "budget"]:
         return _failed(asked, "budget", f"a model call was not made: {over[0].error}")
     if unanswered:
@@ -202,6 +208,9 @@ def _trouble(
     if overslept:
         # The box's time stands still while the machine sleeps, the token's does not: calls may have been refused.
         return _failed(asked, "infrastructure", "its token ran out early: the machine slept, or its clock leapt")
+    if held > HELD_UP_S:
+        waited = f"a reply waited {held:.0f} s to be put on record: the stream was away, or its disk slow or full"
+        return _failed(asked, "infrastructure", waited)
     if outcome.status == "ok":
         return None
     if outcome.status == "timeout":

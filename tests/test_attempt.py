@@ -4,10 +4,11 @@ from collections.abc import Sequence
 from dataclasses import replace
 from datetime import datetime, timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 import pytest
+from doors import ToldDoor
 from given import NOON, recorded
 from story import OPENING, asked, proposed, started
 
@@ -15,14 +16,14 @@ from sia_events.infra.memory import MemoryBlobs, MemoryBus
 from sia_events.model_gateway.token import TokenDoor, TokenRefused, read_token
 from sia_events.shared.calls import ModelCall, encode_call, journal_key
 from sia_events.shared.events import AttemptFailed, AttemptRequested, Event, ExecutionLogged
-from sia_events.shared.ports import BusFull, Envelope, Job, Outcome, Ports
+from sia_events.shared.ports import BusFull, Envelope, GatewayAway, Job, Outcome, Ports
 from sia_events.shared.registration import decode_task, register
 from sia_events.shared.run import fold
 from sia_events.shared.service import Work
 from sia_events.shared.task import find_task
 from sia_events.shared.tree import store_tree
 from sia_events.target_runner.logged import KEPT, LogLine
-from sia_events.target_runner.perform import TOKEN_MARGIN_S, recorded_calls
+from sia_events.target_runner.perform import HELD_UP_S, TOKEN_MARGIN_S, recorded_calls
 from sia_events.target_runner.service import target_runner
 
 SECRET = "a secret of the tests"
@@ -48,14 +49,19 @@ class Box:
 
 
 async def attempted(
-    box: Box, home: Path, request: AttemptRequested, calls: Sequence[bytes] = (), bus: MemoryBus | None = None
+    box: Box,
+    home: Path,
+    request: AttemptRequested,
+    calls: Sequence[bytes] = (),
+    bus: MemoryBus | None = None,
+    held: float | Exception = 0.0,
 ) -> tuple[Sequence[Event], float]:
     """What the attempt came to, and its wall limit in seconds."""
     blobs = MemoryBlobs()
     told = await register(find_task("words"), blobs, MemoryBlobs(), 8)
     first = proposed().model_copy(update={"harness": await store_tree(blobs, {"target_agent.py": b""})})
     records = recorded(told, started(), first, request)
-    door = TokenDoor(home / "gateway.sock", SECRET)
+    door = ToldDoor(home / "gateway.sock", SECRET, held)
     bus = bus or MemoryBus(blobs)
     await bus.trace(Envelope("r1", "model_call", journal_key(request.attempt), tuple(calls)))
     ports = Ports(bus, blobs, box, box, door, home)
@@ -92,6 +98,24 @@ async def test_an_agent_whose_token_ran_out_while_the_machine_slept_is_not_blame
     _, wall_s = await attempted(Box(), tmp_path, asked("g0a", "dev"))
     (event,), _ = await attempted(Box(takes=wall_s + TOKEN_MARGIN_S), tmp_path, asked("g0a", "dev"))
     assert isinstance(event, AttemptFailed) and event.kind == "infrastructure" and "the machine slept" in event.message
+
+
+@pytest.mark.parametrize("status", ["ok", "crash", "timeout"])
+async def test_an_agent_whose_replies_waited_for_our_disk_is_not_blamed_whatever_it_made_of_the_wait(
+    tmp_path: Path, status: Literal["ok", "crash", "timeout"]
+):
+    box = Box(outcome=replace(WELL, status=status))
+    (blamed,), _ = await attempted(box, tmp_path, asked("g0a", "dev"), held=HELD_UP_S)
+    assert (blamed.kind if isinstance(blamed, AttemptFailed) else "ok") == status
+    (event,), _ = await attempted(box, tmp_path, asked("g0a", "dev"), held=40.0)
+    assert isinstance(event, AttemptFailed) and event.kind == "infrastructure"
+    assert "waited 40 s to be put on record" in event.message
+
+
+async def test_nothing_is_made_of_an_attempt_while_not_all_of_its_calls_are_on_record(tmp_path: Path):
+    box = Box(outcome=replace(WELL, status="timeout", exit_code=None))
+    with pytest.raises(GatewayAway):
+        await attempted(box, tmp_path, asked("g0a", "dev"), held=GatewayAway("no room"))
 
 
 async def test_an_agent_that_takes_all_of_its_time_is_within_its_tokens(tmp_path: Path):

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import httpx
 import pytest
+from doors import ToldDoor
 from given import NOON, recorded
 from story import asked, proposed, started
 from test_gateway_faults import Purse
@@ -15,7 +16,6 @@ from sia_events.infra.memory import MemoryBlobs, MemoryBus
 from sia_events.model_gateway.asking import Calls
 from sia_events.model_gateway.door import gateway
 from sia_events.model_gateway.journal import Journal
-from sia_events.model_gateway.token import TokenDoor
 from sia_events.shared.events import AttemptFailed, AttemptRequested, Event, ExecutionLogged
 from sia_events.shared.ports import FailedCall, Job, ModelFailed, Outcome, Ports, ProviderAway
 from sia_events.shared.registration import register
@@ -79,7 +79,7 @@ async def attempted(
     )
     first = proposed().model_copy(update={"harness": await store_tree(blobs, {"target_agent.py": b""})})
     records = recorded(told, opened, first, asked("g0a", "dev"))
-    ports = Ports(bus, blobs, agent, agent, TokenDoor(home / "gateway.sock", SECRET), home)
+    ports = Ports(bus, blobs, agent, agent, ToldDoor(home / "gateway.sock", SECRET), home)
     work = Work(fold(records), records[-1], ports)
     request = records[-1].event
     assert isinstance(request, AttemptRequested)

@@ -7,13 +7,15 @@ import subprocess
 import sys
 from collections.abc import AsyncIterator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from threading import Barrier
+from typing import Any
 
 import pytest
 from store_owner import owner, statement
+from urllib3.connectionpool import HTTPConnectionPool
 
 from sia_events.infra import clickhouse
 from sia_events.infra.chdb_engine import UPGRADING
@@ -28,6 +30,7 @@ from sia_events.infra.clickhouse import (
     migrations,
 )
 from sia_events.infra.memory import MemoryLog
+from sia_events.infra.nats_server import free_port
 from sia_events.infra.store_lock import StoreHeld
 from sia_events.shared.calls import ModelCall, encode_call
 from sia_events.shared.events import (
@@ -334,6 +337,33 @@ async def test_a_torn_part_is_set_aside_and_the_rest_is_there(tmp_path: Path):
     assert list(await log.records("whole")) == whole
     assert list(await log.runs()) == ["whole"]
     await log.close()
+
+
+async def test_a_log_whose_owner_goes_at_any_point_of_its_opening_is_told_as_such(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    asked, gone_at, ask = 0, -1, HTTPConnectionPool.urlopen
+
+    def counted(pool: HTTPConnectionPool, *request: Any, **more: Any) -> Any:
+        nonlocal asked
+        asked += 1
+        nobody = HTTPConnectionPool("127.0.0.1", free_port())
+        return ask(nobody if asked > gone_at >= 0 else pool, *request, **more)
+
+    with owner(tmp_path / "log") as running:
+        await connect(running.dsn).close()
+        monkeypatch.setattr(HTTPConnectionPool, "urlopen", counted)
+        await connect(running.dsn).close()
+        questions = asked
+        assert questions > 5
+        told = []
+        for at in range(questions):
+            asked, gone_at = 0, at
+            with suppress(LogUnavailable):
+                await connect(running.dsn).close()
+                continue
+            told.append(at)
+        assert told == [*range(questions - 1)], "the driver can do without an answer to its last question"
 
 
 async def test_a_log_whose_owner_was_killed_says_so_and_goes_on_with_the_next_owner(tmp_path: Path):

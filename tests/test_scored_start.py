@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+from doors import ToldDoor
 from given import NOON, recorded
 from story import asked, proposed, started
 
@@ -89,7 +90,7 @@ async def attempted(folder: Path, starts: Sequence[Sequence[str]]) -> list[tuple
     told = await register(find_task("words"), blobs, MemoryBlobs(), 8)
     first = proposed().model_copy(update={"harness": await store_tree(blobs, {"target_agent.py": b""})})
     box = House(bus, starts)
-    ports = Ports(bus, blobs, box, box, TokenDoor(folder / "gateway.sock", SECRET), folder)
+    ports = Ports(bus, blobs, box, box, ToldDoor(folder / "gateway.sock", SECRET), folder)
     records = recorded(told, started(), first)
     for number in range(len(starts)):
         again = asked("g0a", "dev", tries=number, attempt=f"g0a.dev~{number}" if number else "g0a.dev")

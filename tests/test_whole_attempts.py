@@ -362,6 +362,9 @@ class Door:
         self.claims.append(dict(claims))
         return "token"
 
+    async def held_up(self, token: str) -> float:
+        return 0.0
+
 
 async def test_such_an_attempt_is_drawn_and_finds_the_state_it_starts_from(tmp_path: Path):
     blobs, box, door = MemoryBlobs(), Box(), Door()

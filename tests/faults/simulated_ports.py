@@ -18,7 +18,17 @@ from sia_events.model_gateway.asking import Calls
 from sia_events.model_gateway.openai_wire import CHAT
 from sia_events.model_gateway.token import Claims, TokenRefused, read_token
 from sia_events.shared.calls import ModelCall, journal_key
-from sia_events.shared.ports import BusFull, BusUnreachable, Chat, Envelope, Feed, Job, ModelFailed, Outcome
+from sia_events.shared.ports import (
+    BusFull,
+    BusUnreachable,
+    Chat,
+    Envelope,
+    Feed,
+    GatewayAway,
+    Job,
+    ModelFailed,
+    Outcome,
+)
 from sia_events.shared.record import Draft, Record
 
 SECRET = "a secret of the simulation"
@@ -216,6 +226,19 @@ class Gateway:
             self.told.append(reply_of(claims.run, call))
         return call.reply
 
+    async def held_up(self, token: str) -> float:
+        if self._up is None or self._up[0].dead:
+            raise GatewayAway("nobody listens")
+        claims = read_token(token, SECRET, self._machine.now())
+        process, calls = self._up
+        try:
+            seconds = await calls.held.longest(claims.run, claims.start)
+        except Exception as error:
+            raise GatewayAway("not all is on record") from error
+        if process.dead:
+            raise GatewayAway("the connection ended")
+        return seconds
+
     async def _serve(
         self, calls: Calls, claims: Claims, words: str, again: bool, reply: "asyncio.Future[ModelCall]"
     ) -> None:
@@ -271,8 +294,11 @@ class Door:
 
     socket = Path("/nowhere")
 
-    def __init__(self, token: Callable[[Mapping[str, Any]], str]) -> None:
-        self.token = token
+    def __init__(self, token: Callable[[Mapping[str, Any]], str], gateway: Gateway) -> None:
+        self.token, self._gateway = token, gateway
+
+    async def held_up(self, token: str) -> float:
+        return await self._gateway.held_up(token)
 
 
 def lines_of(envelope: Envelope) -> list[Line]:

@@ -109,7 +109,7 @@ class World:
             blobs=FaultyBlobs(machine, self.public),
             sandbox=Box(machine, self.gateway, laid.truth),
             clock=machine,
-            door=Door(TokenDoor(Path(), SECRET).token),
+            door=Door(TokenDoor(Path(), SECRET).token, self.gateway),
             home=home,
             private=private,
         )
