@@ -94,14 +94,17 @@ def _divergences(
     if broken := broken_link(records, GENESIS):
         code = _code(lineage, broken)
         yield Divergence(broken, broken.producer, (broken.event,), (), "hash chain broken", code)
-    over = lineage.latest.status == "finished"  # a cancelled run was broken off wherever it stood
+    deciding = {kind: {each.name for each in services if kind in each.decides} for kind in _decided_by_any(services)}
+    nobody = set[str]()
     accounted: set[UUID] = set()
     for cause in records:
         if cause.producer == IMPORTED:
             continue  # nothing of ours decided it, and nothing answers it
-        answerers = {record.producer for record in lineage.answered(cause)}
-        for service in services:
-            if service.name not in answerers and type(cause.event) not in service.decides:
+        due = deciding.get(type(cause.event), nobody)
+        if answered := lineage.answered(cause):
+            due = due.union([record.producer for record in answered])
+        for service in services if due else ():
+            if service.name not in due:
                 continue
             given = lineage.given(service, cause)
             accounted.update(record.id for record in given)
@@ -117,7 +120,9 @@ def _divergences(
                 decided = tuple(lineage.decided(decide, cause, run)) if decide else ()
                 # The log of a run under way may end before an answer, or inside one that was written as a batch.
                 at_the_end = not given or given[-1] is records[-1]
-                if not over and at_the_end and len(recorded) < len(decided) and recorded == decided[: len(recorded)]:
+                begun = at_the_end and len(recorded) < len(decided) and recorded == decided[: len(recorded)]
+                # A cancelled run was broken off wherever it stood.
+                if begun and lineage.latest.status != "finished":
                     counts["pending"] += 1
                     continue
                 counts["decisions"] += bool(given)
@@ -133,6 +138,10 @@ def _divergences(
         if not _from_outside(record):
             why, code = "nothing in the log gave rise to it", _code(lineage, record)
             yield Divergence(record, record.producer, (record.event,), (), why, code)
+
+
+def _decided_by_any(services: Sequence[Service]) -> set[type[Event]]:
+    return {kind for service in services for kind in service.decides}
 
 
 def _code(lineage: Lineage, record: Record) -> str | None:

@@ -75,10 +75,11 @@ class Lineage:
 
     def __init__(self, records: Sequence[Record] = ()) -> None:
         self.records: list[Record] = []
-        self.latest = Run()
+        # The last position folded, and the state after it: whoever decides one cause behind the other folds once.
+        self._at, self._folded = 0, Run()
         # A state after each record would grow with the square of a run's length: some are kept, the rest folded again.
-        self._kept = [self.latest]
-        self._last = 0, self.latest
+        self._kept = [self._folded]
+        self._last = 0, self._folded
         self._answered: dict[UUID | None, list[Record]] = {}
         # What opens a branch, by its name: where it leaves its parent, and what was said with that.
         self._openings: dict[str, list[Record]] = {}
@@ -90,21 +91,18 @@ class Lineage:
     def extend(self, records: Sequence[Record]) -> None:
         """Take over the records behind those already known; `records` is the whole history."""
         for record in records[len(self.records) :]:
-            held = self.latest.held
-            self.latest = evolve(self.latest, record)
             self.records.append(record)
-            if self.latest.held and not held:
-                self._held_at = record.position
-            # A branch goes on without deciding what its parent's hold kept back: it inherits that.
-            if held and not self.latest.held and not isinstance(record.event, RunBranched):
-                self._holds.append((self._held_at, record.position))
-            if len(self.records) % KEPT_EVERY == 0:
-                self._kept.append(self.latest)
             self._answered.setdefault(record.cause, []).append(record)
             if isinstance(record.event, RunBranched):
                 self._openings[record.run] = [record]
             elif (opened := self._openings.get(record.run)) and opens_with(opened, record):
                 opened.append(record)
+
+    @property
+    def latest(self) -> Run:
+        """The state after all of them."""
+        self._fold(len(self.records))
+        return self._folded
 
     def state(self, cause: Record, run: str) -> Run:
         """The fold on which `run` decides its answer to `cause`.
@@ -116,6 +114,7 @@ class Lineage:
         if opened is None or opened[0].position <= cause.position:
             return state
         forked = replace(fold(opened, state), released=state.released)
+        self._fold(opened[0].position)
         if any(held < cause.position < going < opened[0].position for held, going in self._holds):
             return replace(forked, paused=state.paused, exhausted=state.exhausted, cancelled=state.cancelled)
         return forked
@@ -130,13 +129,30 @@ class Lineage:
         return decide(self.state(cause, run), cause.event)
 
     def _after(self, position: int) -> Run:
-        """The state after the record at `position`, from the nearest one kept before it."""
+        """The state after the record at `position`: the next one, or from the nearest one kept before it."""
+        if position >= self._at:
+            self._fold(position)
+            return self._folded
         nearest = position // KEPT_EVERY
         at, state = nearest * KEPT_EVERY, self._kept[nearest]
         if at < self._last[0] <= position:
             at, state = self._last
         self._last = position, fold(self.records[at:position], state)
         return self._last[1]
+
+    def _fold(self, position: int) -> None:
+        """Go on up to the record at `position`."""
+        for record in self.records[self._at : position]:
+            held = self._folded.held
+            self._folded = evolve(self._folded, record)
+            self._at += 1
+            if self._folded.held and not held:
+                self._held_at = record.position
+            # A branch goes on without deciding what its parent's hold kept back: it inherits that.
+            if held and not self._folded.held and not isinstance(record.event, RunBranched):
+                self._holds.append((self._held_at, record.position))
+            if self._at % KEPT_EVERY == 0:
+                self._kept.append(self._folded)
 
     def answered(self, cause: Record) -> Sequence[Record]:
         """Every record that `cause` gave rise to, whoever wrote it."""

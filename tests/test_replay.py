@@ -10,10 +10,11 @@ import pytest
 from given import altered
 
 from sia_events.app import SERVICES
+from sia_events.shared import run, service
 from sia_events.shared.events import AgentProposed, RunFinished, RunStarted, Scored, VersionAccepted, WeightsUpdated
 from sia_events.shared.record import Record, broken_link, parse_record, to_wire
 from sia_events.shared.replay import replay
-from sia_events.shared.run import fold
+from sia_events.shared.run import Run, evolve, fold
 
 HERE = Path(__file__).parent / "runs"
 RUNS = sorted(HERE.glob("*.jsonl"))
@@ -99,6 +100,24 @@ def test_a_difference_is_told_with_the_code_that_wrote_the_very_record():
     opened = next(record.event for record in family if isinstance(record.event, RunStarted))
     first = replay(family[:10], silent).divergence
     assert first and (first.code, first.cause.code) == (opened.code, None), "up to schema 3 what opened the run"
+
+
+def test_a_run_is_folded_once_and_what_a_branch_inherits_again_for_the_branch(monkeypatch: pytest.MonkeyPatch):
+    folded: list[int] = []
+
+    def counted(state: Run, record: Record) -> Run:
+        folded.append(record.position)
+        return evolve(state, record)
+
+    monkeypatch.setattr(service, "evolve", counted)
+    monkeypatch.setattr(run, "evolve", counted)
+    for path in RUNS:
+        records = read(path)
+        folded.clear()
+        assert replay(records, tuple(SERVICES.values())).divergence is None
+        forks = [record.position for record in records if record.type == "RunBranched"]
+        behind = [position for position in folded if position > max(forks, default=0)]
+        assert len(set(behind)) == len(behind) > 10
 
 
 def test_a_stretch_is_judged_on_the_state_that_the_whole_history_gives():
