@@ -48,6 +48,11 @@ class Reconciled:
     wrong: frozenset[int]
     cut_off: bool = False
 
+    @property
+    def sound(self) -> bool:
+        """Whether the stream and the tables have every record, once and as it was written."""
+        return self.whole and not self.findings and not self.wrong
+
 
 class _Placed(msgspec.Struct):
     run: str

@@ -28,7 +28,7 @@ from sia_events.target_runner.states import with_states
 
 DATA_LEFT_IN_WORK = 64_000_000
 TOKEN_MARGIN_S = 60.0  # a box takes time to start and to end
-HELD_UP_S = 5.0  # longer than a stream on a disk with room takes to put a call on record
+HELD_UP_S = 10.0  # longer than a stream on a disk with room takes to put a call on record
 
 
 async def attempt(work: Work, asked: AttemptRequested) -> Sequence[Event]:

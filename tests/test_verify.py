@@ -1,6 +1,7 @@
 """`sia verify` on the real stream, the real tables and real blobs: real bits are flipped in their files."""
 
 import asyncio
+import gc
 import json
 import signal
 from collections.abc import Awaitable, Callable
@@ -12,7 +13,7 @@ import pytest
 from bus_on import forged_branch, note, notes, opened
 from command import SMALL, read, sia, told
 
-from sia_events import app
+from sia_events import app, verifying
 from sia_events.event_log import recorder
 from sia_events.home import hold
 from sia_events.infra.nats_server import running
@@ -65,6 +66,27 @@ async def filled(node: app.Node) -> None:
 async def home(tmp_path: Path) -> Path:
     await on_home(tmp_path, filled)
     return tmp_path
+
+
+async def test_of_runs_that_are_sound_one_is_held_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    async def many(node: app.Node) -> None:
+        for run in range(8):
+            first, *_ = await opened(node.bus, f"r{run}")
+            await node.bus.append(f"r{run}", notes(f"r{run}", first, *("a note" for _ in range(50))))
+
+    await on_home(tmp_path, many)
+    held: list[int] = []
+
+    async def counted(*given: Any) -> None:
+        held.append(sum(isinstance(each, Record) for each in gc.get_objects()))
+        await of_blobs(*given)
+
+    of_blobs = verifying._look_at_blobs
+    monkeypatch.setattr(verifying, "_look_at_blobs", counted)
+    before = sum(isinstance(each, Record) for each in gc.get_objects())
+    found = await looked(tmp_path)
+    assert found["findings"] == [] and found["records"] >= 8 * 50 and len(held) == 8
+    assert max(held) - before < 2 * found["records"] / 8
 
 
 async def looked(home: Path, run: str | None = None, repair: bool = False, source: str | None = None) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 import hashlib
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from sia_events import app, log_here
@@ -31,6 +31,7 @@ ENVELOPES = 500  # that are held at once
 class Looked:
     """What one look found, and what mending it needs; `private` where the evaluator's blobs are kept here.
 
+    The records of a sound run are not kept: the stream has them all. `records` counts those of all runs.
     `lines` has a run's trace sequences whose rows are wrong or not there yet, and those that only the tables have;
     `lost` the last sequence of a stream, and those up to it of which nothing can be read; `blobs` who named each, by
     digest and whether it is private. `under_way` are runs that are just being looked at.
@@ -38,11 +39,13 @@ class Looked:
 
     all: bool
     runs: dict[str, Reconciled] = field(default_factory=dict)
+    records: int = 0
     lines: dict[str, tuple[frozenset[int], frozenset[int]]] = field(default_factory=dict)
     lost: dict[str, tuple[int, Sequence[int]]] = field(default_factory=dict)
     torn: bool = False
     private: bool = True
     findings: list[Finding] = field(default_factory=list)
+    of_blobs: list[Finding] = field(default_factory=list)
     blobs: dict[tuple[str, bool], str | None] = field(default_factory=dict)
     counted: int = 0
     under_way: set[str] = field(default_factory=set)
@@ -73,7 +76,7 @@ async def verify(settings: Settings, run: str | None, repair: bool, source: str 
     still = {(f.kind, f.store, f.run, f.place) for f in last.open}
     return {
         "runs": len(last.runs),
-        "records": sum(len(each.records) for each in last.runs.values()),
+        "records": last.records,
         "lines": last.counted,
         "blobs": len(last.blobs),
         "findings": [asdict(finding) for finding in first.findings],
@@ -108,13 +111,14 @@ async def _look(
         await _look_at(node, log, name, copied, looked)
     if everything:
         await _look_for_gaps(node, copied, looked)
-    await _look_at_blobs(node, looked)
+        await _look_at_unnamed_blobs(node, looked)
+    looked.findings += looked.of_blobs
     return looked
 
 
-async def _look_at(node: app.Node, log: ClickHouseLog, name: str, copied: Copied, looked: Looked) -> Reconciled:
+async def _look_at(node: app.Node, log: ClickHouseLog, name: str, copied: Copied, looked: Looked) -> None:
     if name in looked.runs:
-        return looked.runs[name]
+        return
     looked.under_way.add(name)
     try:
         rows, tabled = await log.rows(name), await log.lines(name)
@@ -144,11 +148,13 @@ async def _look_at(node: app.Node, log: ClickHouseLog, name: str, copied: Copied
     if first > before:
         traces.counted = 0  # some went by their age meanwhile: nobody knows of how many that are not there it is so
     of_lines, wrong, lost = reconcile_lines(name, traces, tabled, copied[traced], first)
-    looked.runs[name], looked.lines[name] = found, (wrong, lost)
+    await _look_at_blobs(node, looked, name, found.records)
+    looked.records += len(found.records)
+    looked.runs[name] = replace(found, records=()) if found.sound else found
+    looked.lines[name] = wrong, lost
     looked.under_way.remove(name)
     looked.findings += [*found.findings, *of_lines]
     looked.counted += sum(len(digests) for digests in traces.envelopes.values())
-    return found
 
 
 async def _start(
@@ -178,7 +184,10 @@ async def _lineage(node: app.Node, log: ClickHouseLog, name: str, copied: Copied
     parts: dict[str, Sequence[Record]] = {}
     end = sys.maxsize
     while name not in parts and name not in looked.under_way:
-        own = (await _look_at(node, log, name, copied, looked)).records
+        await _look_at(node, log, name, copied, looked)
+        own = looked.runs[name].records
+        if looked.runs[name].sound:
+            own = [parse_record(each.body) async for each in node.streams.messages("SIA", name)]
         parts[name] = [record for record in own if record.position <= end]
         if not own or not isinstance(own[0].event, RunBranched):
             break
@@ -205,18 +214,19 @@ async def _look_for_gaps(node: app.Node, copied: Copied, looked: Looked) -> None
             looked.findings.append(Finding("missing", "stream", None, place, "they had been there and are gone"))
 
 
-async def _look_at_blobs(node: app.Node, looked: Looked) -> None:
-    """Every blob that a record names, and the members of trees; with everything, also those that nothing names."""
-    for name, run in looked.runs.items():
-        for record in run.records:
-            for digest, private in named(record):
-                if private and not looked.private:
-                    continue
-                await _look_at_blob(node, looked, digest, private, name, f"record {record.position} names it")
-    if looked.all:
-        for store, private in ((node.blobs, False), (node.private, True)):
-            async for kept in store.listed():
-                await _look_at_blob(node, looked, kept.digest, private, None, "nothing that was looked at names it")
+async def _look_at_blobs(node: app.Node, looked: Looked, name: str, records: Sequence[Record]) -> None:
+    """Every blob that a record names, and the members of trees."""
+    for record in records:
+        for digest, private in named(record):
+            if private and not looked.private:
+                continue
+            await _look_at_blob(node, looked, digest, private, name, f"record {record.position} names it")
+
+
+async def _look_at_unnamed_blobs(node: app.Node, looked: Looked) -> None:
+    for store, private in ((node.blobs, False), (node.private, True)):
+        async for kept in store.listed():
+            await _look_at_blob(node, looked, kept.digest, private, None, "nothing that was looked at names it")
 
 
 async def _look_at_blob(node: app.Node, looked: Looked, digest: str, private: bool, run: str | None, why: str) -> None:
@@ -228,7 +238,7 @@ async def _look_at_blob(node: app.Node, looked: Looked, digest: str, private: bo
         body = await store.get(digest)
     except (BlobMissing, BlobCorrupt) as error:
         kind = "missing" if isinstance(error, BlobMissing) else "altered"
-        looked.findings.append(Finding(kind, "blobs", run, digest, why))
+        looked.of_blobs.append(Finding(kind, "blobs", run, digest, why))
         return
     for member in members(body):
         await _look_at_blob(node, looked, member, private, run, f"tree {digest} names it")
@@ -252,7 +262,7 @@ async def _mend(
     for name, run in looked.runs.items():
         try:
             # Behind those that are put back nobody would miss what was lost behind them.
-            if not run.cut_off:
+            if not (run.sound or run.cut_off):
                 await node.streams.restore(name, run.records)
         except RunExists as error:
             refused[name] = str(error)
