@@ -85,6 +85,7 @@ class Calls:
             return reading
         if key in self._under_way:
             reading, _ = self._under_way[key]
+            self.held.join(claims.run, claims.start, reading.ask.claims.start)
         elif refused := self._refused(claims, len(recorded)):
             reading.end(refused)
         elif away := self._away(claims):
@@ -196,11 +197,11 @@ class Calls:
         if self._ending and not paid:
             # Not recorded and not blamed on anybody: with this status the box counts it as lost.
             raise Refused(500, ENDING)
-        if paid or await self._is_news(claims, call):
-            reach("model_gateway before recording a call")
-            with self.held.waiting(claims.run, claims.start):
+        with self.held.waiting(claims.run, claims.start):
+            if paid or await self._is_news(claims, call):
+                reach("model_gateway before recording a call")
                 await self._journal.record(claims.run, call)
-            reach("model_gateway after recording a call")
+                reach("model_gateway after recording a call")
         return call
 
     async def _outcome(self, wire: Wire, reading: Reading, streamed: bool) -> "_Outcome":
@@ -209,6 +210,8 @@ class Calls:
         try:
             question = wire.question(self._models(ask.model), ask)
             reading.native = question.native
+            with self.held.waiting(ask.claims.run, ask.claims.start):
+                await self._ledger.look(ask.claims.run)
             held = await self._ledger.reserve(ask.claims.run, ask.model, worst, question.max_tokens)
         except OverBudget as over:
             return _Outcome(error=str(over), fault="budget")
@@ -226,7 +229,8 @@ class Calls:
             # What had come is paid for, and who broke off told no count: a part has a token at least.
             usage = completion.usage_of(worst, len(reading.parts)) if reading.parts else None
         finally:
-            usd = await self._ledger.settle(held, usage)
+            with self.held.waiting(ask.claims.run, ask.claims.start):
+                usd = await self._ledger.settle(held, usage)
         if failure is None:
             return _Outcome(reply, usage=usage or {}, usd=usd)
         if not reading.parts and is_the_callers(failure):

@@ -90,6 +90,9 @@ class Ledger:
         self._accounts: dict[str, _Account] = {}
         self._opening = asyncio.Lock()
 
+    async def look(self, run: str) -> None:
+        await self._account(run)
+
     async def reserve(self, run: str, model: str, prompt_tokens: int, max_tokens: int) -> Reservation:
         """Room for a call of at most so many tokens. It waits while calls under way hold what is left.
 

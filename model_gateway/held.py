@@ -16,6 +16,7 @@ class _Waits:
     longest: float = 0.0
     failed: Exception | None = None
     over: asyncio.Event = field(default_factory=asyncio.Event)
+    joined: "list[_Waits]" = field(default_factory=list)
 
 
 class Held:
@@ -24,17 +25,18 @@ class Held:
     def __init__(self) -> None:
         self._starts: OrderedDict[tuple[str, str], _Waits] = OrderedDict()
 
+    def __len__(self) -> int:
+        return len(self._starts)
+
     @contextmanager
     def waiting(self, run: str, start: str) -> Iterator[None]:
         """Around whatever this start of a program waits for that is not its model's doing."""
-        waits = self._starts.setdefault((run, start), _Waits())
-        self._starts.move_to_end((run, start))
-        while len(self._starts) > KEPT:
-            self._starts.popitem(last=False)
+        waits = self._of(run, start)
         began = time.monotonic()
         waits.under_way += 1
         try:
             yield
+            waits.failed = None  # what had failed before was asked for once more, or told to have failed
         except Exception as error:
             waits.failed = error
             raise
@@ -45,11 +47,27 @@ class Held:
                 waits.over.set()
                 waits.over = asyncio.Event()
 
+    def join(self, run: str, start: str, other: str) -> None:
+        """This start waits for a call that the `other` one has made, and for its record: what keeps that, keeps it."""
+        mine, theirs = self._of(run, start), self._of(run, other)
+        if mine is not theirs and not any(each is theirs for each in mine.joined):
+            mine.joined.append(theirs)
+
     async def longest(self, run: str, start: str) -> float:
-        """In seconds, told when it waits for nothing any more. Raises what kept something of it off the record."""
-        waits = self._starts.get((run, start), _Waits())
-        while waits.under_way:
-            await waits.over.wait()
-        if waits.failed:
-            raise waits.failed
-        return waits.longest
+        """In seconds, told when it waits for nothing any more. Raises what kept the last of it off the record."""
+        mine = self._starts.get((run, start), _Waits())
+        for waits in (all_of_it := [mine, *mine.joined]):
+            while waits.under_way:
+                await waits.over.wait()
+            if waits.failed:
+                raise waits.failed
+        return max(waits.longest for waits in all_of_it)
+
+    def _of(self, run: str, start: str) -> _Waits:
+        waits = self._starts.setdefault((run, start), _Waits())
+        self._starts.move_to_end((run, start))
+        if len(self._starts) > KEPT:
+            idle = (name for name, each in self._starts.items() if not each.under_way and each is not waits)
+            if oldest := next(idle, None):
+                del self._starts[oldest]
+        return waits

@@ -62,7 +62,8 @@ class TokenDoor:
     async def held_up(self, token: str) -> float:
         import httpx
 
-        transport = httpx.AsyncHTTPTransport(uds=str(self.socket))
+        # A gateway that is just started again: `retries` are waits of 0, 0.5, 1, 2, … seconds for a connection.
+        transport = httpx.AsyncHTTPTransport(uds=str(self.socket), retries=5)
         async with httpx.AsyncClient(transport=transport, base_url="http://gateway", timeout=HELD_UP_S) as http:
             try:
                 reply = await http.get("/v1/held_up", headers={"Authorization": f"Bearer {token}"})

@@ -204,6 +204,7 @@ _NOT_SO = (msgspec.DecodeError, ValueError, KeyError, TypeError, RecursionError)
 
 
 def _read(wire: bytes) -> _Wire:
+    str(wire, "utf-8")  # of what is not looked into here nobody else would say so
     try:
         return _read_ours(wire)
     except msgspec.DecodeError:
@@ -289,5 +290,5 @@ def follows(previous_chain: str, wire: bytes, chain: str) -> bool:
     rest = wire.replace(b'"chain":"%b",' % chain.encode(), b"", 1)
     try:
         return _digest(previous_chain, rest) == chain or link(previous_chain, wire) == chain
-    except RecursionError:  # nested as deep as could just be read, which nobody appends
+    except (RecursionError, ValueError):  # nested too deep, or no JSON to the end: nobody appends such
         return False

@@ -31,6 +31,9 @@ class Purse:
         self.limits: list[tuple[int, int]] = []
         self.settled: list[Mapping[str, Any] | None] = []
 
+    async def look(self, run: str) -> None:
+        pass
+
     async def reserve(self, run: str, model: str, prompt_tokens: int, max_tokens: int) -> Reservation:
         if self.left == 0:
             raise OverBudget("calls", 1, 1)

@@ -24,7 +24,16 @@ from sia_events.shared import record as module
 from sia_events.shared.code import code
 from sia_events.shared.events import EVENTS
 from sia_events.shared.ports import Envelope
-from sia_events.shared.record import NewerRecord, UnreadableRecord, broken_link, follows, parse_record, place, to_wire
+from sia_events.shared.record import (
+    GENESIS,
+    NewerRecord,
+    UnreadableRecord,
+    broken_link,
+    follows,
+    parse_record,
+    place,
+    to_wire,
+)
 
 # A line is added with a new event and with a new schema, and none is ever changed: old streams hold them.
 GOLDEN = (Path(__file__).parent / "golden/events.jsonl").read_bytes().splitlines()
@@ -161,6 +170,27 @@ def test_one_changed_byte_is_refused_or_breaks_the_chain_or_changes_nothing(plac
     number = records.index(parse_record(LOGGED))
     spoilt = [*records[:number], found, *records[number + 1 :]]
     assert found == records[number] or broken_link(spoilt) is not None
+
+
+@pytest.mark.parametrize("bit", [1, 16, 128])
+def test_whatever_bit_is_flipped_the_link_of_what_is_read_can_be_told(bit: int):
+    for at in range(len(LOGGED)):
+        line = LOGGED[:at] + bytes([LOGGED[at] ^ bit]) + LOGGED[at + 1 :]
+        with suppress(UnreadableRecord):
+            try:
+                read = parse_record(line).wire
+            except NewerRecord as newer:
+                read = newer.wire
+            assert not follows(GENESIS, read, "0" * 64)
+            read.decode()
+
+
+@pytest.mark.parametrize("attribute", ["source", "subject", "datacontenttype", "traceparent"])
+@pytest.mark.parametrize("value", [b'"\xff"', b'"\xed\xa0\x80"', b"1e999", b"9" * 5000])
+def test_an_attribute_that_nobody_can_link_breaks_the_chain_and_nothing_else(attribute: str, value: bytes):
+    line = LOGGED.replace(b'{"', b'{"%b":%b,"' % (attribute.encode(), value), 1)
+    with suppress(UnreadableRecord):
+        assert not follows(GENESIS, parse_record(line).wire, "0" * 64)
 
 
 def test_attributes_that_others_add_are_left_alone():

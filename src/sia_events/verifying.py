@@ -1,7 +1,6 @@
 """`sia verify`: what was recorded, held against what can be read of it in every place; and mended from the others."""
 
 import hashlib
-import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
@@ -24,14 +23,35 @@ from sia_events.shared.record import NewerRecord, Record, UnreadableRecord, pars
 from sia_events.shared.settings import Settings
 
 Copied = dict[str, int]
+CHAIN = 32  # bytes
 ENVELOPES = 500  # that are held at once
+
+
+@dataclass(frozen=True)
+class Chains:
+    """A run's own records, as far as a branch has to know them: the chain of each, from position `first` on."""
+
+    first: int
+    of_each: bytes
+    fork: RunBranched | None
+
+    @classmethod
+    def of(cls, records: Sequence[Record]) -> "Chains":
+        opens = records[0].event if records else None
+        first = records[0].position if records else 1
+        chains = b"".join(bytes.fromhex(record.chain) for record in records)
+        return cls(first, chains, opens if isinstance(opens, RunBranched) else None)
+
+    def at(self, position: int) -> str | None:
+        start = CHAIN * (position - self.first)
+        return self.of_each[start : start + CHAIN].hex() or None
 
 
 @dataclass
 class Looked:
     """What one look found, and what mending it needs; `private` where the evaluator's blobs are kept here.
 
-    The records of a sound run are not kept: the stream has them all. `records` counts those of all runs.
+    Of a sound run only the `chains` are kept: the stream has its records. `records` counts those of all runs.
     `lines` has a run's trace sequences whose rows are wrong or not there yet, and those that only the tables have;
     `lost` the last sequence of a stream, and those up to it of which nothing can be read; `blobs` who named each, by
     digest and whether it is private. `under_way` are runs that are just being looked at.
@@ -39,6 +59,7 @@ class Looked:
 
     all: bool
     runs: dict[str, Reconciled] = field(default_factory=dict)
+    chains: dict[str, Chains] = field(default_factory=dict)
     records: int = 0
     lines: dict[str, tuple[frozenset[int], frozenset[int]]] = field(default_factory=dict)
     lost: dict[str, tuple[int, Sequence[int]]] = field(default_factory=dict)
@@ -151,6 +172,7 @@ async def _look_at(node: app.Node, log: ClickHouseLog, name: str, copied: Copied
     await _look_at_blobs(node, looked, name, found.records)
     looked.records += len(found.records)
     looked.runs[name] = replace(found, records=()) if found.sound else found
+    looked.chains[name] = Chains.of(found.records)
     looked.lines[name] = wrong, lost
     looked.under_way.remove(name)
     looked.findings += [*found.findings, *of_lines]
@@ -173,26 +195,24 @@ async def _start(
         if first.position == 1:
             return Start()
         if isinstance(first.event, RunBranched) and first.position == first.event.at + 1:
-            parent = await _lineage(node, log, first.event.parent, copied, looked)
-            fork = next((r for r in parent if r.position == first.event.at), None)
-            return Start(fork.position, fork.chain) if fork else None
+            chain = await _chain(node, log, first.event, copied, looked)
+            return Start(first.event.at, chain) if chain else None
     return None if unknown else Start()
 
 
-async def _lineage(node: app.Node, log: ClickHouseLog, name: str, copied: Copied, looked: Looked) -> Sequence[Record]:
-    """The records of the run and of those that it descends from. What was forged may descend from itself."""
-    parts: dict[str, Sequence[Record]] = {}
-    end = sys.maxsize
-    while name not in parts and name not in looked.under_way:
+async def _chain(node: app.Node, log: ClickHouseLog, fork: RunBranched, copied: Copied, looked: Looked) -> str | None:
+    """The chain of the record that a run branched from. What was forged may descend from itself, and has none."""
+    name, descended = fork.parent, set[str]()
+    while name not in descended | looked.under_way:
+        descended.add(name)
         await _look_at(node, log, name, copied, looked)
-        own = looked.runs[name].records
-        if looked.runs[name].sound:
-            own = [parse_record(each.body) async for each in node.streams.messages("SIA", name)]
-        parts[name] = [record for record in own if record.position <= end]
-        if not own or not isinstance(own[0].event, RunBranched):
-            break
-        name, end = own[0].event.parent, min(end, own[0].event.at)
-    return [record for own in reversed(parts.values()) for record in own]
+        parent = looked.chains[name]
+        if parent.first <= fork.at:
+            return parent.at(fork.at)
+        if parent.fork is None or fork.at > parent.fork.at:
+            return None
+        name = parent.fork.parent
+    return None
 
 
 async def _lost(node: app.Node, stream: str, looked: Looked) -> tuple[int, Sequence[int]]:
