@@ -11,7 +11,7 @@ from typing import Any
 import nats
 import pytest
 from bus_on import forged_branch, note, notes, opened
-from command import SMALL, read, sia, told
+from command import SMALL, read, sia, start, told
 
 from sia_events import app, verifying
 from sia_events.event_log import recorder
@@ -66,6 +66,27 @@ async def filled(node: app.Node) -> None:
 async def home(tmp_path: Path) -> Path:
     await on_home(tmp_path, filled)
     return tmp_path
+
+
+async def test_whoever_has_the_stores_may_end_while_they_are_looked_at(home: Path, monkeypatch: pytest.MonkeyPatch):
+    server, names, asked = start(home, "serve", "recorder", "--json"), verifying._names, 0
+
+    async def ended_meanwhile(*given: Any) -> list[str]:
+        nonlocal asked
+        asked += 1
+        if asked == 1:
+            server.terminate()
+            await asyncio.to_thread(server.communicate)
+        return await names(*given)
+
+    try:
+        assert server.stdout and await asyncio.to_thread(server.stdout.readline)
+        monkeypatch.setattr(verifying, "_names", ended_meanwhile)
+        found = await looked(home)
+    finally:
+        server.kill()
+        server.communicate()
+    assert asked == 2 and found["findings"] == [] and found["records"] > 2 * NOTES
 
 
 async def test_of_runs_that_are_sound_one_is_held_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -1,7 +1,9 @@
 """`sia verify`: what was recorded, held against what can be read of it in every place; and mended from the others."""
 
+import asyncio
 import hashlib
-from collections.abc import Sequence
+import time
+from collections.abc import Coroutine, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -12,13 +14,15 @@ from sia_events.event_log import recorder
 from sia_events.event_log.reconciling import Finding, Reconciled, Start, reconcile
 from sia_events.event_log.reconciling_traces import Traces, reconcile_lines
 from sia_events.event_log.references import members, named
-from sia_events.home import describe
+from sia_events.home import describe, running_node
 from sia_events.infra.blobs import open_blobs
-from sia_events.infra.clickhouse import ClickHouseLog, QueryRefused
+from sia_events.infra.clickhouse import ClickHouseLog, LogUnavailable, QueryRefused
+from sia_events.infra.store_lock import StoreHeld
 from sia_events.log_here import open_log
+from sia_events.reading import PATIENCE_S
 from sia_events.shared.events import RunBranched
 from sia_events.shared.failpoints import reach
-from sia_events.shared.ports import BlobCorrupt, BlobMissing, Envelope, RunExists
+from sia_events.shared.ports import BlobCorrupt, BlobMissing, BusUnreachable, Envelope, RunExists
 from sia_events.shared.record import NewerRecord, Record, UnreadableRecord, parse_record
 from sia_events.shared.settings import Settings
 
@@ -82,10 +86,48 @@ async def verify(settings: Settings, run: str | None, repair: bool, source: str 
     {runs, records, lines, blobs, findings, mended, left}: a finding is {kind, store, run, place, detail, harmless};
     `mended` are those that a repair has taken away, `left` those that somebody has to look at. Raises Unusable.
     """
-    running = await settled(settings)
-    if repair and running:
-        raise Unusable(f"{describe(running, settings.home)}; nothing is mended under it. Stop it first: sia down")
-    async with app.stores_of_home(settings, "verify", running is not None) as node, open_log(settings) as log:
+    patience = time.monotonic() + PATIENCE_S
+    while True:
+        running = await settled(settings)
+        if repair and running:
+            raise Unusable(f"{describe(running, settings.home)}; nothing is mended under it. Stop it first: sia down")
+        try:
+            looking = _verified(settings, run, repair, source, running is not None)
+            if running is None or settings.nats_url:
+                return await looking
+            if told := await _while_running(settings, running, looking):
+                return told
+            patience = time.monotonic() + PATIENCE_S
+        except (BusUnreachable, LogUnavailable, StoreHeld):
+            # Whoever had the stores may just be gone, and the last of them not closed yet.
+            if settings.nats_url or time.monotonic() > patience:
+                raise
+        await asyncio.sleep(app.POLL_S)
+
+
+async def _while_running(
+    settings: Settings, running: Mapping[str, object], look: Coroutine[None, None, dict[str, Any]]
+) -> dict[str, Any] | None:
+    """What `look` finds in the stores of that process; None where it ends before, and takes them along."""
+
+    async def ended() -> None:
+        while (now := running_node(settings)) and now.get("pid") == running.get("pid"):  # noqa: ASYNC110 - a lock tells nobody
+            await asyncio.sleep(app.POLL_S)
+
+    looking, ending = asyncio.create_task(look), asyncio.create_task(ended())
+    try:
+        await asyncio.wait({looking, ending}, return_when=asyncio.FIRST_COMPLETED)
+        return looking.result() if looking.done() else None
+    finally:
+        looking.cancel()
+        ending.cancel()
+        await asyncio.gather(looking, ending, return_exceptions=True)
+
+
+async def _verified(
+    settings: Settings, run: str | None, repair: bool, source: str | None, running: bool
+) -> dict[str, Any]:
+    async with app.stores_of_home(settings, "verify", running) as node, open_log(settings) as log:
         names = await _names(node, log, run)
         first = await _look(settings, node, log, names, run is None)
         last = first
