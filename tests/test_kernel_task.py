@@ -105,7 +105,7 @@ async def test_a_faster_kernel_is_written_measured_and_accepted_and_a_wrong_one_
     assert len(measured) == len(scores)
     repeats = find_task("trimul").repeats
     slow, wrong, right = (scores[version, "dev"] for version in ("g0a", "g1a", "g1b"))
-    assert 0 < slow.score.high < 1 / 3 < right.score.low and right.items == measured["g1b.dev"].rounds
+    assert 0 < slow.score.high < right.score.low and right.items == measured["g1b.dev"].rounds
     assert (wrong.score.value, wrong.score.high, wrong.failures) == (0, 0, {"wrong": repeats})
     assert "elements wrong" in measured["g1a.dev"].reason
     end = events[-1]
