@@ -56,12 +56,13 @@ class Held:
     async def longest(self, run: str, start: str) -> float:
         """In seconds, told when it waits for nothing any more. Raises what kept the last of it off the record."""
         mine = self._starts.get((run, start), _Waits())
-        for waits in (all_of_it := [mine, *mine.joined]):
+        mine_and_joined = [mine, *mine.joined]
+        for waits in mine_and_joined:
             while waits.under_way:
                 await waits.over.wait()
             if waits.failed:
                 raise waits.failed
-        return max(waits.longest for waits in all_of_it)
+        return max(waits.longest for waits in mine_and_joined)
 
     def _of(self, run: str, start: str) -> _Waits:
         waits = self._starts.setdefault((run, start), _Waits())
