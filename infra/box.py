@@ -21,8 +21,13 @@ PYTHON_INSIDE, RELAY_INSIDE, SOCKET_INSIDE = "/run/bin/python", "/run/relay.py",
 
 
 def box(hidden: Sequence[Path], limits: Limits) -> Iterator[str]:
-    """bubblewrap's options for the empty box: namespaces, runtime, masks and scratch; read-only but for the scratch."""
-    yield from ("--unshare-user", "--unshare-all", "--disable-userns", "--cap-drop", "ALL", "--die-with-parent")
+    """bubblewrap's options for the empty box: namespaces, runtime, masks and scratch; read-only but for the scratch.
+
+    Not --die-with-parent: it may kill bubblewrap before it has told its child to go on, and that one then waits for
+    ever. The relay ends with whoever started the box, and as the first process inside it takes all others along; no
+    other can stop or kill it (pid_namespaces(7)).
+    """
+    yield from ("--unshare-user", "--unshare-all", "--disable-userns", "--cap-drop", "ALL", "--as-pid-1")
     yield from ("--new-session", "--hostname", "box", "--uid", "1000", "--gid", "1000")
     for path in RUNTIME:
         if os.path.islink(path):

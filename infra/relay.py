@@ -3,9 +3,11 @@
 Run by path under a bare `python -I -S`: it sees none of the package. Of `socket`, `signal` and `ctypes` it takes the
 modules beneath, because what these do for people takes longer than all else until the job starts.
 
-    relay.py gate=FD lost=FD [lifeline=1] [socket=PATH port=N] [cpu=S] [fsize=BYTES] [data=BYTES] [nofile=N] -- ARGV…
+    relay.py gate=FD lost=FD [unread=FD] [socket=PATH port=N] [cpu=S] [fsize=BYTES] [data=BYTES] [nofile=N] -- ARGV…
 
 The job starts when a byte comes through the descriptor `gate`: whoever started us binds us to the job's limits first.
+When `gate` closes, they are gone, or want the end, and every descendant of ours is killed; so it is when the job ends.
+We reap those whose parent is gone. `unread` is closed, and was only to be open until now.
 One thread and one epoll carry every connection, because a thread per connection would be charged to the job's
 process limit. The exit status is the job's, 128 + N when signal N ended it. For each request that the gateway lost, one
 byte is written to the descriptor `lost`: a gateway that is down keeps no record of what it did not answer. The job can
@@ -227,8 +229,27 @@ def prctl(option: int, value: int) -> None:
         raise OSError(f"prctl({option}, {value}) failed")
 
 
+class Reaper:
+    """Takes the dead from the kernel, the orphans that became ours too, and keeps the exit status of the `job`."""
+
+    def __init__(self, job: int) -> None:
+        self.job, self.code = job, 128 + signal.SIGKILL
+        signal.signal(signal.SIGCHLD, self.reap)
+        self.reap()
+
+    def reap(self, *_: object) -> None:
+        try:
+            while pid := (dead := os.waitpid(-1, os.WNOHANG))[0]:
+                if pid == self.job:
+                    code = os.waitstatus_to_exitcode(dead[1])
+                    self.code = code if code >= 0 else 128 - code
+        except ChildProcessError:
+            return
+
+
 def end_descendants() -> None:
     """Kill children until there are none; grandchildren become children as their parents die."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     while True:
         with open(f"/proc/self/task/{os.getpid()}/children") as children:
             for pid in children.read().split():
@@ -260,18 +281,19 @@ def main(words: list[str]) -> int:
             os.environ[name] = value.replace(ADDRESS, address)
     # bubblewrap adds it, and a job's environment is what was asked for.
     os.environ.pop("PWD", None)
-    gate, lifeline = int(options["gate"]), "lifeline" in options
+    if "unread" in options:
+        os.close(int(options["unread"]))
+    gate = int(options["gate"])
     os.set_inheritable(gate, False)
-    if lifeline:
-        # Of every descendant that loses its parent we become it, so that none is out of reach at the end.
-        prctl(SUBREAPER, 1)
+    # Of every descendant that loses its parent we become it, so that none is out of reach at the end.
+    prctl(SUBREAPER, 1)
     if not os.read(gate, 1):
         return 1
-    if lifeline:
-        poll.register(gate, select.EPOLLIN)
+    poll.register(gate, select.EPOLLIN)
     child = start(argv, options)
     done = os.pidfd_open(child)
     poll.register(done, select.EPOLLIN)
+    reaper = Reaper(child)
     while True:
         ready = poll.poll(FULL_S if relay and relay.full else None)
         if relay and relay.full:
@@ -279,12 +301,11 @@ def main(words: list[str]) -> int:
             relay.listen()
         for fd, events in ready:
             if fd in (done, gate):
-                if fd == gate:
-                    os.kill(child, signal.SIGKILL)
-                code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-                if lifeline:
+                reaper.reap()
+                if os.getpid() != 1:
+                    # The first process of a box takes all others along, and the kernel is quicker.
                     end_descendants()
-                return code if code >= 0 else 128 - code
+                return reaper.code
             if relay:
                 relay.handle(fd, events)
 

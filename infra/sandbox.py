@@ -63,7 +63,7 @@ class Bubblewrap:
         gate_inside, gate = os.pipe()
         lost, lost_inside = os.pipe()
         words = relay_words(job, SOCKET_INSIDE, PORT, gate_inside, lost_inside, self.controllers)
-        program = ("-I", "-S", RELAY_INSIDE, *words, "--", *job.argv)
+        program = ("-I", "-S", RELAY_INSIDE, *words, f"unread={status}", "--", *job.argv)
         options = memory_file([*box(self.hidden, job.limits), *contents(job)])
         with (
             os.fdopen(status, "rb") as report,
@@ -82,7 +82,9 @@ class Bubblewrap:
                         stdin=asyncio.subprocess.DEVNULL,
                         stdout=asyncio.subprocess.PIPE,
                         stderr=asyncio.subprocess.PIPE,
-                        pass_fds=(options, status_inside, gate_inside, lost_inside),
+                        # The status's other end too: without a reader bubblewrap would die of telling it, and leave a
+                        # child that waits for it for ever.
+                        pass_fds=(options, status, status_inside, gate_inside, lost_inside),
                         start_new_session=True,
                     )
                 finally:
@@ -113,7 +115,7 @@ class Bubblewrap:
                     with contextlib.suppress(ProcessLookupError):
                         signal.pidfd_send_signal(init, signal.SIGKILL)
 
-                tree = Tree(root, job.limits, job.work, new_groups(self.controllers), spare=2)
+                tree = Tree(root, job.limits, job.work, new_groups(self.controllers), spare=1)
                 hit, ending = await supervise(job, process, tree, lambda: go.write(b"1"), end)
             last, lost_connections = report.readline(), count(losses)
         if hit:
@@ -144,7 +146,7 @@ class UnsafeProcess:
         with os.fdopen(lost, "rb", buffering=0) as losses:
             try:
                 process = await asyncio.create_subprocess_exec(
-                    *(str(PYTHON), "-I", "-S", str(RELAY), *words, "lifeline=1", "--", *argv),
+                    *(str(PYTHON), "-I", "-S", str(RELAY), *words, "--", *argv),
                     cwd=job.work,
                     env={name: outside(job, value) for name, value in environment(job, str(PYTHON.parent)).items()},
                     stdin=asyncio.subprocess.PIPE,
