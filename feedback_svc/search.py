@@ -12,7 +12,7 @@ from sia_events.shared.events import (
 )
 from sia_events.shared.run import Run, Version
 
-SEEDS_APART = 1_000_003
+SIBLINGS_APART = 1_000_003
 ASKED_AT_ONCE = 500  # of one answer's records, of which an append takes a thousand
 
 
@@ -56,7 +56,7 @@ def rollouts(run: Run, feedback: FeedbackGiven) -> Sequence[AttemptRequested]:
                 version=version,
                 split="train",
                 # Siblings ask the same: only their seeds have them answered otherwise.
-                seed=settings.seed + feedback.generation + SEEDS_APART * k,
+                seed=settings.seed + feedback.generation + SIBLINGS_APART * k,
                 starts=start,
                 group=group,
             )

@@ -183,6 +183,11 @@ class Start(Value):
         return self.attempt or self.version
 
 
+# A run draws with its seed and, in a generation, with the sum of the two: runs whose seeds lie closer than a run has
+# generations may draw alike, and count as no repeats of one another. Attempts that are siblings lie further apart.
+SEEDS_APART = 10_000
+
+
 class RunSettings(Value):
     """What a run was asked to do; a branch changes some of it."""
 

@@ -247,7 +247,9 @@ def test_no_branch_learns_on_a_task_without_items_to_learn_from():
 def test_repeats_have_a_seed_each_and_the_control_comes_first_and_changes_nothing():
     found = planned(RunSettings(seed=3), Change({"lever": "weights"}), repeats=3, control=True)
     assert found[0] == Change()
-    assert [each.overrides for each in found[1:]] == [{"lever": "weights", "seed": seed} for seed in (3, 4, 5)]
+    assert [each.overrides for each in found[1:]] == [
+        {"lever": "weights", "seed": seed} for seed in (3, 10_003, 20_003)
+    ]
     assert planned(RunSettings(), Change({"seed": 9}), repeats=1, control=False) == [Change({"seed": 9})]
     with pytest.raises(Unusable, match="seed"):
         planned(RunSettings(), Change({"seed": "x"}), repeats=2, control=False)

@@ -36,6 +36,7 @@ from sia_events.experiment_ends import branch_to_test, to_the_test
 from sia_events.experiment_figures import Interval, Outcome, crossed, difference, outcome, score
 from sia_events.experiment_report import curves, report, scores_csv, shown
 from sia_events.feedback_svc.decide import on_verdict
+from sia_events.feedback_svc.search import rollouts
 from sia_events.shared.events import (
     AttemptRequested,
     Budget,
@@ -282,7 +283,18 @@ def test_nothing_is_tested_before_the_first_agent_is_accepted():
 def test_every_policy_has_a_seed_before_any_has_the_next():
     plan = planned("x", ("auto", "harness"), 2, RunSettings(seed=5))
     assert [each.name for each in plan] == ["x-auto-00", "x-harness-00", "x-auto-01", "x-harness-01"]
-    assert [each.settings.seed for each in plan] == [5, 5, 6, 6]
+    assert [each.settings.seed for each in plan] == [5, 5, 10_005, 10_005]
+
+
+def test_no_two_seeds_of_a_policy_draw_the_same_rollouts_in_any_of_their_generations():
+    most = RunSettings.model_json_schema()["properties"]["generations"]["maximum"]
+    begun = fold(recorded(*OPENING))
+    drawn = [
+        rollouts(replace(begun, settings=each.settings), fed_back(generation, incumbent="g0a"))[0].seed
+        for each in planned("x", ("weights",), 100, RunSettings())
+        for generation in (1, 2, most - 1, most)
+    ]
+    assert len(set(drawn)) == len(drawn)
 
 
 def test_what_is_written_can_be_computed_on(tmp_path: Path):

@@ -11,6 +11,7 @@ from typing import Any
 
 from sia_events import figures, overheads
 from sia_events.figures import INSTANT, REAL, Figure
+from sia_events.shared.events import SEEDS_APART
 from sia_events.shared.settings import Settings
 
 
@@ -51,7 +52,7 @@ async def loop(settings: Settings, seeds: int, quick: bool, as_json: bool) -> st
         _tell(found, await overheads.publish_to_queryable(homes["publish"]))
         grown: list[float] = []
         calls: list[int] = []
-        for seed in range(seeds):
+        for seed in range(0, seeds * SEEDS_APART, SEEDS_APART):
             summary, ran, mb = figures.whole_run(homes["runs"], f"seed{seed}", model, seed)
             grown.append(mb)
             calls.append(summary["cost"]["model_calls"])

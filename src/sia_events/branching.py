@@ -19,6 +19,7 @@ from sia_events.roles import is_local, require_askable
 from sia_events.run_settings import merged
 from sia_events.shared.code import code
 from sia_events.shared.events import (
+    SEEDS_APART,
     Algorithm,
     Event,
     FeedbackGiven,
@@ -142,7 +143,9 @@ def read_feedback(file: Path) -> Feedback:
 def planned(settings: RunSettings, change: Change, repeats: int, control: bool) -> list[Change]:
     """What each branch changes: the control nothing, the others the same under one seed after another."""
     first = merged(settings, change.overrides).seed
-    repeated = [replace(change, overrides={**change.overrides, "seed": first + i}) for i in range(repeats)]
+    repeated = [
+        replace(change, overrides={**change.overrides, "seed": first + SEEDS_APART * i}) for i in range(repeats)
+    ]
     return [*([Change()] if control else []), *(repeated if repeats > 1 else [change])]
 
 

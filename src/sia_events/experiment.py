@@ -27,7 +27,7 @@ from sia_events.experiment_ends import branch_to_test, end
 from sia_events.experiment_figures import Outcome, outcome
 from sia_events.experiment_report import NO_BUDGET, curves, report, scores_csv, shown
 from sia_events.run_settings import differences
-from sia_events.shared.events import LeverPolicy, RunSettings
+from sia_events.shared.events import SEEDS_APART, LeverPolicy, RunSettings
 from sia_events.shared.ports import Log
 from sia_events.shared.record import Record
 from sia_events.shared.run import fold
@@ -92,11 +92,10 @@ async def levers(
 
 def planned(prefix: str, policies: Sequence[LeverPolicy], seeds: int, wanted: RunSettings) -> list[Planned]:
     """Every policy with a seed before the next seed: what is there after an hour is a whole comparison."""
+    drawn = [wanted.seed + SEEDS_APART * k for k in range(seeds)]
     return [
-        Planned(
-            f"{prefix}-{policy}-{seed:02d}", wanted.model_copy(update={"lever": policy, "seed": wanted.seed + seed})
-        )
-        for seed in range(seeds)
+        Planned(f"{prefix}-{policy}-{k:02d}", wanted.model_copy(update={"lever": policy, "seed": seed}))
+        for k, seed in enumerate(drawn)
         for policy in policies
     ]
 

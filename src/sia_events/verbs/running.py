@@ -30,7 +30,14 @@ def run(
     candidates: Annotated[int, typer.Option(min=1, max=26, help="Harness candidates a generation, side by side.")] = 3,
     lever: Annotated[Lever, typer.Option(help="What a generation may change; all but auto are controls.")] = "auto",
     search: Annotated[Search, typer.Option(help="Which version each harness candidate starts from.")] = "line",
-    seed: Annotated[int, typer.Option(min=0, max=2**31 - 1, help="Seed of everything that is drawn.")] = 0,
+    seed: Annotated[
+        int,
+        typer.Option(
+            min=0,
+            max=2**31 - 1,
+            help="Seed of everything that is drawn. Repeats lie 10000 apart: a generation adds its number.",
+        ),
+    ] = 0,
     target_model: Annotated[
         str | None, typer.Option(metavar="M", help="The agent's model, provider/name; the embedded one if left out.")
     ] = None,
