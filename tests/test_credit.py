@@ -51,6 +51,15 @@ def test_per_step_credit_compares_calls_of_one_state_on_what_came_of_them(tmp_pa
     assert credited[0] == (pytest.approx((-0.15, 0.1)), pytest.approx((0.15,)))
 
 
+def test_a_state_that_one_attempt_alone_came_back_to_is_weighed_against_nothing(tmp_path: Path):
+    # The first attempt is twice where the other never was: its calls there are not weighed against each other.
+    group = grouped(tmp_path, (1.0, [said(1, 7), said(2, 8), said(2, 8)]), (0.0, [said(1, 9), said(3, 8)]))
+    credited = credit(group, [1.0, 0.0], REINFORCE, PER_STEP)
+    assert credited is not None
+    (_, *first), (_, *second) = credited[0]
+    assert (first, second) == ([0.5, 0.5], [-0.5])
+
+
 def test_calls_of_one_state_that_came_to_the_same_teach_nothing(tmp_path: Path):
     group = grouped(tmp_path, (1.0, [said(1, 7), said(2, 8)]), (1.0, [said(1, 9), said(3, 8)]), (0.0, [said(4, 8)]))
     credited = credit(group, [1.0, 1.0, 0.0], REINFORCE, PER_STEP)

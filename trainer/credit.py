@@ -18,9 +18,10 @@ def credit(
     """The advantage of every call, and the algorithm's own figures; None where the samples cannot be told apart.
 
     `terminal`: every call has its sample's advantage. `per-step`: calls made in the same scene are weighed against each
-    other on what was rewarded from there on, reward · discount ** (calls left); a scene met once has nothing to be
-    weighed against, and its call keeps the sample's advantage. These are the anchor states of GiGPO (Feng et al. 2025,
-    arXiv 2505.10978), which adds the two; here the nearer comparison replaces the farther one.
+    other on what was rewarded from there on, reward · discount ** (calls left); a scene that one sample alone met, be
+    it again and again, has nothing to be weighed against, and its calls keep the sample's advantage. These are the
+    anchor states of GiGPO (Feng et al. 2025, arXiv 2505.10978), which adds the two; here the nearer comparison replaces
+    the farther one.
     """
     weighed = algorithm.weigh(rewards, learning)
     if weighed.advantages is None:
@@ -32,7 +33,7 @@ def credit(
             for turn, act in enumerate(sample.acts):
                 met[act.scene].append((number, turn))
         for places in met.values():
-            if len(places) < 2:
+            if len({number for number, _ in places}) < 2:
                 continue
             left = [len(group.samples[number].acts) - 1 - turn for number, turn in places]
             onward = [rewards[n] * learning.discount**calls for (n, _), calls in zip(places, left, strict=True)]
