@@ -57,11 +57,12 @@ def pick(settings: RunSettings, seen: Evidence, signal: Signal) -> Pick:
     if settings.algorithm != "auto":
         return Pick(settings.algorithm)
     rewards = f"{seen.rewards_of} rewards"
-    lowest, highest = _share(seen, 0), _share(seen, -1)
+    # Evidence of earlier releases has the histogram alone.
+    lowest, highest = _share(seen, 0) if seen.worthless is None else seen.worthless, _share(seen, -1)
     if signal.ranked:
         return _of_pairs(settings, "the task's score ranks attempts and its size says nothing: pairs are learned from")
     if lowest >= NEARLY_NONE:
-        return Pick("cloning", (f"{lowest:.0%} of {rewards} are in the lowest tenth: imitate what good there is",))
+        return Pick("cloning", (f"{lowest:.0%} of {rewards} are as good as none: imitate what good there is",))
     if not signal.logprobs:
         return _of_pairs(settings, "replies carry no log-probs, which leaves pairs of better and worse to learn from")
     if seen.reward_skew is not None and seen.reward_skew >= RIGHT_SKEWED:

@@ -52,6 +52,7 @@ def gather(run: Run, records: Sequence[Record]) -> Evidence:
         rewards=histogram(rewards, maximize),
         reward_mean=round(sum(rewards) / len(rewards), DIGITS) if rewards else None,
         reward_skew=skewness(rewards),
+        worthless=worthless(rewards, maximize),
         rewards_of=of,
         calls_an_item=round(ran.calls / _rollouts(run, last), DIGITS) if ran and last else None,
         seconds_of={lever: _seconds(run, records, lever) for lever in LEVERS if gains[lever]},
@@ -88,17 +89,35 @@ def histogram(rewards: Sequence[float], maximize: bool = True) -> tuple[int, ...
     """
     if not rewards:
         return ()
-    low, high = min(rewards), max(rewards)
-    for usual in ((0.0, 1.0), (-1.0, 0.0)) if maximize else ((-1.0, 0.0),):
-        if usual[0] <= low <= high <= usual[1]:
-            low, high = usual
-            break
+    low, high = _usual(rewards, maximize) or (min(rewards), max(rewards))
     if low == high:
         return ()
     # A score on the edge of two tenths is in the upper one, also where 1 - 0.9 comes to a little less than 0.1.
     tenths = [round(TENTHS * (reward - low) / (high - low), DIGITS) for reward in rewards]
     places = [min(TENTHS - 1, int(tenth)) for tenth in tenths]
     return tuple(places.count(place) for place in range(TENTHS))
+
+
+def worthless(rewards: Sequence[float], maximize: bool = True) -> float | None:
+    """The share of rewards that are as good as none: those in the lowest tenth of 0 to 1, or of -1 to 0.
+
+    Where that is not their range, as of how many times as fast a kernel is, those that are the least itself; None where
+    all are alike.
+    """
+    if not rewards:
+        return None
+    usual = _usual(rewards, maximize)
+    if usual is None and min(rewards) == max(rewards):
+        return None
+    most = round(usual[0] + 1 / TENTHS, DIGITS) if usual else None
+    none = sum(reward == min(rewards) if most is None else round(reward, DIGITS) < most for reward in rewards)
+    return round(none / len(rewards), DIGITS)
+
+
+def _usual(rewards: Sequence[float], maximize: bool) -> tuple[float, float] | None:
+    """The range of usual scores in which all of them lie."""
+    usual = ((0.0, 1.0), (-1.0, 0.0)) if maximize else ((-1.0, 0.0),)
+    return next((each for each in usual if each[0] <= min(rewards) <= max(rewards) <= each[1]), None)
 
 
 def skewness(rewards: Sequence[float]) -> float | None:

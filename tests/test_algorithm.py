@@ -22,7 +22,7 @@ from story import (
 from test_prompts import call
 
 from sia_events.feedback_svc.algorithm import TRIGGERS, WITHOUT_LOGPROBS, Signal, carry_logprobs, offered, pick
-from sia_events.feedback_svc.lever import choose_lever, gather, histogram, skewness
+from sia_events.feedback_svc.lever import choose_lever, gather, histogram, skewness, worthless
 from sia_events.shared.events import Algorithm, Event, Evidence, Learning, RunSettings, WeightsUpdated
 from sia_events.shared.record import Record
 from sia_events.shared.run import fold
@@ -46,6 +46,7 @@ def seen(rewards: list[float], calls: float = 1.0, maximize: bool = True) -> Evi
         rewards=histogram(rewards, maximize),
         reward_mean=sum(rewards) / len(rewards) if rewards else None,
         reward_skew=skewness(rewards),
+        worthless=worthless(rewards, maximize),
         calls_an_item=calls,
     )
 
@@ -67,8 +68,10 @@ STEPWISE = RunSettings(algorithm="auto", learning=Learning(credit="per-step"))
         ("ppo", STEPWISE, seen(SOME, 3), Signal(), "3.0 calls an item, each credited for itself"),
         ("entropic", AUTO, seen(FEW), Signal(), "right-skewed, +2.27"),
         ("entropic", AUTO, seen([1.0] * 20 + [9.0, 30.0]), Signal(), "right-skewed"),
-        ("cloning", AUTO, seen(NONE), Signal(), "98% of dev rewards are in the lowest tenth"),
-        ("cloning", AUTO, seen(NONE), Signal(logprobs=False), "in the lowest tenth"),
+        ("cloning", AUTO, seen(NONE), Signal(), "98% of dev rewards are as good as none"),
+        ("cloning", AUTO, seen(NONE), Signal(logprobs=False), "as good as none"),
+        ("cloning", AUTO, seen([0.0] * 39 + [7.0]), Signal(), "98% of dev rewards are as good as none"),
+        ("entropic", AUTO, seen([1.0 + k / 100 for k in range(31)] + [10.0]), Signal(), "right-skewed, +5.36"),
         ("dpo", AUTO, seen(SOME), Signal(logprobs=False), "no log-probs"),
         ("dpo", AUTO, seen(MOST), Signal(ranked=True), "ranks attempts"),
         ("reinforce", AUTO, seen(MOST), Signal(), "92% of dev rewards are in the highest tenth"),
@@ -182,7 +185,7 @@ def test_rewards_are_those_of_the_rollouts_where_the_incumbent_has_some():
     rewards = rolled_out(logged("g0a", "train"), scored("g0a", "train", "11011011"))
     assert (rewards.rewards_of, rewards.rewards) == ("train", (2, 0, 0, 0, 0, 0, 0, 0, 0, 6))
     assert rewards.reward_mean == 0.75 and rewards.dev_score == 0.25 and rewards.calls_an_item == 2.0
-    picked = pick(AUTO, rewards.model_copy(update={"rewards": (39,) + (0,) * 8 + (1,)}), Signal())
+    picked = pick(AUTO, rewards.model_copy(update={"rewards": (39,) + (0,) * 8 + (1,), "worthless": 0.975}), Signal())
     assert picked.reasons[0].startswith("98% of train rewards")
     assert rolled_out(failed("g0a", "train")).rewards_of == "dev"
 
