@@ -18,7 +18,7 @@ from tiny import make_model
 from sia_events.local_model import adapter
 from sia_events.local_model.weights import ModelFolder
 from sia_events.trainer.checkpoints import SavingFailed, load_checkpoint, save_checkpoint
-from sia_events.trainer.engines import Engine, OutOfMemory, Scored
+from sia_events.trainer.engines import Engine, OutOfMemory, Scored, out_of_memory
 from sia_events.trainer.groups import Scene
 from sia_events.trainer.learn import learn
 from sia_events.trainer.opening import opened
@@ -86,7 +86,7 @@ def test_learning_that_is_broken_off_anywhere_ends_as_if_it_had_not_been(
         begun.close()
     *_, last = learn(settings)
     assert written(tmp_path / "broken") == written(tmp_path / "whole")
-    same = whole.keys() - {"adapter", "seconds", "cpu_seconds"}
+    same = whole.keys() - {"adapter", "seconds", "cpu_seconds", "earlier_seconds"}
     assert {name: last[name] for name in same} == {name: whole[name] for name in same}
 
 
@@ -181,3 +181,20 @@ def test_out_of_memory_with_half_of_it_says_what_to_do(tiny: Path, tmp_path: Pat
     with pytest.raises(OutOfMemory, match="also with 2 prompts at once"):
         list(learn(settings, narrow(1)))
     assert not (tmp_path / "adapter").exists()
+
+
+@pytest.mark.parametrize(
+    ("error", "so"),
+    [
+        (MemoryError(), True),
+        (torch.OutOfMemoryError("CUDA out of memory."), True),
+        (RuntimeError("[enforce fail at alloc_cpu.cpp:125] DefaultCPUAllocator: can't allocate memory"), True),
+        (RuntimeError("could not create a memory object"), True),
+        (RuntimeError("std::bad_alloc"), True),
+        (RuntimeError("CUDA error: out of memory"), True),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), True),
+        (RuntimeError("CUDA error: an illegal memory access was encountered"), False),
+    ],
+)
+def test_every_allocators_words_for_no_memory_are_known(error: Exception, so: bool) -> None:
+    assert out_of_memory(error) is so

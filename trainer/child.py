@@ -11,8 +11,9 @@ import msgspec
 
 from sia_events.shared.environment import plain
 from sia_events.shared.ports import Envelope, Ports
+from sia_events.trainer.spec import LESS_MEMORY
 
-NO_MEMORY = "A machine without memory left ends it so: if that comes back, set learning.recompute=true. "
+VMSTAT = Path("/proc/vmstat")
 
 
 class LearningFailed(Exception):
@@ -23,6 +24,18 @@ class LearningRefused(Exception):
     """The learning process takes no such rollouts or adapter, whenever it is asked; the message is why."""
 
 
+class LearningDiverged(Exception):
+    """Learning left the finite numbers, as it would whenever it is asked; the message says where."""
+
+
+class _OutOfMemory(Exception):
+    """The kernel ended the learning process, which had told of so many steps, for want of memory."""
+
+    def __init__(self, step: int) -> None:
+        super().__init__(step)
+        self.step = step
+
+
 class LearningTooLarge(Exception):
     """Not one step of learning fits into this machine's memory, whenever it is asked; the message says what to do."""
 
@@ -30,13 +43,30 @@ class LearningTooLarge(Exception):
 async def run_learner(spec: Path, ports: Ports, run: str, key: str) -> dict[str, Any]:
     """Run the learner on a spec file, which lies beside its checkpoint, and return its last line.
 
-    Its lines go to the trace as they come. It ends with us: it watches its standard input. Raises LearningFailed, and
-    LearningRefused or LearningTooLarge where another try would end so too.
+    Its lines go to the trace as they come. It ends with us: it watches its standard input. Where the kernel ended it in
+    want of memory it is started once more, with half as much at once. Raises LearningFailed, and LearningRefused,
+    LearningDiverged or LearningTooLarge where another try would end so too.
     """
+    try:
+        return await _run(spec, ports, run, key)
+    except _OutOfMemory as killed:
+        step = killed.step
+    try:
+        return await _run(spec, ports, run, key, "--halved")
+    except _OutOfMemory as killed:
+        step = max(step, killed.step)
+    ended = "The kernel ended learning for want of memory, also with half as much at once. "
+    if not step:
+        raise LearningTooLarge(f"{ended}{LESS_MEMORY}")
+    raise LearningFailed(f"{ended}It goes on behind step {step} or the one before. {LESS_MEMORY}")
+
+
+async def _run(spec: Path, ports: Ports, run: str, key: str, *options: str) -> dict[str, Any]:
+    before = killed_for_memory()
     threads = str(ports.threads)
     env = {**plain(), "OMP_NUM_THREADS": threads, "OMP_WAIT_POLICY": "PASSIVE", "TOKENIZERS_PARALLELISM": "false"}
     child = await asyncio.create_subprocess_exec(
-        *(sys.executable, "-m", "sia_events.trainer.learn", str(spec), "--die-with-parent"),
+        *(sys.executable, "-m", "sia_events.trainer.learn", str(spec), "--die-with-parent", *options),
         stdin=asyncio.subprocess.PIPE,
         stdout=asyncio.subprocess.PIPE,
         stderr=asyncio.subprocess.PIPE,
@@ -56,13 +86,17 @@ async def run_learner(spec: Path, ports: Ports, run: str, key: str) -> dict[str,
             child.kill()
             await child.wait()
     said = (await words).decode(errors="replace").strip()[-2000:]
+    if code == -signal.SIGKILL and killed_for_memory() > before:
+        raise _OutOfMemory(last.get("step", 0))
     if code < 0:
         raise LearningFailed(
             f"learning was killed by signal {-code}; it goes on behind step {last.get('step', 0)} or the one before. "
-            f"{NO_MEMORY * (code == -signal.SIGKILL)}{said}"
+            f"{said}"
         )
     if code == os.EX_DATAERR:
         raise LearningRefused(said.rpartition("learn: ")[2])
+    if code == os.EX_SOFTWARE:
+        raise LearningDiverged(said.rpartition("learn: ")[2])
     if code == os.EX_OSERR:
         why = said.rpartition("learn: ")[2]
         if "step" not in last:
@@ -72,3 +106,15 @@ async def run_learner(spec: Path, ports: Ports, run: str, key: str) -> dict[str,
     if code or not last.get("done"):
         raise LearningFailed(said or f"learning ended with exit status {code}, without an adapter and without a word")
     return last
+
+
+def killed_for_memory() -> int:
+    """How many processes the kernel has ended for want of memory, the machine's or a control group's; 0: unknown.
+
+    A process that it ends so has no last words, and dies of the same signal as one that a person kills.
+    """
+    try:
+        told = dict(line.split() for line in VMSTAT.read_text().splitlines())
+    except (OSError, ValueError):
+        return 0
+    return int(told.get("oom_kill", 0))

@@ -13,7 +13,7 @@ from sia_events.local_model import network
 from sia_events.local_model.policy import common_length
 from sia_events.local_model.weights import ModelFolder
 from sia_events.trainer.groups import Scene
-from sia_events.trainer.spec import Spec
+from sia_events.trainer.spec import LESS_MEMORY, Spec
 
 TOKENS, GPU_TOKENS = 1536, 8192
 """At once, at most: what bounds the memory that activations take."""
@@ -31,15 +31,24 @@ class OutOfMemory(Exception):
     """What is to be learned does not fit into memory, nor does half of it at once; the message says what to do."""
 
     def __init__(self, where: str) -> None:
-        super().__init__(
-            f"Out of memory, {where}. Set learning.recompute=true, or take fewer or shorter calls an attempt (under "
-            "dpo fewer samples, too), a smaller model, or a machine with more memory."
-        )
+        super().__init__(f"Out of memory, {where}. {LESS_MEMORY}")
+
+
+# As the allocators of torch, of C++, of oneDNN, of CUDA and of cuBLAS tell it.
+NO_MEMORY = (
+    "allocate memory",
+    "std::bad_alloc",
+    "could not create a memory",
+    "CUDA error: out of memory",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+)
 
 
 def out_of_memory(error: BaseException) -> bool:
-    """Whether that is what an error says; on the CPU torch has no type of its own for it."""
-    return isinstance(error, OutOfMemory | torch.OutOfMemoryError | MemoryError) or "allocate memory" in str(error)
+    """Whether that is what an error says; but for one allocator torch has no type of its own for it."""
+    if isinstance(error, OutOfMemory | torch.OutOfMemoryError | MemoryError):
+        return True
+    return any(words in str(error) for words in NO_MEMORY)
 
 
 @dataclass(frozen=True)

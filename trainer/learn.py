@@ -31,7 +31,7 @@ from sia_events.trainer.credit import teaching
 from sia_events.trainer.engines import LONG, Engine, OutOfMemory, TargetsRefused, out_of_memory
 from sia_events.trainer.groups import RolloutGroup, RolloutsRefused, read
 from sia_events.trainer.holding import divided
-from sia_events.trainer.learner import Learner
+from sia_events.trainer.learner import Diverged, Learner
 from sia_events.trainer.observing import collapsed
 from sia_events.trainer.opening import opened
 from sia_events.trainer.preparing import Method
@@ -43,15 +43,18 @@ PROBE_TEXTS = 4
 Line = dict[str, Any]
 
 
-def learn(spec: Spec, open_engine: Callable[[Spec], tuple[Engine, weights.ModelFolder]] = opened) -> Iterator[Line]:
+def learn(
+    spec: Spec, open_engine: Callable[[Spec], tuple[Engine, weights.ModelFolder]] = opened, halved: bool = False
+) -> Iterator[Line]:
     """Train and write the adapter; yields a line a step and at last {"done": true, "stopped": why, ...}.
 
     `stopped` is "end", "kl", "collapse", "time", "held out" when what is expected of held-out items fell, or
     "no signal" when no group's samples could be told apart: then, as when no step was better than none, no adapter is
     written. The last line has `counts` of what was learned from or left out, the `backend` that was used, and `probe`:
     a few texts with their log-probs under the finished adapter, at temperature 1. Bad input raises RolloutsRefused,
-    RewardRefused, AdapterRefused, TargetsRefused or ModelNotReady before anything is trained; later OutOfMemory and
-    SavingFailed.
+    RewardRefused, AdapterRefused, TargetsRefused or ModelNotReady before anything is trained; later OutOfMemory,
+    Diverged and SavingFailed. `halved`: only half as much goes through the model at once, since the kernel ended a
+    process in want of memory.
     """
     started = time.monotonic()
     torch.set_num_threads(spec.threads)
@@ -77,7 +80,9 @@ def learn(spec: Spec, open_engine: Callable[[Spec], tuple[Engine, weights.ModelF
     plan = list(batches(groups, learning.batch_prompts, spec.epochs, spec.seed))
     theirs = _trl_loss(engine, spec, groups) if by_trl else None
     room = room_for(engine, [*groups, *held], spec.micro_prompts)
-    learner = Learner(engine, spec, len(plan) * learning.updates, room, theirs)
+    learner = Learner(engine, spec, len(plan) * learning.updates, room, theirs, started)
+    if halved:
+        learner.progress.room = learner.progress.room.halved()
     stopped, begun = "end", time.monotonic()
     if held and learner.progress.looks is None:
         learner.look(held)
@@ -111,6 +116,7 @@ def learn(spec: Spec, open_engine: Callable[[Spec], tuple[Engine, weights.ModelF
     if not best:
         yield {"done": True, "stopped": stopped, "adapter": None, "steps": 0, "counts": dict(counts)}
         return
+    learner.require_finite()
     _write(engine.adapter, Path(spec.adapter_out), folder)
     yield {
         **learner.progress.line,
@@ -122,8 +128,7 @@ def learn(spec: Spec, open_engine: Callable[[Spec], tuple[Engine, weights.ModelF
         "backend": named(learning.backend, why_not),
         "base": folder.digest,
         "probe": _probe(engine, groups, spec.seed),
-        "seconds": round(time.monotonic() - started, 3),
-        "cpu_seconds": round(time.process_time(), 3),
+        **learner.timed(),
     }
 
 
@@ -174,17 +179,21 @@ def main() -> None:
     options = argparse.ArgumentParser(prog="python -m sia_events.trainer.learn", description=__doc__)
     options.add_argument("spec", type=Path, help="JSON file, keys as in Spec")
     options.add_argument("--die-with-parent", action="store_true", help="end when stdin closes")
+    options.add_argument("--halved", action="store_true", help="with half as much at once, for want of memory")
     given = options.parse_args()
     if given.die_with_parent:
         parent.end_with_parent()
     try:
         # One that was left over from a crash ends within moments; until then the checkpoint is its own.
         with FileLock(given.spec.with_suffix(".lock")):
-            for line in learn(from_json(given.spec.read_bytes())):
+            for line in learn(from_json(given.spec.read_bytes()), halved=given.halved):
                 print(json.dumps(line), flush=True)
     except (RolloutsRefused, RewardRefused, lora.AdapterRefused, TargetsRefused) as refused:
         print(f"learn: {refused}", file=sys.stderr)
         sys.exit(os.EX_DATAERR)  # which no other try would change
+    except Diverged as diverged:
+        print(f"learn: {diverged}", file=sys.stderr)
+        sys.exit(os.EX_SOFTWARE)  # as it would with any other try
     except (OutOfMemory, RuntimeError, MemoryError) as error:
         if not out_of_memory(error):
             raise

@@ -1,8 +1,10 @@
 """The learner: adapter, critic and optimiser in motion, a step at a time, and their way to the checkpoint and back."""
 
+import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
+from math import isfinite
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -24,9 +26,16 @@ from sia_events.trainer.views import view
 T = TypeVar("T")
 
 
+class Diverged(Exception):
+    """Learning left the finite numbers; the message says where. What was learned until then is worth nothing."""
+
+
 @dataclass
 class Progress:
-    """How far learning has come. `room` is for what goes through the model at once, `masked` counts no sample twice."""
+    """How far learning has come. `room` is for what goes through the model at once, `masked` counts no sample twice.
+
+    `seconds` and `cpu_seconds` are what it took up to here, in however many processes.
+    """
 
     room: Room
     step: int = 0
@@ -36,17 +45,28 @@ class Progress:
     prepared: Prepared | None = None
     looks: Looks | None = None
     line: dict[str, Any] = field(default_factory=dict)
+    seconds: float = 0.0
+    cpu_seconds: float = 0.0
 
 
 class Learner:
     """One update under way. It goes on from the spec's checkpoint where there is one of the same update.
 
     What there is `room` for goes through the model at once. With `theirs` the loss is TRL's; what is told of a step is
-    computed as ever.
+    computed as ever. It began `begun`, by `time.monotonic`, or now.
     """
 
-    def __init__(self, engine: Engine, spec: Spec, steps: int, room: Room, theirs: PartLoss | None = None) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        spec: Spec,
+        steps: int,
+        room: Room,
+        theirs: PartLoss | None = None,
+        begun: float | None = None,
+    ) -> None:
         self.steps = steps
+        self._begun = time.monotonic() if begun is None else begun
         self._theirs = theirs
         self._best: list[Tensor] = []
         self.progress = Progress(room)
@@ -63,15 +83,27 @@ class Learner:
         self._identity = spec.identity
         self._resume()
         self._before = self.progress.tokens
+        self._earlier = self.progress.seconds, self.progress.cpu_seconds
 
     def gradients(self, batch: Sequence[RolloutGroup], fresh: bool) -> Tally:
         """Leave the batch's gradients in the parameters. A `fresh` batch is weighed first; another step on it is not.
 
-        Raises OutOfMemory when the batch does not fit, in halves of its parts either.
+        Raises OutOfMemory when the batch does not fit, in halves of its parts either, and Diverged where loss or
+        gradients are no numbers.
         """
         if fresh:
             self.progress.prepared = None
-        return self._fitting(lambda: self._gradients(batch))
+        tally = self._fitting(lambda: self._gradients(batch))
+        given = [parameter.grad for parameter in self._policy + self._critic if parameter.grad is not None]
+        if not (isfinite(tally.loss) and torch.nn.utils.get_total_norm(given).isfinite()):
+            step = self.progress.step + 1
+            raise Diverged(f"the loss of step {step} is {tally.loss:g}, or its gradients are no finite numbers.")
+        return tally
+
+    def require_finite(self) -> None:
+        """Raises Diverged where the weights themselves are no numbers, which a last step can leave."""
+        if not all(factor.isfinite().all() for factor in self._policy):
+            raise Diverged(f"the adapter's factors behind step {self.progress.step} are no finite numbers.")
 
     def _fitting(self, work: Callable[[], T]) -> T:
         try:
@@ -179,10 +211,18 @@ class Learner:
             return step / warmup
         return 1 - 0.9 * (step - warmup) / max(1, self.steps - warmup)
 
+    def timed(self) -> dict[str, float]:
+        """What learning took so far: that of a process before this one up to its last checkpoint."""
+        progress, (seconds, cpu_seconds) = self.progress, self._earlier
+        progress.seconds = round(seconds + time.monotonic() - self._begun, 3)
+        progress.cpu_seconds = round(cpu_seconds + time.process_time(), 3)
+        return {"seconds": progress.seconds, "cpu_seconds": progress.cpu_seconds, "earlier_seconds": seconds}
+
     def keep(self) -> None:
         """Put the state on disk, in the place of the last step's. Raises SavingFailed."""
         if self._spec.checkpoint is None:
             return
+        self.timed()
         progress = self.progress
         # Behind the last step on a batch the next one is weighed anew.
         within = progress.step % self._spec.learning.updates

@@ -14,6 +14,9 @@ from sia_events.trainer.views import View
 COLLAPSE_WINDOW, COLLAPSE_SHARE, DESERVED_SHARE = 4, 0.9, 0.75
 """Collapsed: over so many steps one answer is preferred for this share of prompts, and best rewarded far less often."""
 
+FARTHEST = 20.0
+"""The most that a token's log-ratio is counted as, in nats: already e^20 times as likely as when it was sampled."""
+
 Answer = tuple[int, ...]
 
 
@@ -57,7 +60,8 @@ class Met:
         self.entropy -= float(now.sum())
         self.acts, self.actions = self.acts + 1, self.actions + len(now)
         if act.logprobs is not None:
-            apart = now - torch.tensor(act.logprobs, device=now.device)
+            # Of a token that far away, which its sample is masked for, the exponential is no number any more.
+            apart = (now - torch.tensor(act.logprobs, device=now.device)).clamp(max=FARTHEST)
             self.kl += float((apart.exp() * apart - apart.exp() + 1).sum())
 
 

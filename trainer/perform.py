@@ -29,7 +29,7 @@ from sia_events.shared.tree import load_tree, read_tree, store_tree, write_tree
 from sia_events.trainer.algorithms import ALGORITHMS
 from sia_events.trainer.algorithms.weighing import LARGEST
 from sia_events.trainer.base_model import base_folder, lacks
-from sia_events.trainer.child import LearningRefused, LearningTooLarge, run_learner
+from sia_events.trainer.child import LearningDiverged, LearningRefused, LearningTooLarge, run_learner
 from sia_events.trainer.manifest import manifest
 from sia_events.trainer.probe import claims, probe
 from sia_events.trainer.rollouts import WHOLE, Source, gather, to_lines
@@ -101,11 +101,19 @@ async def _update(work: Work, asked: WeightUpdateRequested, folder: Path) -> Wei
             "same would be refused again: mend what is named, then sia branch "
             f"{work.run.name} --at {asked.generation - 1}"
         ) from refused
+    except LearningDiverged as diverged:
+        raise Barren(
+            f"{asked.algorithm} was broken off: {diverged} {parent.name} stays as it is, its rollouts are on record. "
+            f"To learn anew, with smaller steps: sia branch {work.run.name} --at {asked.generation - 1} --set "
+            f"learning.lr={asked.learning.lr / 10:g}"
+        ) from diverged
     except LearningTooLarge as large:
         raise Barren(
             f"{asked.algorithm} was broken off: {large} {parent.name} stays as it is, its rollouts are on record. "
             f"To learn anew: sia branch {work.run.name} --at {asked.generation - 1} --set learning.recompute=true"
         ) from large
+    # Those of a process that was killed: they were spent as well.
+    started -= last.pop("earlier_seconds", 0.0)
     counts.update(last["counts"])
     if last["adapter"] is None:
         why = f"none can be told from its siblings by its reward ({_told(counts)})"

@@ -9,6 +9,10 @@ import msgspec
 
 from sia_events.shared.events import Learning
 
+LESS_MEMORY = """\
+Set learning.recompute=true, or take fewer or shorter calls an attempt (under dpo fewer samples, too), a smaller \
+model, or a machine with more memory."""
+
 
 @dataclass(frozen=True)
 class Spec:
