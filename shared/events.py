@@ -1,5 +1,6 @@
 """Every fact the system can record, in the order a run lives through them, and the small values they carry."""
 
+from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue
@@ -12,7 +13,17 @@ FailureKind = Literal["infrastructure", "budget", "timeout", "crash", "invalid_o
 BackendName = Literal["builtin", "direct", "agentic", "claude", "openhands"]
 Algorithm = Literal["reinforce", "grpo", "rloo", "ppo", "entropic", "cloning", "dpo"]
 Autonomy = Literal["full", "approve-weights", "approve-each"]
-Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+
+
+@dataclass(frozen=True)
+class Names:
+    """What a field of a fact names by digest: a blob, or the manifest of a tree (shared/tree.py)."""
+
+    what: Literal["blob", "tree"]
+
+
+Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$"), Names("blob")]
+Tree = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$"), Names("tree")]
 
 
 class Value(BaseModel):
@@ -31,7 +42,7 @@ class Weights(Value):
     """A base model and, maybe, an adapter (the digest of its packed folder)."""
 
     model: str
-    adapter: Digest | None = None
+    adapter: Tree | None = None
 
 
 class Estimate(Value):
@@ -279,10 +290,10 @@ class TaskRegistered(Event):
     metric: str
     maximize: bool
     spec: Digest
-    datasets: dict[str, Digest]
+    datasets: dict[str, Tree]
     answers: Digest
-    judge: Digest | None = None
-    reference: Digest
+    judge: Tree | None = None
+    reference: Tree
     sizes: dict[str, int]
     floor: float | None
     whole: bool = False
@@ -302,7 +313,7 @@ class AgentProposed(Event):
     type: Literal["AgentProposed"] = "AgentProposed"
     version: str
     candidate: int
-    harness: Digest
+    harness: Tree
     weights: Weights
     reason: str
     written: Written | None = None
@@ -340,7 +351,7 @@ class ExecutionLogged(Event):
     attempt: str
     version: str
     split: Split
-    outputs: Digest
+    outputs: Tree
     trajectory: Digest
     calls: int
     prompt_tokens: int
@@ -477,7 +488,7 @@ class HarnessPatched(Event):
     generation: int
     candidate: int
     parent: str
-    harness: Digest
+    harness: Tree
     weights: Weights
     edits: tuple[str, ...]
     reason: str
@@ -518,7 +529,7 @@ class WeightsUpdated(Event):
     version: str
     generation: int
     parent: str
-    harness: Digest
+    harness: Tree
     weights: Weights
     algorithm: str
     rollouts: int

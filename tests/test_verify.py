@@ -12,6 +12,7 @@ import nats
 import pytest
 from bus_on import forged_branch, note, notes, opened
 from command import SMALL, read, sia, start, told
+from story import logged
 
 from sia_events import app, verifying
 from sia_events.event_log import recorder
@@ -19,7 +20,7 @@ from sia_events.home import hold
 from sia_events.infra.nats_server import running
 from sia_events.infra.tail import RunIncomplete
 from sia_events.log_here import open_log
-from sia_events.shared.events import RunBranched, RunSettings, ServiceFailed
+from sia_events.shared.events import RunBranched, RunSettings, RunSteered, ServiceFailed
 from sia_events.shared.ports import Envelope
 from sia_events.shared.record import Record, answers, broken_link, opening
 from sia_events.shared.settings import Settings
@@ -344,6 +345,25 @@ async def named_blob(node: app.Node) -> str:
     letter = ServiceFailed(service="t", failed=str(history[2].id), sequence=3, error="E", payload=digest, tries=5)
     await node.bus.append("r2", answers("r2", history[2], "another", [letter]))
     return digest
+
+
+async def test_what_an_agent_or_a_person_wrote_names_no_blob_however_it_looks(home: Path):
+    async def written(node: app.Node) -> None:
+        missing = "ab" * 32
+        notes = await node.blobs.put(json.dumps({"sha": missing}).encode())
+        outputs = await node.blobs.put(json.dumps({"notes.json": notes}).encode())
+        trajectory = await node.blobs.put(b"")
+        history = await node.bus.history("r2")
+        facts = [
+            RunSteered(text="cd" * 32),
+            logged("g0a", "dev").model_copy(update={"outputs": outputs, "trajectory": trajectory}),
+        ]
+        await node.bus.append("r2", answers("r2", history[2], "an agent", facts))
+
+    await on_home(home, written)
+    found = await looked(home)
+    assert found["findings"] == []
+    assert not (await looked(home, "r2"))["findings"]
 
 
 async def test_what_no_place_has_any_more_is_told_and_not_mended(home: Path):

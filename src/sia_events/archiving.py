@@ -176,8 +176,8 @@ async def _members(
     for run, records in runs.items():
         yield f"records/{run}.jsonl", b"".join(to_wire(record) + b"\n" for record in records)
         for record in records:
-            for digest, answer in named(record):
-                (private if answer else public).add(digest)
+            for reference in named(record):
+                (private if reference.private else public).add(reference.digest)
     wanted = set(public)
     for run in runs:
         envelopes: list[bytes] = []

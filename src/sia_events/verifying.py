@@ -13,7 +13,7 @@ from sia_events.errors import Unusable
 from sia_events.event_log import recorder
 from sia_events.event_log.reconciling import Finding, Reconciled, Start, reconcile
 from sia_events.event_log.reconciling_traces import Traces, reconcile_lines
-from sia_events.event_log.references import members, named
+from sia_events.event_log.references import Reference, members, named
 from sia_events.home import describe, running_node
 from sia_events.infra.blobs import open_blobs
 from sia_events.infra.clickhouse import ClickHouseLog, LogUnavailable, QueryRefused
@@ -58,7 +58,7 @@ class Looked:
     Of a sound run only the `chains` are kept: the stream has its records. `records` counts those of all runs.
     `lines` has a run's trace sequences whose rows are wrong or not there yet, and those that only the tables have;
     `lost` the last sequence of a stream, and those up to it of which nothing can be read; `blobs` who named each, by
-    digest and whether it is private. `under_way` are runs that are just being looked at.
+    digest and whether it is private, and `references` what was followed. `under_way` are runs that are looked at.
     """
 
     all: bool
@@ -72,6 +72,7 @@ class Looked:
     findings: list[Finding] = field(default_factory=list)
     of_blobs: list[Finding] = field(default_factory=list)
     blobs: dict[tuple[str, bool], str | None] = field(default_factory=dict)
+    references: set[Reference] = field(default_factory=set)
     counted: int = 0
     under_way: set[str] = field(default_factory=set)
 
@@ -279,31 +280,37 @@ async def _look_for_gaps(node: app.Node, copied: Copied, looked: Looked) -> None
 async def _look_at_blobs(node: app.Node, looked: Looked, name: str, records: Sequence[Record]) -> None:
     """Every blob that a record names, and the members of trees."""
     for record in records:
-        for digest, private in named(record):
-            if private and not looked.private:
-                continue
-            await _look_at_blob(node, looked, digest, private, name, f"record {record.position} names it")
+        for reference in named(record):
+            if looked.private or not reference.private:
+                await _look_at_blob(node, looked, reference, name, f"record {record.position} names it")
 
 
 async def _look_at_unnamed_blobs(node: app.Node, looked: Looked) -> None:
     for store, private in ((node.blobs, False), (node.private, True)):
         async for kept in store.listed():
-            await _look_at_blob(node, looked, kept.digest, private, None, "nothing that was looked at names it")
+            reference = Reference(kept.digest, private)
+            await _look_at_blob(node, looked, reference, None, "nothing that was looked at names it")
 
 
-async def _look_at_blob(node: app.Node, looked: Looked, digest: str, private: bool, run: str | None, why: str) -> None:
-    if (digest, private) in looked.blobs:
+async def _look_at_blob(node: app.Node, looked: Looked, reference: Reference, run: str | None, why: str) -> None:
+    place = (reference.digest, reference.private)
+    if reference in looked.references or (place in looked.blobs and not reference.tree):
         return
-    looked.blobs[digest, private] = run
-    store = node.private if private else node.blobs
+    looked.references.add(reference)
+    seen = place in looked.blobs
+    looked.blobs[place] = run
+    store = node.private if reference.private else node.blobs
     try:
-        body = await store.get(digest)
+        body = await store.get(reference.digest)
     except (BlobMissing, BlobCorrupt) as error:
         kind = "missing" if isinstance(error, BlobMissing) else "altered"
-        looked.of_blobs.append(Finding(kind, "blobs", run, digest, why))
+        if not seen:
+            looked.of_blobs.append(Finding(kind, "blobs", run, reference.digest, why))
         return
-    for member in members(body):
-        await _look_at_blob(node, looked, member, private, run, f"tree {digest} names it")
+    # Files of a tree that read like a manifest themselves are somebody's content, and name nothing.
+    for member in members(body) if reference.tree else ():
+        within = Reference(member, reference.private)
+        await _look_at_blob(node, looked, within, run, f"tree {reference.digest} names it")
 
 
 async def _mend(
