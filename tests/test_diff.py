@@ -5,7 +5,8 @@ from typing import Any
 from given import recorded
 from story import ACCEPTED, feedback_asked, patched, registered, scored, trained
 
-from sia_events.reading import changes
+from sia_events.reading import changes, file_diffs
+from sia_events.views.comparisons import pair_lines
 from sia_events.views.summaries import diff_text
 
 PAST = (*ACCEPTED, feedback_asked(1), patched("g1a", edits=("few_shot", "vote")), scored("g1a", "dev", "1110"))
@@ -44,3 +45,19 @@ def test_where_less_is_better_a_lower_score_is_a_gain():
     found = changes(recorded(registered(maximize=False), *PAST[1:]), "g1a", "g0a")
     assert found["scores"]["g0a"]["dev"]["value"] < found["scores"]["g1a"]["dev"]["value"]
     assert found["gains"]["dev"]["gain"] == 0.5
+
+
+def test_files_that_differ_in_no_line_are_told_in_words():
+    old = {"a.py": b"x\n", "b.py": b"", "c.py": b"same\n"}
+    new = {"a.py": b"x\r\n", "__init__.py": b"", "c.py": b"same\n"}
+    assert file_diffs(old, new, "g0a", "g1a") == {
+        "__init__.py": "an empty file is new",
+        "a.py": "the same lines, in other bytes: line ends, or what is no text",
+        "b.py": "an empty file is gone",
+    }
+    pair = {"before": "r1", "after": "r2", "versions": ["g0a", "g1a"], "splits": {}, "adapters": [None, None]}
+    told = pair_lines({**pair, "files": file_diffs(old, new, "g0a", "g1a")})
+    assert "__init__.py (an empty file is new)" in told[-1] and "the same lines" in told[-1]
+    assert pair_lines({**pair, "files": {}})[-1] == "  harness the same"
+    nothing = pair_lines({**pair, "versions": ["g0a", None], "files": {}})[-1]
+    assert nothing == "  harness not compared: one of them is not there"

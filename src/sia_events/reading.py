@@ -118,13 +118,21 @@ async def diff(settings: Settings, run: str, before: str, after: str) -> dict[st
 
 
 def file_diffs(old: Mapping[str, bytes], new: Mapping[str, bytes], before: str, after: str) -> dict[str, str]:
-    """A unified diff of every file that differs between two trees, by path."""
+    """A unified diff of every file that differs between two trees, by path; in words where no line tells it."""
     files: dict[str, str] = {}
     for path in sorted(old.keys() | new.keys()):
-        was, now = (tree.get(path, b"").decode(errors="replace").splitlines() for tree in (old, new))
-        if was != now:
-            files[path] = "\n".join(difflib.unified_diff(was, now, f"{before}/{path}", f"{after}/{path}", lineterm=""))
+        if old.get(path) != new.get(path):
+            was, now = (tree.get(path, b"").decode(errors="replace").splitlines() for tree in (old, new))
+            lines = difflib.unified_diff(was, now, f"{before}/{path}", f"{after}/{path}", lineterm="")
+            files[path] = "\n".join(lines) or _without_lines(path in old, path in new)
     return files
+
+
+def _without_lines(was: bool, now: bool) -> str:
+    """How a file differs whose lines are the same."""
+    if was and now:
+        return "the same lines, in other bytes: line ends, or what is no text"
+    return "an empty file is new" if now else "an empty file is gone"
 
 
 def changes(history: Sequence[Record], before: str, after: str) -> dict[str, Any]:

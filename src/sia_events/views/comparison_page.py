@@ -11,6 +11,7 @@ from sia_events.views.comparisons import (
     aligned,
     gain_text,
     generation_rows,
+    harness_text,
     run_cells,
 )
 
@@ -134,7 +135,7 @@ def _pair(pair: Mapping[str, Any]) -> str:
         unfolded = "" if diff.count("\n") > LONG else " open"
         parts.append(f"<details{unfolded}><summary>{escape(path)}</summary><pre>{_coloured(diff)}</pre></details>")
     if not pair["files"]:
-        parts.append("<p>The harness is the same.</p>")
+        parts.append(f"<p>Harness: {escape(harness_text(pair))}</p>")
     return "\n".join(parts)
 
 

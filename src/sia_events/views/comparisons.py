@@ -21,7 +21,7 @@ def comparison_text(compared: Mapping[str, Any]) -> str:
     heads = ("gen", "split", *(str(run["run"]) for run in runs))
     parts.append(table(heads, generation_rows(compared)))
     for pair in compared["pairs"]:
-        parts += ["", *_pair_lines(pair)]
+        parts += ["", *pair_lines(pair)]
     return clean("\n".join(parts))
 
 
@@ -67,7 +67,8 @@ def gain_text(found: Mapping[str, Any]) -> str:
     return f"{interval}, p = {found['p_value']:.2g}, {items}"
 
 
-def _pair_lines(pair: Mapping[str, Any]) -> list[str]:
+def pair_lines(pair: Mapping[str, Any]) -> list[str]:
+    """What one run has over another: gains, items that flipped, adapters and files."""
     old, new = pair["versions"]
     lines = [f"{pair['after']} ({new or 'none accepted'}) against {pair['before']} ({old or 'none accepted'})"]
     for split, found in pair["splits"].items():
@@ -81,8 +82,13 @@ def _pair_lines(pair: Mapping[str, Any]) -> list[str]:
     if rows := adapter_rows(pair):
         lines += [f"    {line}" for line in table(("", "before", "after"), rows).splitlines()]
     changed = [f"{path} {_changed(diff)}" for path, diff in pair["files"].items()]
-    lines.append(f"  harness {', '.join(changed) or 'the same'}")
+    lines.append(f"  harness {', '.join(changed) or harness_text(pair)}")
     return lines
+
+
+def harness_text(pair: Mapping[str, Any]) -> str:
+    """What there is to say of two harnesses of which no file differs."""
+    return "the same" if all(pair["versions"]) else "not compared: one of them is not there"
 
 
 def adapter_text(pair: Mapping[str, Any], then: str) -> str:
@@ -111,5 +117,7 @@ def _few(items: Sequence[str]) -> str:
 
 
 def _changed(diff: str) -> str:
+    if not diff.startswith("---"):
+        return f"({diff})"
     body = diff.splitlines()[2:]
     return f"+{sum(line.startswith('+') for line in body)} -{sum(line.startswith('-') for line in body)}"
