@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from sia_events.shared.events import SEEDS_APART
 from sia_events.shared.run import Run
 from sia_events.shared.summary import shown
 from sia_events.views.records import clean
@@ -75,7 +76,7 @@ def _next(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
             ("sia doctor", "what works here, and how to mend what does not"),
         ]
     other = "harness" if summary["lever"] == "weights" else "weights"
-    change = f"lever={other}" if summary["settings"]["target_model"].startswith("local/") else "seed=1"
+    change = f"lever={other}" if summary["settings"]["target_model"].startswith("local/") else f"seed={SEEDS_APART}"
     why = "under the other lever" if change.startswith("lever") else "with other chances"
     first = summary["generations"][0]["version"]
     last = min(1, summary["generations"][-1]["generation"])
