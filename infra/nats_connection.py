@@ -11,6 +11,7 @@ from urllib.parse import urlsplit
 import structlog
 from faststream.nats import NatsBroker
 from nats.aio.client import Client
+from nats.errors import Error as RefusedByServer
 
 from sia_events.infra.nats_partitions import WHOLE, Partitions
 from sia_events.infra.nats_server import MINIMUM, server_info, too_old
@@ -99,8 +100,14 @@ async def connected(
                 _end_when_untaken(client)
                 await ensure_streams(client, replicas, partitions, retention)
         except (TimeoutError, *UNANSWERED) as error:
-            said = f"the NATS server at {_shown(url)} lets us in but does not answer: {error!r}"
+            said = f"the NATS server at {masked(url)} lets us in but does not answer: {error!r}"
             raise BusUnreachable(said) from error
+        except RefusedByServer as error:
+            # A class of its own the client has for a connection that was open before, and not for one that never was.
+            if "authorization" not in str(error).lower():
+                raise
+            mend = "Put the right user and password, or token, into SIA_NATS_URL, or unset it for a server of our own."
+            raise BusUnreachable(f"the NATS server at {masked(url)} does not let us in: {error}. {mend}") from error
         yield Connection(broker, client, patience, partitions)
     finally:
         with suppress(TimeoutError, *UNANSWERED):
@@ -126,15 +133,15 @@ async def _check(server: str) -> None:
     try:
         info = await server_info(place.hostname or "localhost", place.port or 4222)
     except (OSError, ValueError, TimeoutError) as error:
-        raise BusUnreachable(f"no NATS server answers at {_shown(server)}: {error}. {mend}") from error
+        raise BusUnreachable(f"no NATS server answers at {masked(server)}: {error}. {mend}") from error
     if too_old(info["version"]):
         least = ".".join(map(str, MINIMUM))
-        raise BusUnreachable(f"{_shown(server)} is nats-server {info['version']}; {least} or later is needed. {mend}")
+        raise BusUnreachable(f"{masked(server)} is nats-server {info['version']}; {least} or later is needed. {mend}")
     if not info.get("jetstream"):
-        raise BusUnreachable(f"the NATS server at {_shown(server)} has JetStream off. Start it with -js. {mend}")
+        raise BusUnreachable(f"the NATS server at {masked(server)} has JetStream off. Start it with -js. {mend}")
 
 
-def _shown(url: str) -> str:
+def masked(url: str) -> str:
     """The URL without the token or password in it."""
     return ",".join(server.rpartition("@")[2] for server in url.split(","))
 

@@ -5,6 +5,7 @@ import signal
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import nats
 import pytest
@@ -43,6 +44,8 @@ async def test_whoever_listens_has_the_recorded_bytes_in_order_and_the_streams_h
         done = await asyncio.to_thread(sia, home, *words, SIA_NATS_URL=url)
         assert done.returncode == 0 and done.stdout == "28 records of r1 published to sia.replay.r1.*\n", done.stderr
         await client.flush()
+        assert (secret := urlsplit(url).username) and secret not in done.stderr, done.stderr
+        assert "of r1 to sia.replay.r1.* at 127.0.0.1:" in done.stderr
         async with asyncio.timeout(20):
             while len(heard) < len(records):
                 await client.flush()
@@ -102,3 +105,11 @@ def test_a_speed_that_is_none_is_refused(home: Path, speed: str):
 def test_publishing_all_runs_or_a_stretch_is_refused(home: Path):
     for words in (("--all",), ("r1", "--from", "3")):
         assert told(home, "replay", *words, "--publish")[0] == 2
+
+
+async def test_a_server_that_does_not_let_us_in_is_named_without_what_we_said(home: Path, tmp_path: Path):
+    async with running(tmp_path / "nats") as url:
+        wrong = f"nats://me:hunter2@{url.rpartition('@')[2]}"
+        done = await asyncio.to_thread(sia, home, "status", SIA_NATS_URL=wrong)
+    assert done.returncode == 2 and "does not let us in" in done.stderr, done.stderr
+    assert "hunter2" not in done.stderr and "Traceback" not in done.stderr and "SIA_NATS_URL" in done.stderr

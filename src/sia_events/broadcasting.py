@@ -10,6 +10,7 @@ from sia_events import app
 from sia_events.catching_up import settled
 from sia_events.errors import Unusable
 from sia_events.home import own_nats_url
+from sia_events.infra.nats_connection import masked
 from sia_events.infra.nats_publisher import publisher
 from sia_events.reading import records
 from sia_events.shared.record import Record, to_wire
@@ -32,7 +33,9 @@ async def broadcast(settings: Settings, run: str, speed: float | None, subject: 
     async with app.stores_of_home(settings, f"replay {name}", running is not None):
         url = settings.nats_url or own_nats_url(settings)
         shown = ".".join("*" if word == "TYPE" else name if word == "RUN" else word for word in subject.split("."))
-        print(f"sia: {len(history)} records of {name} to {shown} at {url}", file=sys.stderr, flush=True)
+        # Whoever listens to a server of our own needs its token; another's address is known to whoever set it.
+        at = masked(url) if settings.nats_url else url
+        print(f"sia: {len(history)} records of {name} to {shown} at {at}", file=sys.stderr, flush=True)
         async with publisher(url) as publish:
             for wait_s, record in schedule(history, speed):
                 await asyncio.sleep(wait_s)
