@@ -220,6 +220,10 @@ def test_several_branches_are_opened_at_once_with_a_seed_each(own: Path):
     # A branch at a place that its parent shares with the parent's parent is still its parent's.
     shared = answered(own, "branch", "r2", "--at", "0", "--run", "c", "--no-go")
     assert shared["parent"] == read(own, "show", "c")["parent"] == "r2"
+    # Nobody goes on with them: the tree says so as the list of runs does.
+    listed = {run["run"]: run["status"] for run in read(own, "runs")}
+    assert listed["r2"] == listed["r3"] == "interrupted"
+    assert all(listed[branch["run"]] == branch["status"] for branch in root["branches"])
     assert opened["r2"] == {"lever": "weights", "seed": 0} and opened["r3"] == {"lever": "weights", "seed": 10_000}
 
 

@@ -3,7 +3,8 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from sia_events.reading import every_lineage, look, resolve, unreadable
+from sia_events.catching_up import settled
+from sia_events.reading import every_lineage, interrupted, look, nobody_runs, resolve, unreadable
 from sia_events.shared.events import FeedbackGiven, HarnessPatched, RunBranched, RunSteered
 from sia_events.shared.ports import Log
 from sia_events.shared.record import Record, opens_with
@@ -24,7 +25,13 @@ async def tree(settings: Settings, run: str | None) -> list[dict[str, Any]]:
         wanted = await resolve(log, run) if run else None
         return grown(await every_lineage(log, lambda history: history), wanted)
 
-    return await look(settings, ask)
+    running = await settled(settings)
+    roots = await look(settings, ask)
+    return [_interrupted(root) for root in roots] if nobody_runs(settings, running) else roots
+
+
+def _interrupted(node: dict[str, Any]) -> dict[str, Any]:
+    return {**interrupted(node), "branches": [_interrupted(branch) for branch in node["branches"]]}
 
 
 def grown(histories: Mapping[str, Sequence[Record] | str], run: str | None) -> list[dict[str, Any]]:

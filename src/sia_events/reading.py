@@ -67,11 +67,17 @@ async def all_runs(settings: Settings) -> list[dict[str, Any]]:
     running = await settled(settings)
     found = await look(settings, lambda log: every_lineage(log, row))
     rows = [unreadable(name, each) if isinstance(each, str) else each for name, each in found.items()]
-    for each in rows:
-        # A run is under way only while some process runs the services; else it waits to be resumed.
-        if each["status"] == "running" and not running and not settings.nats_url:
-            each["status"] = "interrupted"
-    return rows
+    return [interrupted(each) for each in rows] if nobody_runs(settings, running) else rows
+
+
+def nobody_runs(settings: Settings, running: Mapping[str, object] | None) -> bool:
+    """Whether no process runs this home's services, and no server of others may have some that do."""
+    return not running and not settings.nats_url
+
+
+def interrupted(run: dict[str, Any]) -> dict[str, Any]:
+    """A run's row where nobody runs the services: it is not under way, and waits to be resumed."""
+    return {**run, "status": "interrupted"} if run["status"] == "running" else run
 
 
 async def records(settings: Settings, run: str, opened: Opened = current_log) -> Sequence[Record]:
