@@ -63,6 +63,8 @@ def read(file: Path) -> Iterator[tuple[str, Iterator[bytes]]]:
             seen[name] = _entry(body)
         elif name == MANIFEST:
             listed = _parsed(file, b"".join(pieces)).get("members")
+            if not isinstance(listed, dict):
+                raise ArchiveUnusable(f"{file} was altered: its manifest names no members; nothing was written")
         elif name in seen:
             raise ArchiveUnusable(f"{file} has two members {name!r}; nothing was written")
         else:
@@ -155,7 +157,7 @@ def _json(value: Mapping[str, Any]) -> bytes:
 
 
 def _parsed(file: Path, body: bytes) -> dict[str, Any]:
-    with suppress(ValueError):
+    with suppress(ValueError, RecursionError):
         if isinstance(found := json.loads(body), dict):
             return found
     raise ArchiveUnusable(f"{file} was altered: its head or manifest is no JSON object; nothing was written")

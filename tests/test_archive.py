@@ -28,6 +28,7 @@ from sia_events.shared.settings import Settings
 from sia_events.views.integrity import archive_text
 
 BRANCH = "r2"
+NESTED = b"[" * 200_000  # deeper than any parser goes
 Members = list[tuple[str, bytes]]
 
 
@@ -222,6 +223,18 @@ def other_subject(name: str, body: bytes) -> bytes:
     return body.replace(b'"kind":"model_call"', b'"kind":"model.call"') if name.startswith("traces/") else body
 
 
+def too_deep_a_trace(name: str, body: bytes) -> bytes:
+    return b'{"x":' + NESTED + b"\n" + body if name.startswith("traces/") else body
+
+
+def no_text(name: str, body: bytes) -> bytes:
+    return body.replace(b'"kind":"model_call"', b'"kind":"\xff"') if name.startswith("traces/") else body
+
+
+def instead(member: str, said: bytes) -> Callable[[str, bytes], bytes]:
+    return lambda name, body: said if name == member else body
+
+
 @pytest.mark.parametrize(
     ("make", "said"),
     [
@@ -235,6 +248,13 @@ def other_subject(name: str, body: bytes) -> bytes:
         (changed(other_record), "was altered"),
         (forged(its_own_parent), "the hash chain of run r2 is broken"),
         (forged(other_subject), "was altered: traces/"),
+        (forged(too_deep_a_trace), "was altered: traces/"),
+        (forged(no_text), "was altered: traces/"),
+        (changed(instead("manifest.json", b'{"members": []}')), "was altered: its manifest names no members"),
+        (changed(instead("manifest.json", b'{"members": 5}')), "was altered: its manifest names no members"),
+        (changed(instead("manifest.json", b"{}")), "was altered: its manifest names no members"),
+        (changed(instead("manifest.json", NESTED)), "was altered: its head or manifest is no JSON object"),
+        (changed(instead("archive.json", NESTED)), "was altered: its head or manifest is no JSON object"),
     ],
     ids=lambda value: getattr(value, "__name__", None),
 )

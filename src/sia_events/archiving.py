@@ -254,7 +254,7 @@ def _checked(file: Path) -> Contents:
                 contents.envelopes[match["of"]] = contents.envelopes.get(match["of"], 0) + count
         except NewerRecord:
             raise
-        except (UnreadableRecord, msgspec.DecodeError) as error:
+        except (UnreadableRecord, msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
             raise ArchiveUnusable(f"{file} was altered: {name}: {error}; nothing was written") from error
         if match["blobs"]:
             contents.blobs += 1
