@@ -131,6 +131,27 @@ async def test_envelopes_that_the_stream_has_lost_come_from_the_tables_and_other
     assert traced(tmp_path / "without") == traced(tmp_path / "damaged")[:-1]
 
 
+async def test_trace_lines_that_are_no_text_come_back_as_they_were_with_the_blobs_they_mention(tmp_path: Path):
+    home, back, file = Settings(home=tmp_path / "home"), Settings(home=tmp_path / "back"), tmp_path / "file"
+    async with hold(home, "test"), app.stores(home) as node:
+        await opened(node.bus, "r1")
+        digest = await node.blobs.put(b"mentioned by no text")
+        sent = [
+            Envelope("r1", "log", "text", (b"{}",)),
+            Envelope("r1", "log", "none", (b"\xff{}", digest.encode(), b"{}")),
+            Envelope("r1", "log", "empty", ()),
+        ]
+        for envelope in sent:
+            await node.bus.trace(envelope)
+    told = await archive_run(home, "r1", file, answers=True)
+    assert told["left_out"] == [] and told["missing"] == []
+    assert await restore(back, file) == {"runs": ["r1"], "records": told["records"], "blobs": told["blobs"]}
+    assert (await restore(back, file))["records"] == 0
+    async with hold(back, "test"), app.stores(back) as node:
+        assert [envelope async for _, envelope in node.streams.envelopes("r1")] == sent
+        assert await node.blobs.get(digest) == b"mentioned by no text"
+
+
 def traced(file: Path) -> list[tuple[str, tuple[str, ...]]]:
     """Key and lines of every envelope in the archive."""
     bodies = [body for name, body in unpacked(file) if name.startswith("traces/")]
@@ -223,6 +244,10 @@ def other_subject(name: str, body: bytes) -> bytes:
     return body.replace(b'"kind":"model_call"', b'"kind":"model.call"') if name.startswith("traces/") else body
 
 
+def without_its_lines(name: str, body: bytes) -> bytes:
+    return b'{"kind":"log","key":"k"}\n' + body if name.startswith("traces/") else body
+
+
 def too_deep_a_trace(name: str, body: bytes) -> bytes:
     return b'{"x":' + NESTED + b"\n" + body if name.startswith("traces/") else body
 
@@ -248,6 +273,7 @@ def instead(member: str, said: bytes) -> Callable[[str, bytes], bytes]:
         (changed(other_record), "was altered"),
         (forged(its_own_parent), "the hash chain of run r2 is broken"),
         (forged(other_subject), "was altered: traces/"),
+        (forged(without_its_lines), "was altered: traces/"),
         (forged(too_deep_a_trace), "was altered: traces/"),
         (forged(no_text), "was altered: traces/"),
         (changed(instead("manifest.json", b'{"members": []}')), "was altered: its manifest names no members"),

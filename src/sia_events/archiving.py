@@ -40,12 +40,20 @@ MEMBER = re.compile(
 )
 
 
-class _Traced(msgspec.Struct):
-    """A line of a traces member: one envelope. Its kind is a word of a subject."""
+class _Traced(msgspec.Struct, omit_defaults=True):
+    """A line of a traces member: one envelope. Its kind is a word of a subject.
+
+    `raw` stands in the place of `lines` where one of them is no UTF-8, as text cannot hold that; in Base64.
+    """
 
     kind: Annotated[str, msgspec.Meta(pattern=r"^[^\s.*>]+\Z")]
     key: Annotated[str, msgspec.Meta(min_length=1)]
-    lines: list[str]
+    lines: list[str] | None = None
+    raw: list[bytes] | None = None
+
+    def __post_init__(self) -> None:
+        if (self.lines is None) == (self.raw is None):
+            raise ValueError("an envelope has lines or raw")
 
 
 _encode = msgspec.json.Encoder().encode
@@ -183,9 +191,8 @@ async def _members(
         envelopes: list[bytes] = []
         number = 0
         async for envelope in _traces(node, log, run, told["left_out"]):
-            lines = [line.decode() for line in envelope.lines]
-            envelopes.append(_encode(_Traced(envelope.kind, envelope.key, lines)) + b"\n")
-            wanted |= mentioned(envelopes[-1])
+            envelopes.append(_encode(_traced(envelope)) + b"\n")
+            wanted |= mentioned(b"\n".join((envelope.key.encode(), *envelope.lines)))
             if len(envelopes) == ENVELOPES:
                 yield f"traces/{run}/{number:06}.jsonl", b"".join(envelopes)
                 envelopes, number = [], number + 1
@@ -313,11 +320,19 @@ def _found(run: str, there: Sequence[str], archived: Sequence[str], ages: bool) 
     raise Unusable(f"run {run} has other traces here; nothing was written")
 
 
+def _traced(envelope: Envelope) -> _Traced:
+    try:
+        return _Traced(envelope.kind, envelope.key, lines=[line.decode() for line in envelope.lines])
+    except UnicodeDecodeError:
+        return _Traced(envelope.kind, envelope.key, raw=list(envelope.lines))
+
+
 def _envelopes(run: str, pieces: Iterable[bytes]) -> Iterator[Envelope]:
     for line in archive.lines(pieces):
         each = _decode(line)
+        lines = each.raw or [text.encode() for text in each.lines or ()]
         # What stands on a stream under another kind than ours is nobody's, and is carried all the same.
-        yield Envelope(run, each.kind, each.key, tuple(text.encode() for text in each.lines))  # pyright: ignore[reportArgumentType]
+        yield Envelope(run, each.kind, each.key, tuple(lines))  # pyright: ignore[reportArgumentType]
 
 
 def _mark(envelope: Envelope) -> str:
