@@ -102,6 +102,23 @@ def test_a_speed_that_is_none_is_refused(home: Path, speed: str):
     assert [speed_of(text) for text in ("10x", "0.5x", "2", "max")] == [10.0, 0.5, 2.0, None]
 
 
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [
+        (("r1", "--speed", "max"), ("--speed", "--publish")),
+        (("r1", "--speed", "1x"), ("--speed", "--publish")),
+        (("r1", "--subject", "mine.RUN.TYPE"), ("--subject", "--publish")),
+        (("--all", "--subject", "mine.RUN.TYPE"), ("--subject", "--publish")),
+        (("r1", "--publish", "--keep-going"), ("--keep-going", "--publish")),
+    ],
+)
+def test_an_option_that_would_do_nothing_is_refused_with_what_it_goes_with(
+    home: Path, words: tuple[str, ...], named: tuple[str, ...]
+):
+    status, said, talk = told(home, "replay", *words)
+    assert (status, said) == (2, "") and all(each in talk for each in named), talk
+
+
 def test_publishing_all_runs_or_a_stretch_is_refused(home: Path):
     for words in (("--all",), ("r1", "--from", "3")):
         assert told(home, "replay", *words, "--publish")[0] == 2

@@ -7,6 +7,8 @@ import typer
 
 from sia_events.terminal import DONE, FAILED, Json, RunName, Wrong, say, settings, tell, wait_for
 
+SPEED, SUBJECT = "1x", "sia.replay.RUN.TYPE"
+
 
 def replay(
     run: Annotated[
@@ -21,10 +23,16 @@ def replay(
     publish: Annotated[
         bool, typer.Option("--publish", help="Decide nothing: publish RUN's records on NATS as if they came now.")
     ] = False,
-    speed: Annotated[str, typer.Option(metavar="10x|max", help="How fast --publish is.")] = "1x",
+    speed: Annotated[
+        str | None, typer.Option(metavar="10x|max", help=f"How fast --publish is; {SPEED} if left out.")
+    ] = None,
     subject: Annotated[
-        str, typer.Option(metavar="S", help="Where --publish goes; RUN and TYPE stand for the run and the event.")
-    ] = "sia.replay.RUN.TYPE",
+        str | None,
+        typer.Option(
+            metavar="S",
+            help=f"Where --publish goes; RUN and TYPE stand for the run and the event. {SUBJECT} if left out.",
+        ),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Decide everything again with today's code and compare. Calls no model and starts no sandbox."""
@@ -36,13 +44,18 @@ def replay(
     if publish:
         if run is None or first is not None or last is not None:
             raise Wrong("--publish takes one whole run")
-        work = broadcasting.broadcast(settings(), run, broadcasting.speed_of(speed), subject)
+        if keep_going:
+            raise Wrong("--keep-going is for deciding again, and --publish decides nothing: leave one of them out")
+        factor = broadcasting.speed_of(SPEED if speed is None else speed)
+        work = broadcasting.broadcast(settings(), run, factor, SUBJECT if subject is None else subject)
         tell(
             wait_for(work),
             as_json,
             lambda told: f"{told['records']} records of {told['run']} published to {told['subject']}",
         )
         return
+    if speed is not None or subject is not None:
+        raise Wrong(f"{'--subject' if speed is None else '--speed'} goes with --publish: add that, or leave it out")
     if run is None:
         if first is not None or last is not None:
             raise Wrong("--from and --to are positions of one run: name it in place of --all")
