@@ -1,11 +1,13 @@
 """A tree of files as content: a manifest blob {path: digest} over one blob a file, so that trees share and compare."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path, PurePosixPath
 
 import msgspec
 
 from sia_events.shared.ports import Blobs
+
+DEEPEST = 100  # folders in one another; what was nested to do harm has thousands
 
 
 class TreeRefused(Exception):
@@ -36,10 +38,13 @@ def read_tree(folder: Path, max_files: int = 1000, max_bytes: int = 64_000_000) 
     """The regular files under `folder`. What untrusted code left there is data: links and devices are refused."""
     files: dict[str, bytes] = {}
     size = 0
-    for path in sorted(folder.rglob("*")):
-        name = path.relative_to(folder).as_posix()
+    for path in _under(folder):
+        within = path.relative_to(folder)
+        name = within.as_posix()
         if not name.isprintable() or not _utf8(name):
             raise TreeRefused(f"{name!a} is no name for a file; printable names in UTF-8 are taken over")
+        if len(within.parts) > DEEPEST:
+            raise TreeRefused(f"more than {DEEPEST} folders are in one another, the outermost is {within.parts[0]}")
         if path.is_symlink() or not (path.is_file() or path.is_dir()):
             raise TreeRefused(f"{name} is a link or no plain file; only plain files are taken over")
         if path.is_dir():
@@ -49,6 +54,24 @@ def read_tree(folder: Path, max_files: int = 1000, max_bytes: int = 64_000_000) 
             raise TreeRefused(f"more than {max_files} files or {max_bytes:,} bytes, at {name}")
         files[name] = path.read_bytes()
     return files
+
+
+def _under(folder: Path) -> Iterator[Path]:
+    """Everything under `folder`, in order of name, a folder before what is in it; no link is followed."""
+    waiting = _listed(folder)
+    while waiting:
+        path = waiting.pop()
+        yield path
+        if not path.is_symlink():
+            waiting += _listed(path)
+
+
+def _listed(folder: Path) -> list[Path]:
+    """What is in a folder, the last name first; nothing in what is none, or is not ours to read."""
+    try:
+        return sorted(folder.iterdir(), reverse=True)
+    except (FileNotFoundError, NotADirectoryError, PermissionError):
+        return []
 
 
 def _utf8(name: str) -> bool:

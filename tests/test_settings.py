@@ -106,3 +106,16 @@ def test_set_takes_dotted_names_of_letters_alone():
     for wrong in ("learning.=1", ".lr=1", "learning..lr=1", "Learning.lr=1", "learning.lr"):
         with pytest.raises(Wrong, match="KEY=VALUE"):
             pairs([wrong])
+
+
+@pytest.mark.parametrize("depth", [11, 900, 5000])
+def test_set_refuses_a_value_that_nests_deeper_than_any_setting(depth: int):
+    for value in ("[" * depth + "]" * depth, '{"a":' * depth + "1" + "}" * depth):
+        with pytest.raises(Wrong, match="--set seed: its value has more than 10 lists or objects in one another"):
+            pairs([f"seed={value}"])
+    with pytest.raises(Wrong, match="--set seed: "):
+        pairs(["seed=" + "[" * 5000])
+
+
+def test_a_number_that_python_does_not_read_is_text_to_set():
+    assert pairs(["seed=" + "9" * 5000, "lever=[["]) == {"seed": "9" * 5000, "lever": "[["}

@@ -180,13 +180,29 @@ def test_a_branch_that_cannot_be_is_refused_and_says_what_can(
 def test_feedback_of_ones_own_has_to_be_feedback(home: Path, tmp_path: Path):
     file = tmp_path / "feedback.json"
     for given, why in (
+        ({}, f"--replace-feedback {file}: lever: Field required; nothing was written"),
+        (5, "nothing was written"),
+        ({"lever": "harness", "reasons": [5]}, "reasons.0: Input should be a valid string"),
         ({"lever": "both"}, "lever"),
         ({"lever": "weights"}, "an algorithm goes with the lever weights"),
         ({"lever": "harness", "algorithm": "dpo"}, "an algorithm goes with the lever weights"),
     ):
         file.write_text(json.dumps(given))
         status, _, talk = told(home, "branch", "r1", "--at", "0", "--replace-feedback", file)
-        assert status == 2 and why in talk
+        assert status == 2 and why in talk and len(talk.splitlines()) == 1 and "http" not in talk, talk
+
+
+def test_input_of_a_branch_that_nests_too_deep_is_refused_in_a_line(home: Path, tmp_path: Path):
+    file = tmp_path / "feedback.json"
+    (tmp_path / "harness" / "/".join(["d"] * 101)).mkdir(parents=True)
+    file.write_text("[" * 5000)
+    for words, why in (
+        (("--replace-harness", tmp_path / "harness"), "more than 100 folders are in one another"),
+        (("--replace-feedback", file), "nothing was written"),
+        (("--set", "seed=" + "[" * 5000), "--set seed: its value has more than 10 lists or objects"),
+    ):
+        status, _, talk = told(home, "branch", "r1", "--at", "0", *words, "--no-go")
+        assert status == 2 and why in talk and len(talk.splitlines()) == 1, talk
 
 
 def test_feedback_or_a_model_of_ones_own_begins_a_generation_that_ends_and_replays(own: Path, tmp_path: Path):

@@ -1,13 +1,13 @@
 """Trees of files as content: the same files are the same digest, and nothing leads out of the folder."""
 
 import os
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import pytest
 
 from sia_events.infra.memory import MemoryBlobs
 from sia_events.shared.ports import BlobMissing
-from sia_events.shared.tree import TreeRefused, load_tree, read_tree, store_tree, write_tree
+from sia_events.shared.tree import DEEPEST, TreeRefused, load_tree, read_tree, store_tree, write_tree
 
 FILES = {"target_agent.py": b"print(1)\n", "prompts/system.txt": "ä".encode(), "empty": b""}
 
@@ -78,3 +78,18 @@ def test_too_many_files_and_too_many_bytes_are_refused(tmp_path: Path):
     with pytest.raises(TreeRefused, match="24 bytes"):
         read_tree(tmp_path, max_bytes=24)
     assert len(read_tree(tmp_path, max_files=5, max_bytes=25)) == 5
+
+
+def test_folders_nested_too_deep_are_refused_with_the_limit(tmp_path: Path):
+    write_tree({"/".join(["d"] * (DEEPEST - 1) + ["f"]): b"x"}, tmp_path / "most")
+    assert len(read_tree(tmp_path / "most")) == 1
+    (tmp_path / "more" / "/".join(["d"] * (DEEPEST + 1))).mkdir(parents=True)
+    with pytest.raises(TreeRefused, match=f"more than {DEEPEST} folders are in one another, the outermost is d$"):
+        read_tree(tmp_path / "more")
+
+
+def test_files_come_in_the_order_of_their_paths_and_no_folder_is_an_empty_tree(tmp_path: Path):
+    names = ["a/b", "a/b.c", "a.b", "a-b/c", "b/a/c", "b/a.c"]
+    write_tree({name: name.encode() for name in names}, tmp_path)
+    assert list(read_tree(tmp_path)) == [path.as_posix() for path in sorted(map(PurePosixPath, names))]
+    assert read_tree(tmp_path / "none") == {}

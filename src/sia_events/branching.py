@@ -7,6 +7,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
 from sia_events import app
 from sia_events.agents.check import problems
 from sia_events.driver import NAME, free_name, open_stores
@@ -133,8 +135,12 @@ def read_feedback(file: Path) -> Feedback:
     """What a JSON file {lever, algorithm, reasons} says. Raises Unusable."""
     try:
         given = Feedback.model_validate_json(file.read_bytes())
-    except (OSError, ValueError) as error:
-        raise Unusable(f"--replace-feedback {file}: {error}; nothing was written") from error
+    except OSError as error:
+        raise Unusable(f"--replace-feedback {file}: {error.strerror or error}; nothing was written") from error
+    except ValidationError as error:
+        first = error.errors()[0]
+        why = ": ".join(part for part in (".".join(map(str, first["loc"])), first["msg"]) if part)
+        raise Unusable(f"--replace-feedback {file}: {why}; nothing was written") from error
     if (given.algorithm is None) != (given.lever == "harness"):
         raise Unusable(f"--replace-feedback {file}: an algorithm goes with the lever weights, and with no other")
     return given

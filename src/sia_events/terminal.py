@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from sia_events.shared.settings import Settings
 
 DONE, FAILED, USAGE = 0, 1, 2
+DEEPEST = 10  # lists and objects in one another in a value of --set; settings have two
 T = TypeVar("T")
 
 Json = Annotated[bool, typer.Option("--json", help="JSON on stdout instead of text.")]
@@ -96,11 +97,27 @@ def pairs(assignments: Sequence[str] | None) -> dict[str, Any]:
         key, equals, value = assignment.partition("=")
         if not equals or not re.fullmatch(r"[a-z_]+(\.[a-z_]+)*", key):
             raise Wrong(f"--set takes KEY=VALUE, not {assignment!r}")
-        try:
-            found[key] = json.loads(value)
-        except json.JSONDecodeError:
-            found[key] = value
+        found[key] = _meant(key, value)
     return found
+
+
+def _meant(key: str, value: str) -> Any:
+    """A value of --set. Raises Wrong for one that nests deeper than any setting."""
+    try:
+        meant = json.loads(value)
+        if not _nests(meant, DEEPEST):
+            return meant
+    except ValueError:  # no JSON, or a number of more digits than Python reads
+        return value
+    except RecursionError:  # deeper than Python's parser goes, so than we do
+        pass
+    raise Wrong(f"--set {key}: its value has more than {DEEPEST} lists or objects in one another; no setting has")
+
+
+def _nests(value: Any, levels: int) -> bool:
+    """Whether the value has more than so many lists or objects in one another."""
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else None
+    return inner is not None and (levels == 0 or any(_nests(each, levels - 1) for each in inner))
 
 
 def _talk_on_stderr() -> None:
