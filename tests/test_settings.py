@@ -117,5 +117,12 @@ def test_set_refuses_a_value_that_nests_deeper_than_any_setting(depth: int):
         pairs(["seed=" + "[" * 5000])
 
 
+def test_set_takes_a_key_once_and_a_setting_beside_a_field_of_it():
+    for first, second in (("seed=1", "seed=9"), ("seed=1", "seed=1"), ("learning.lr=1", "learning.lr=2")):
+        with pytest.raises(Wrong, match=f"--set {first} and --set {second}: say .* once"):
+            pairs([first, "alpha=0.01", second])
+    assert pairs(['budget={"usd": 1}', "budget.calls=3"]) == {"budget": {"usd": 1}, "budget.calls": 3}
+
+
 def test_a_number_that_python_does_not_read_is_text_to_set():
     assert pairs(["seed=" + "9" * 5000, "lever=[["]) == {"seed": "9" * 5000, "lever": "[["}

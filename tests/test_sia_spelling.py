@@ -62,6 +62,11 @@ def opening(task: str = "/sia/tasks/gpqa", run: str = "run_1", generations: int 
             f"{opening()} --set backend=agentic --set meta_model=openai/gpt-5 --set feedback_model=openai/gpt-5 "
             "--target-model openai/gpt-5 --reference /agents/one.py",
         ),
+        (
+            "--task gpqa --set backend=agentic --set=meta_model=openai/gpt-5 --set alpha=0.01",
+            f"{opening()} --set feedback_model=anthropic/claude-haiku-4-5-20251001 {HAIKU} "
+            "--set backend=agentic --set=meta_model=openai/gpt-5 --set alpha=0.01",
+        ),
         ("--task gpqa --sandbox docker", f"{opening()} {CLAUDE} {HAIKU} --sandbox bubblewrap"),
         ("--task gpqa --sandbox none", f"{opening()} {CLAUDE} {HAIKU} --sandbox bubblewrap"),
         ("--task gpqa --sandbox process", f"{opening()} {CLAUDE} {HAIKU} --sandbox process"),

@@ -1,7 +1,8 @@
 """SIA's command line in ours: `sia --task gpqa --max_gen 5 --run_id 1` becomes `sia run FOLDER …`, with notes."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Set
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Protocol
 
 # SIA's flags: whether each takes a value. Ours, and mistaken ones, pass through to where they are understood.
@@ -107,7 +108,7 @@ def translate(argv: Sequence[str], lookups: Lookups) -> Translated:
     out += ["--lever", focus]
     if focus == "weights":
         notes.append("--focus weights: updated here by the trainer, on the task's train split, with no outside service")
-    out += [*_models(said, lookups, notes), *rest]
+    out += [*_models(said, lookups, notes, _set_by(rest)), *rest]
     if "--sandbox" in said:
         box = said["--sandbox"]
         out += ["--sandbox", "bubblewrap" if box in SANDBOXES else box]
@@ -135,8 +136,11 @@ def named(model: str, provider: str | None = None) -> str:
     raise Misspelt(f"whose model is {model!r}? Write it as provider/model, e.g. openrouter/{model}")
 
 
-def _models(said: dict[str, str], lookups: Lookups, notes: list[str]) -> list[str]:
-    """The roles' models and the backend: what is said outright, else the profile's."""
+def _models(said: dict[str, str], lookups: Lookups, notes: list[str], taken: Set[str]) -> list[str]:
+    """The roles' models and the backend: what is said outright, else the profile's.
+
+    Of settings that are `taken`, by a --set of the command's own, nothing is said: --set takes each but once.
+    """
     out: list[str] = []
     backend = said.get("--backend")
     meta_model = named(said["--meta_model"]) if "--meta_model" in said else None
@@ -147,9 +151,11 @@ def _models(said: dict[str, str], lookups: Lookups, notes: list[str]) -> list[st
             notes.append("agent_impl pydantic-ai: the backend agentic, a tool loop of our own, stands for it")
         if "--meta-agent-profile" not in said:
             notes.append(f"--meta-agent-profile not given: SIA's {META}: {backend}, {meta_model}")
-    out += ["--set", f"backend={backend}"]
+    settings = {"backend": backend}
     if meta_model and backend != "builtin":
-        out += ["--set", f"meta_model={meta_model}", "--set", f"feedback_model={meta_model}"]
+        settings |= {"meta_model": meta_model, "feedback_model": meta_model}
+    for key, value in settings.items():
+        out += [] if key in taken else ["--set", f"{key}={value}"]
     if "--task_model" in said and "--target-agent-profile" not in said:
         return [*out, "--target-model", named(said["--task_model"])]
     profile = lookups.target(said.get("--target-agent-profile", TARGET))
@@ -161,6 +167,13 @@ def _models(said: dict[str, str], lookups: Lookups, notes: list[str]) -> list[st
         path, entry = profile.reference
         out += ["--reference", path, *(["--entry", entry] if entry else [])]
     return out
+
+
+def _set_by(words: Sequence[str]) -> set[str]:
+    """The settings that --set names in these words."""
+    assignments = [after for word, after in pairwise(words) if word == "--set"]
+    assignments += [word.removeprefix("--set=") for word in words if word.startswith("--set=")]
+    return {assignment.partition("=")[0] for assignment in assignments}
 
 
 def _parse(words: Sequence[str]) -> tuple[dict[str, str], list[str]]:

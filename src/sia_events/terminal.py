@@ -90,13 +90,18 @@ def write(file: Path, body: bytes) -> str:
 def pairs(assignments: Sequence[str] | None) -> dict[str, Any]:
     """KEY=VALUE options as a mapping; values are JSON where they parse as JSON, else text. Raises Wrong.
 
-    A key with a dot, "learning.lr", names a field of a setting.
+    Each key comes once: where two are said, nothing tells which of them is meant. A key with a dot, "learning.lr",
+    names a field of a setting.
     """
     found: dict[str, Any] = {}
+    said: dict[str, str] = {}
     for assignment in assignments or ():
         key, equals, value = assignment.partition("=")
         if not equals or not re.fullmatch(r"[a-z_]+(\.[a-z_]+)*", key):
             raise Wrong(f"--set takes KEY=VALUE, not {assignment!r}")
+        if key in said:
+            raise Wrong(f"--set {said[key]} and --set {assignment}: say {key} once")
+        said[key] = assignment
         found[key] = _meant(key, value)
     return found
 

@@ -59,8 +59,19 @@ def branch(
 
     if (at is None) == (at_position is None):
         raise Wrong("say where: --at GEN behind a generation's verdict, or --at-position P behind any record")
-    named = {"lever": lever, "target_model": model, "seed": seed}
-    overrides = {**pairs(set_), **{key: value for key, value in named.items() if value is not None}}
+    if steer is not None and not steer.strip():
+        raise Wrong("--steer has no text: say what every feedback has to read, or leave it out")
+    overrides = pairs(set_)
+    for option, key, value in (
+        ("--lever", "lever", lever),
+        ("--model", "target_model", model),
+        ("--seed", "seed", seed),
+    ):
+        if value is None:
+            continue
+        if key in overrides:
+            raise Wrong(f"{option} {value} and --set {key}={overrides[key]}: say {key} once")
+        overrides[key] = value
     feedback = branching.read_feedback(replace_feedback) if replace_feedback else None
     change = branching.Change(overrides, replace_harness, feedback, steer)
     work = branching.branch(
