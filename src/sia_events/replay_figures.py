@@ -33,6 +33,24 @@ async def replayed(records: int) -> list[Figure]:
 
     The same run over and over. `eventsourcing` reconstructs as many aggregates of as many events.
     """
+    # Apart, as theirs: what other figures leave in memory is looked through by the collector again and again.
+    length, times, *seconds = await raw_engines.apart(_replay_apart, records)
+    whole, parsed, folded = (length * times / each for each in seconds)
+    beside: dict[str, Any] = {"records": length * times, "runs": times}
+    if find_spec("eventsourcing"):
+        took = await raw_engines.apart(raw_engines.rebuild_aggregates, times, length, NEWS.text)
+        theirs = length * times / took
+        beside |= {"eventsourcing rebuilds": theirs, "ratio": folded / theirs}
+    else:
+        beside |= {"eventsourcing": "not installed"}
+    return [
+        Figure("replay, from bytes", whole, "records a CPU s", ">= 50000", whole >= 50_000, {"reading alone": parsed}),
+        Figure("state rebuilt from bytes", folded, "records a CPU s", "", None, beside),
+    ]
+
+
+def _replay_apart(records: int) -> tuple[int, int, float, float, float]:
+    """(records of the run, how often, CPU seconds of replay from bytes, of reading alone, of the fold from bytes)."""
     wires = [record.wire for record in instant_run("bench", GENERATIONS)]
     times = max(1, records // len(wires))
     services = tuple(app.SERVICES.values())
@@ -42,20 +60,13 @@ async def replayed(records: int) -> list[Figure]:
         if found.divergences or found.records != len(wires):
             raise RuntimeError(f"no figure: the run does not replay: {found}")
 
-    whole = len(wires) * times / _cpu_seconds(decided, times)
-    parsed = len(wires) * times / _cpu_seconds(lambda: [parse_record(wire) for wire in wires], times)
-    folded = len(wires) * times / _cpu_seconds(lambda: fold(parse_record(wire) for wire in wires), times)
-    beside: dict[str, Any] = {"records": len(wires) * times, "runs": times}
-    if find_spec("eventsourcing"):
-        took = await raw_engines.apart(raw_engines.rebuild_aggregates, times, len(wires), NEWS.text)
-        theirs = len(wires) * times / took
-        beside |= {"eventsourcing rebuilds": theirs, "ratio": folded / theirs}
-    else:
-        beside |= {"eventsourcing": "not installed"}
-    return [
-        Figure("replay, from bytes", whole, "records a CPU s", ">= 50000", whole >= 50_000, {"reading alone": parsed}),
-        Figure("state rebuilt from bytes", folded, "records a CPU s", "", None, beside),
-    ]
+    return (
+        len(wires),
+        times,
+        _cpu_seconds(decided, times),
+        _cpu_seconds(lambda: [parse_record(wire) for wire in wires], times),
+        _cpu_seconds(lambda: fold(parse_record(wire) for wire in wires), times),
+    )
 
 
 async def branched(home: Path, depths: Sequence[int]) -> list[Figure]:
