@@ -1,7 +1,6 @@
 """Shell commands of an agent that writes a harness: run in a box on a scratch copy, and recorded like a model call."""
 
 import hashlib
-import shutil
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,7 +10,7 @@ import msgspec
 from sia_events.agents.check import MAX_FILES, MAX_TREE, without_caches
 from sia_events.shared.failpoints import reach
 from sia_events.shared.ports import Brief, Envelope, Job, Limits, Outcome, Ports
-from sia_events.shared.tree import TreeRefused, load_tree, read_tree, store_tree, write_tree
+from sia_events.shared.tree import TreeRefused, load_tree, read_tree, remove_tree, store_tree, write_tree
 
 LIMITS = Limits(wall_s=60.0, cpu_s=60.0, memory_mb=512, processes=32, file_mb=8, open_files=128, output_bytes=16_000)
 
@@ -62,7 +61,7 @@ async def run_command(
         except TreeRefused as refused:
             text = f"{text}\nThe files are as they were before: {refused}"
     finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        remove_tree(folder)
     step = Step(key, command, text, await store_tree(ports.blobs, files))
     reach("agents before recording a command")
     await ports.bus.trace(Envelope(brief.run, "step", brief.key, (msgspec.json.encode(step),)))

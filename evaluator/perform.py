@@ -1,6 +1,5 @@
 """Judges an attempt: the one place where outputs and right answers meet."""
 
-import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -17,7 +16,7 @@ from sia_events.shared.ports import Job
 from sia_events.shared.registration import REQUIREMENTS, WHOLE, asked_ids, decode_answers, decode_task
 from sia_events.shared.service import Work
 from sia_events.shared.task import Task
-from sia_events.shared.tree import TreeRefused, load_tree, read_tree, write_tree
+from sia_events.shared.tree import TreeRefused, load_tree, read_tree, remove_tree, write_tree
 
 PROGRAM, PRIVATE = "data/public/evaluate.py", "data/private/"
 # Blocks of a split that a judge of one figure judges one by one: the sign test on ten can reach p = 0.002.
@@ -139,4 +138,4 @@ async def _own_judge(
     except TreeRefused as refused:
         raise OutputRefused(str(refused)) from refused
     finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        remove_tree(folder)

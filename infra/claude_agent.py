@@ -27,7 +27,7 @@ from sia_events.shared.ports import (
     WritingFailed,
 )
 from sia_events.shared.record import NAMESPACE
-from sia_events.shared.tree import TreeRefused, read_tree, write_tree
+from sia_events.shared.tree import TreeRefused, read_tree, remove_tree, write_tree
 
 TOOLS = "Read,Write,Edit,Glob,Grep,Bash"
 # The program itself takes some 200 MB and ten threads, which count as processes; the rest is for what it runs.
@@ -109,7 +109,7 @@ class ClaudeAgent:
             note = unfinished if said.end == "turns" else said.note or "no note was given"
             return Writing(files, note, said.trajectory)
         finally:
-            shutil.rmtree(folder, ignore_errors=True)
+            remove_tree(folder)
 
     def _job(self, brief: Brief, ports: Ports, program: Path, folder: Path) -> Job:
         # The provider's own name: the program knows by it what the model can do. The gateway takes it as well.

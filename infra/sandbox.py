@@ -27,6 +27,7 @@ from sia_events.infra.box import (
 )
 from sia_events.infra.limits import Hit, Tree, describe, find_controllers, new_groups
 from sia_events.shared.ports import Job, Limits, Outcome, SandboxUnavailable
+from sia_events.shared.tree import remove_tree
 
 PORT = 8080
 CHUNK = 65536
@@ -323,8 +324,7 @@ def tidy(work: Path) -> None:
                 os.chmod(entry.path, stat.S_IMODE(mode) & 0o777 | 0o700)
                 folders.append((entry.path, depth + 1))
             elif stat.S_ISDIR(mode):
-                for command in (("chmod", "-R", "u+rwx"), ("rm", "-rf")):
-                    subprocess.run([*command, "--", entry.path], check=True)
+                remove_tree(Path(entry.path))
             elif stat.S_ISREG(mode):
                 os.chmod(entry.path, stat.S_IMODE(mode) & 0o777 | 0o600)
             else:

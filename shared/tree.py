@@ -1,5 +1,7 @@
 """A tree of files as content: a manifest blob {path: digest} over one blob a file, so that trees share and compare."""
 
+import shutil
+import subprocess
 from collections.abc import Iterator, Mapping
 from pathlib import Path, PurePosixPath
 
@@ -54,6 +56,20 @@ def read_tree(folder: Path, max_files: int = 1000, max_bytes: int = 64_000_000) 
             raise TreeRefused(f"more than {max_files} files or {max_bytes:,} bytes, at {name}")
         files[name] = path.read_bytes()
     return files
+
+
+def remove_tree(folder: Path) -> None:
+    """Remove a folder that untrusted code wrote in, as far as that can be done. Blocking.
+
+    It may be nested deeper than Python descends, or shut against us: then programs do it that mind neither.
+    """
+    try:
+        shutil.rmtree(folder)
+    except FileNotFoundError:
+        return
+    except (OSError, RecursionError):
+        for command in (("chmod", "-R", "u+rwx"), ("rm", "-rf")):
+            subprocess.run([*command, "--", str(folder)], capture_output=True)
 
 
 def _under(folder: Path) -> Iterator[Path]:

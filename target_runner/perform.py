@@ -2,11 +2,9 @@
 
 import asyncio
 import secrets
-import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
 from datetime import datetime, timedelta
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +20,7 @@ from sia_events.shared.ports import Job, Limits, Outcome, ProviderAway
 from sia_events.shared.registration import ENTRY, REQUIREMENTS, decode_task, repeated
 from sia_events.shared.run import Run
 from sia_events.shared.service import Work
-from sia_events.shared.tree import TreeRefused, load_tree, read_tree, store_tree, write_tree
+from sia_events.shared.tree import TreeRefused, load_tree, read_tree, remove_tree, store_tree, write_tree
 from sia_events.target_runner.logged import log_lines
 from sia_events.target_runner.states import with_states
 
@@ -94,7 +92,7 @@ async def attempt(work: Work, asked: AttemptRequested) -> Sequence[Event]:
             return [_failed(asked, "invalid_output", str(refused), paid)]
     finally:
         # The disk takes milliseconds over it, for which nobody waits.
-        asyncio.get_running_loop().run_in_executor(None, partial(shutil.rmtree, folder, ignore_errors=True))
+        asyncio.get_running_loop().run_in_executor(None, remove_tree, folder)
     if not outputs:
         return [_failed(asked, "empty_reply", "the agent ended well and wrote nothing", paid)]
     return [

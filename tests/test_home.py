@@ -1,7 +1,9 @@
 """A home's scratch folders and sockets: what was left behind is removed, and what somebody works in is not."""
 
+import asyncio
 import shutil
 import socket
+import subprocess
 import tempfile
 from pathlib import Path
 
@@ -19,6 +21,15 @@ async def test_scratch_folders_go_with_the_next_holder_but_not_from_under_servic
             assert live.exists()
     async with hold(settings, "run r1"):
         assert not live.exists()
+
+
+async def test_a_scratch_folder_goes_however_deep_a_killed_job_had_nested_it(tmp_path: Path):
+    left = tmp_path / "tmp/attempt-left"
+    left.mkdir(parents=True)
+    nested = "i=0; while [ $i -lt 1500 ]; do mkdir d && cd d || exit 1; i=$((i+1)); done"
+    await asyncio.to_thread(subprocess.run, ["sh", "-c", nested], cwd=left, check=True)
+    async with hold(Settings(home=tmp_path), "run r1"):
+        assert not left.exists()
 
 
 async def test_the_sockets_of_a_home_go_at_its_end_or_once_the_home_is_no_more(

@@ -17,6 +17,7 @@ from filelock import FileLock, Timeout
 from sia_events.errors import NodeHeld, Unusable
 from sia_events.infra.store_lock import owner
 from sia_events.shared.settings import Settings
+from sia_events.shared.tree import remove_tree
 
 # Folders of sockets, in the place for temporary files, and what in them leads to the home that they are of.
 SOCKETS, HOME = f"sia-{os.getuid()}-", "home"
@@ -74,7 +75,7 @@ def _sweep(settings: Settings) -> None:
     with _scratch_lock(settings) as lock, suppress(BlockingIOError):
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         for left in (settings.home / "tmp").glob("*-*"):
-            shutil.rmtree(left, ignore_errors=True)
+            remove_tree(left)
 
 
 def _listened_to(place: Path) -> bool:
