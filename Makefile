@@ -1,5 +1,6 @@
 # make run    set everything up and improve an agent on the task `words`, through both levers, on this machine
 # make test   set everything up and pass the tests
+# make bench  every figure of this machine, each beside what it is compared with; an hour on 2 cores
 # The environment lies in .venv. PYTHON names the interpreter it is made with (3.11 or newer).
 
 PYTHON ?= python3
@@ -29,7 +30,10 @@ lint: $(VENV)/.ready
 
 bench: $(VENV)/.ready
 	$(BIN)/sia bench kernels
+	$(BIN)/sia bench gateway
+	$(BIN)/sia bench learn
 	$(BIN)/sia bench loop
+	$(BIN)/sia bench log
 
 wheel: $(VENV)/.ready
 	rm -rf build dist
