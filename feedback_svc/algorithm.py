@@ -38,10 +38,12 @@ class Signal:
     """What is known of rewards and rollouts beside their figures.
 
     `ranked`: the task's score ranks attempts, and its size says nothing. `logprobs`: replies carry log-probs.
+    `worthless`: the share of rewards that are as good as none; None: what lies in the histogram's lowest tenth is.
     """
 
     ranked: bool = False
     logprobs: bool = True
+    worthless: float | None = None
 
 
 @dataclass(frozen=True)
@@ -57,8 +59,7 @@ def pick(settings: RunSettings, seen: Evidence, signal: Signal) -> Pick:
     if settings.algorithm != "auto":
         return Pick(settings.algorithm)
     rewards = f"{seen.rewards_of} rewards"
-    # Evidence of earlier releases has the histogram alone.
-    lowest, highest = _share(seen, 0) if seen.worthless is None else seen.worthless, _share(seen, -1)
+    lowest, highest = _share(seen, 0) if signal.worthless is None else signal.worthless, _share(seen, -1)
     if signal.ranked:
         return _of_pairs(settings, "the task's score ranks attempts and its size says nothing: pairs are learned from")
     if lowest >= NEARLY_NONE:

@@ -36,7 +36,7 @@ def gather(run: Run, records: Sequence[Record]) -> Evidence:
     last = dev[-1] if dev else None
     ran = run.executions.get(last.attempt) if last else None
     maximize = run.task is None or run.task.maximize
-    of, rewards = _rewards(run, incumbent)
+    of, rewards = rewards_seen(run, incumbent)
     gains = {lever: _gains(run, lever) for lever in LEVERS}
     return Evidence(
         incumbent=incumbent,
@@ -52,7 +52,6 @@ def gather(run: Run, records: Sequence[Record]) -> Evidence:
         rewards=histogram(rewards, maximize),
         reward_mean=round(sum(rewards) / len(rewards), DIGITS) if rewards else None,
         reward_skew=skewness(rewards),
-        worthless=worthless(rewards, maximize),
         rewards_of=of,
         calls_an_item=round(ran.calls / _rollouts(run, last), DIGITS) if ran and last else None,
         seconds_of={lever: _seconds(run, records, lever) for lever in LEVERS if gains[lever]},
@@ -60,7 +59,7 @@ def gather(run: Run, records: Sequence[Record]) -> Evidence:
     )
 
 
-def _rewards(run: Run, version: str) -> tuple[Split, Sequence[float]]:
+def rewards_seen(run: Run, version: str) -> tuple[Split, Sequence[float]]:
     """What learning would see: the rewards of the version's rollouts where it has some, else of its dev items."""
     if drawn := [each.reward for each in whole_attempts(run, run.versions[version], 0)]:
         return "train", drawn

@@ -7,7 +7,7 @@ from sia_events.agents.observe import calls_in
 from sia_events.feedback_svc import proposer, template, writer
 from sia_events.feedback_svc.algorithm import Signal, carry_logprobs
 from sia_events.feedback_svc.gate import compare_on
-from sia_events.feedback_svc.lever import choose_lever, invalid_rate
+from sia_events.feedback_svc.lever import choose_lever, invalid_rate, rewards_seen, worthless
 from sia_events.feedback_svc.search import parents, weights_from
 from sia_events.shared.events import (
     Event,
@@ -43,7 +43,8 @@ async def _signal(work: Work) -> Signal:
     task = decode_task(await blobs.get(run.task.spec))
     attempt = run.scored(run.incumbent, "dev")[-1].attempt
     calls = calls_in(await blobs.get(run.executions[attempt].trajectory))
-    return Signal(ranked=task.ranking, logprobs=carry_logprobs(calls, run.task.whole))
+    none = worthless(rewards_seen(run, run.incumbent)[1], run.task.maximize)
+    return Signal(task.ranking, carry_logprobs(calls, run.task.whole), none)
 
 
 async def patch(work: Work, asked: HarnessPatchRequested) -> Sequence[Event]:

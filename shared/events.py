@@ -252,10 +252,9 @@ class Evidence(Value):
     """What a lever and an algorithm were chosen on: figures of the log, each of them recomputable from it.
 
     `rewards` counts the incumbent's rollouts, or where it has none its dev items, as `rewards_of` says, in ten equal
-    bins of their reward (the score, turned so that more is better), lowest first; `reward_mean`, `reward_skew` (third
-    standardised moment) and `worthless`, the share that is as good as none, are of the same. `calls_an_item` is of dev;
-    where a task has no items, of an attempt. `seconds_of` and `usd_of` are what a try of each lever took so far, in the
-    mean.
+    bins of their reward (the score, turned so that more is better), lowest first; `reward_mean` and `reward_skew`
+    (third standardised moment) are of the same. `calls_an_item` is of dev; where a task has no items, of an attempt.
+    `seconds_of` and `usd_of` are what a try of each lever took so far, in the mean.
     """
 
     incumbent: str
@@ -271,7 +270,6 @@ class Evidence(Value):
     rewards: tuple[int, ...] = ()
     reward_mean: float | None = None
     reward_skew: float | None = None
-    worthless: float | None = None
     rewards_of: Split = "dev"
     calls_an_item: float | None = None
     seconds_of: dict[str, float] = {}

@@ -31,6 +31,9 @@ AUTO = RunSettings(algorithm="auto")
 GRADES = [0.0, 0.35, 0.5, 0.65] * 10
 NONE, SOME, FEW, MOST = [0.0] * 39 + [1.0], [0.0, 1.0] * 20, [0.0] * 35 + [1.0] * 5, [1.0] * 37 + [0.0] * 3
 
+# Of how many times as fast as the reference kernels are: none right but one, and all right with one far ahead.
+ZEROS, SPEEDS = [0.0] * 39 + [7.0], [1.0 + k / 100 for k in range(31)] + [10.0]
+
 
 def seen(rewards: list[float], calls: float = 1.0, maximize: bool = True) -> Evidence:
     return Evidence(
@@ -46,9 +49,25 @@ def seen(rewards: list[float], calls: float = 1.0, maximize: bool = True) -> Evi
         rewards=histogram(rewards, maximize),
         reward_mean=sum(rewards) / len(rewards) if rewards else None,
         reward_skew=skewness(rewards),
-        worthless=worthless(rewards, maximize),
         calls_an_item=calls,
     )
+
+
+@pytest.mark.parametrize(
+    ("rewards", "maximize", "share"),
+    [
+        ([], True, None),
+        ([0.0, 0.09, 0.1, 1.0], True, 0.5),
+        ([-1.0, -0.95, -0.9, 0.0], False, 0.5),
+        ([1.0, 1.0, 1.0, 12.0], True, 0.75),
+        ([1.0, 1.1, 1.2, 12.0], True, 0.25),
+        ([7.0, 7.0], True, None),
+    ],
+)
+def test_worthless_are_the_lowest_tenth_of_usual_scores_and_the_least_of_others(
+    rewards: list[float], maximize: bool, share: float | None
+):
+    assert worthless(rewards, maximize) == share
 
 
 STEPWISE = RunSettings(algorithm="auto", learning=Learning(credit="per-step"))
@@ -70,8 +89,8 @@ STEPWISE = RunSettings(algorithm="auto", learning=Learning(credit="per-step"))
         ("entropic", AUTO, seen([1.0] * 20 + [9.0, 30.0]), Signal(), "right-skewed"),
         ("cloning", AUTO, seen(NONE), Signal(), "98% of dev rewards are as good as none"),
         ("cloning", AUTO, seen(NONE), Signal(logprobs=False), "as good as none"),
-        ("cloning", AUTO, seen([0.0] * 39 + [7.0]), Signal(), "98% of dev rewards are as good as none"),
-        ("entropic", AUTO, seen([1.0 + k / 100 for k in range(31)] + [10.0]), Signal(), "right-skewed, +5.36"),
+        ("cloning", AUTO, seen(ZEROS), Signal(worthless=worthless(ZEROS)), "98% of dev rewards are as good as none"),
+        ("entropic", AUTO, seen(SPEEDS), Signal(worthless=worthless(SPEEDS)), "right-skewed, +5.36"),
         ("dpo", AUTO, seen(SOME), Signal(logprobs=False), "no log-probs"),
         ("dpo", AUTO, seen(MOST), Signal(ranked=True), "ranks attempts"),
         ("reinforce", AUTO, seen(MOST), Signal(), "92% of dev rewards are in the highest tenth"),
@@ -185,7 +204,7 @@ def test_rewards_are_those_of_the_rollouts_where_the_incumbent_has_some():
     rewards = rolled_out(logged("g0a", "train"), scored("g0a", "train", "11011011"))
     assert (rewards.rewards_of, rewards.rewards) == ("train", (2, 0, 0, 0, 0, 0, 0, 0, 0, 6))
     assert rewards.reward_mean == 0.75 and rewards.dev_score == 0.25 and rewards.calls_an_item == 2.0
-    picked = pick(AUTO, rewards.model_copy(update={"rewards": (39,) + (0,) * 8 + (1,), "worthless": 0.975}), Signal())
+    picked = pick(AUTO, rewards.model_copy(update={"rewards": (39,) + (0,) * 8 + (1,)}), Signal())
     assert picked.reasons[0].startswith("98% of train rewards")
     assert rolled_out(failed("g0a", "train")).rewards_of == "dev"
 

@@ -2,13 +2,16 @@
 
 import asyncio
 import os
+import signal
 import socket
 import subprocess
 import sys
 import threading
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 
+import command
 import psutil
 import pytest
 from bus_on import until
@@ -101,17 +104,46 @@ async def test_a_child_that_is_there_before_its_tree_is_bound_is_bound_with_it(w
     assert not any(group.exists() for group in tree.groups.values())
 
 
-@pytest.mark.parametrize("byte", [b"", b"1"], ids=["the gate is closed", "the gate is opened"])
-def test_a_job_starts_when_its_gate_is_opened_and_not_before(tmp_path: Path, byte: bytes):
+@pytest.fixture
+def started(tmp_path: Path) -> Iterator[Callable[[str], tuple[subprocess.Popen[bytes], int]]]:
+    """Starts a relay for a shell's line, and gives its gate."""
     gate, ours = os.pipe()
     lost, told = os.pipe()
-    words = (f"gate={gate}", f"lost={told}", "--", "touch", tmp_path / "started")
-    relay = subprocess.Popen((PYTHON, "-I", "-S", RELAY, *words), pass_fds=(gate, told))
-    os.write(ours, byte)
-    os.close(ours)
-    assert (relay.wait(20), (tmp_path / "started").exists()) == ((0, True) if byte else (1, False))
+
+    def start(line: str) -> tuple[subprocess.Popen[bytes], int]:
+        words = (f"gate={gate}", f"lost={told}", "--", "sh", "-c", line)
+        relay = subprocess.Popen((PYTHON, "-I", "-S", RELAY, *words), pass_fds=(gate, told), cwd=tmp_path)
+        return relay, ours
+
+    yield start
     for descriptor in (gate, lost, told):
         os.close(descriptor)
+
+
+def test_a_job_starts_when_its_gate_is_opened(started: Callable[[str], tuple[subprocess.Popen[bytes], int]]):
+    relay, gate = started("exit 3")
+    os.write(gate, b"1")
+    assert relay.wait(20) == 3
+    os.close(gate)
+
+
+def test_a_job_whose_gate_closes_is_not_started(
+    tmp_path: Path, started: Callable[[str], tuple[subprocess.Popen[bytes], int]]
+):
+    relay, gate = started("touch started")
+    os.close(gate)
+    assert relay.wait(20) == 1 and not (tmp_path / "started").exists()
+
+
+def test_a_job_whose_gate_closes_behind_its_start_is_ended(
+    tmp_path: Path, started: Callable[[str], tuple[subprocess.Popen[bytes], int]]
+):
+    relay, gate = started("mkfifo there; echo > there; sleep 1000")
+    os.write(gate, b"1")
+    command.until((tmp_path / "there").exists)
+    (tmp_path / "there").read_bytes()
+    os.close(gate)
+    assert relay.wait(20) == 128 + signal.SIGKILL
 
 
 @GROUPS
