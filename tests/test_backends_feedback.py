@@ -117,6 +117,17 @@ async def test_a_control_of_the_weights_has_its_algorithm_picked_by_rule(tmp_pat
     assert given.algorithm == "grpo" and "samples of an item are compared" in given.reasons[-1]
 
 
+async def test_rewards_without_a_usual_range_are_imitated_only_where_most_are_the_least(tmp_path: Path, words: Words):
+    speeds = tuple([1.0 + k / 100 for k in range(31)] + [10.0])
+    drawn = scored("g0a", "train", "1" * 32).model_copy(update={"items": speeds})
+    since = (asked("g0a", "train"), logged("g0a", "train"), drawn)
+    async with writing_room(tmp_path, Scripted([]), BACKENDS, blobs=words[1]) as ports:
+        (given,) = await answered(ports, words[0], feedback_asked(1), *since, lever="weights", algorithm="auto")
+    # All but one lie in the lowest tenth of what there was; none of them is as good as none.
+    assert isinstance(given, FeedbackGiven) and given.evidence.rewards[0] == 31
+    assert given.algorithm == "entropic"
+
+
 @pytest.mark.parametrize(
     ("bad", "told"),
     [
