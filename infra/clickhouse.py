@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import logging
 import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -21,6 +22,9 @@ from sia_events.infra.chdb_engine import ENGINE_OPTIONS, UPGRADING
 from sia_events.infra.store_lock import StoreHeld, claim
 from sia_events.shared.ports import Envelope, Rows
 from sia_events.shared.record import Record, parse_record, to_wire
+
+# What its driver meets it raises too: an owner that ends while it answers is asked again, and that is nobody's news.
+logging.getLogger("clickhouse_connect").addHandler(logging.NullHandler())
 
 TRACES = ("model_calls", "trace")
 TABLES = ("events", *TRACES)
@@ -147,6 +151,12 @@ class ClickHouseLog:
         sql = " UNION ALL ".join(f"SELECT {columns} FROM {table} WHERE run = {{run:String}}" for table in TRACES)
         rows = await self.query(f"{sql} ORDER BY sequence, line", {"run": run})
         return [(row["sequence"], row["line"], row["digest"]) for row in rows]
+
+    async def oldest_lines(self) -> Mapping[str, int]:
+        """By run the lowest sequence of its traces. Raises QueryRefused for torn parts."""
+        each = " UNION ALL ".join(f"SELECT run, sequence FROM {table}" for table in TRACES)
+        rows = await self.query(f"SELECT run, min(sequence) AS oldest FROM ({each}) GROUP BY run")
+        return {row["run"]: row["oldest"] for row in rows}
 
     async def envelopes(self, run: str, sequences: Sequence[int]) -> Sequence[tuple[int, Envelope]]:
         """What the tables have of those envelopes of the run, lines in order."""

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 
 from sia_events.shared.providers import BUILT_IN, Price, Provider, ProviderName, Roles, built_in
 
@@ -61,6 +61,11 @@ class Settings(BaseModel):
     trace_days: int | None = Field(
         default=None, ge=1, description="days after which traces go, from streams and tables; unset: never"
     )
+    trace_table_days: int | None = Field(
+        default=None,
+        ge=0,
+        description="the same for tables alone, no fewer than streams have; 0: never; unset: as streams have",
+    )
     metrics_port: int | None = Field(
         default=None, ge=1, le=65535, description="where sia serve answers /metrics, on loopback; unset: nowhere"
     )
@@ -72,6 +77,21 @@ class Settings(BaseModel):
     prices: Mapping[str, Price] = Field(
         default_factory=dict, description="USD per million tokens, over the prices that come with the package"
     )
+
+    @field_validator("trace_table_days")
+    @classmethod
+    def _no_fewer_than_streams(cls, days: int | None, given: ValidationInfo) -> int | None:
+        """What a stream has and the tables lack is taken for lost, so tables keep a trace for as long at least."""
+        of_streams = given.data.get("trace_days")
+        if days and (of_streams is None or days < of_streams):
+            kept = "for ever" if of_streams is None else f"for {of_streams} days"
+            raise ValueError(f"the streams keep traces {kept} (SIA_TRACE_DAYS), and tables are to keep them as long")
+        return days
+
+    @property
+    def days_in_tables(self) -> int | None:
+        """For how many days tables keep a trace; None: for ever."""
+        return self.trace_days if self.trace_table_days is None else self.trace_table_days or None
 
 
 def load_settings(environ: Mapping[str, str] = os.environ) -> Settings:

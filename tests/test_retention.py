@@ -1,6 +1,7 @@
 """What history may take: sizes of streams, and traces that go by their age while everything that is left is whole."""
 
 import asyncio
+import json
 from collections.abc import AsyncIterator
 from dataclasses import replace
 from pathlib import Path
@@ -11,6 +12,7 @@ from bus_on import opened
 from nats.js import api
 
 from sia_events import app, archiving, sweeping, verifying
+from sia_events.catching_up import rebuild
 from sia_events.errors import Unusable
 from sia_events.event_log import recorder
 from sia_events.home import hold
@@ -92,6 +94,31 @@ async def test_an_archive_is_restored_where_the_oldest_of_its_traces_went_by_the
         await archiving.restore(settings, file)
 
 
+async def test_tables_may_keep_traces_for_longer_than_streams_and_an_archive_has_them_still(tmp_path: Path):
+    settings, file = Settings(home=tmp_path / "home", trace_days=1, trace_table_days=0), tmp_path / "r1.sia.tar.zst"
+    async with hold(settings, "test"), app.stores(settings) as node:
+        await opened(node.bus, "r1")
+        await traced(node, "first", "second")
+        await copied(settings, node)
+        await aged(node)
+    async with hold(settings, "test"), app.stores(settings) as node:
+        await traced(node, "third")
+        await copied(settings, node)
+    assert (await verify(settings, "r1", repair=False, source=None))["findings"] == []
+    with pytest.raises(Unusable, match="traces of run r1 stand in the tables alone"):
+        await rebuild(settings)
+    await archiving.archive_run(settings, "r1", file, answers=False)
+    elsewhere = Settings(home=tmp_path / "elsewhere")
+    for home, left in ((elsewhere, ["first", "second", "third"]), (settings, ["third"])):
+        await archiving.restore(home, file)
+        async with hold(home, "test"), app.stores(home) as node:
+            there = [json.loads(line)["text"] async for _, e in node.streams.envelopes("r1") for line in e.lines]
+        assert there == left, "what went by its age stays gone from the stream that has an age"
+    assert await rebuild(settings, lose_old=True) == 1
+    async with open_log(settings) as log:
+        assert [sequence for sequence, _, _ in await log.lines("r1")] == [3]
+
+
 class AgedMeanwhile:
     """Streams whose traces go by their age between the moment they are counted and the moment they are read."""
 
@@ -122,7 +149,8 @@ async def test_traces_that_go_by_their_age_while_they_are_read_are_not_taken_for
         await traced(node, "one more", "another")
         left_out: list[str] = []
         aging = replace(node, streams=AgedMeanwhile(node))
-        assert [each async for each in archiving._traces(aging, log, "r1", left_out)] == [] and left_out == []
+        archived = [each.lines async for each in archiving._traces(aging, log, "r1", left_out)]
+        assert archived == [(b'{"text":"copied"}',), (b'{"text":"copied too"}',)] and left_out == []
 
 
 async def test_a_trace_that_the_tables_lack_is_still_found_behind_those_that_went_by_their_age(tmp_path: Path):

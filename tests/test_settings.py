@@ -59,6 +59,19 @@ def test_a_bad_line_of_the_file_is_named_with_the_file(text: str, named: str, tm
     assert named in str(raised.value) and "config.toml" in str(raised.value)
 
 
+def test_tables_keep_traces_for_as_long_as_the_streams_at_least(tmp_path: Path):
+    def kept(days: str, of_tables: str) -> int | None:
+        environ = {"SIA_HOME": str(tmp_path), "SIA_TRACE_DAYS": days, "SIA_TRACE_TABLE_DAYS": of_tables}
+        return load_settings(environ).days_in_tables
+
+    assert [kept("", ""), kept("7", ""), kept("7", "7"), kept("7", "30"), kept("7", "0")] == [None, 7, 7, 30, None]
+    assert kept("", "0") is None
+    with pytest.raises(SettingsError, match=r"SIA_TRACE_TABLE_DAYS: .*the streams keep traces for 7 days"):
+        kept("7", "6")
+    with pytest.raises(SettingsError, match=r"SIA_TRACE_TABLE_DAYS: .*the streams keep traces for ever"):
+        kept("", "6")
+
+
 def test_loading_settings_writes_nothing(tmp_path: Path):
     load_settings({"SIA_HOME": str(tmp_path / "new")})
     assert not list(tmp_path.iterdir())

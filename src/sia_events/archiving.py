@@ -4,7 +4,7 @@ import asyncio
 import hashlib
 import os
 import re
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
 from operator import eq
@@ -220,11 +220,18 @@ async def _members(
 async def _traces(
     node: app.Node, log: ClickHouseLog | Exception, run: str, left_out: list[str]
 ) -> AsyncIterator[Envelope]:
-    """The run's envelopes; what the stream has lost comes from the tables and last, as a repair puts it back."""
+    """The run's envelopes: first those that the stream has let go by their age and the tables still have.
+
+    What the stream has lost comes from the tables and last, as a repair puts it back.
+    """
     stream = node.streams.holding("SIA_TRACE", run)
     first = await node.streams.first(stream)
     rows = await _asked(log, run, left_out, lambda log: log.lines(run))
-    lost, put_back = {sequence for sequence, _, _ in rows or () if sequence >= first}, set[int]()
+    tabled = {sequence for sequence, _, _ in rows or ()}
+    old = {sequence for sequence in tabled if sequence < first}
+    async for envelope in _tabled(log, run, old, left_out):
+        yield envelope
+    lost, put_back = tabled - old, set[int]()
     unread = await node.streams.counted("SIA_TRACE", run)
     async for message in node.streams.traced(run):
         unread -= 1
@@ -233,18 +240,27 @@ async def _traces(
             put_back.add(message.in_place_of)
         if message.envelope is None:
             left_out.append(f"run {run}, trace sequence {message.sequence}: {message.why}")
-        else:
+        elif message.in_place_of not in old:
             yield message.envelope
     before, first = first, await node.streams.first(stream)
-    lost = {sequence for sequence in lost if sequence >= first}  # the others went by their age meanwhile
-    if lost & put_back:
+    if {sequence for sequence in lost if sequence >= first} & put_back:
         raise Unusable(f"a repair of run {run} was cut short; nothing was written. First: sia verify {run} --repair")
-    found = await _asked(log, run, left_out, lambda log: log.envelopes(run, sorted(lost))) if lost else ()
-    for _, envelope in found or ():
+    async for envelope in _tabled(log, run, lost - put_back, left_out):
         yield envelope
     if (gone := unread - len(lost) - len(put_back)) > 0 and first == before:
         where = "on the stream and in the tables" if rows is not None else "on the stream"
         left_out.append(f"run {run}: {gone} of its trace envelopes are lost, {where}")
+
+
+async def _tabled(
+    log: ClickHouseLog | Exception, run: str, sequences: Collection[int], left_out: list[str]
+) -> AsyncIterator[Envelope]:
+    """Those envelopes of the run as the tables have them, in order."""
+    ordered = sorted(sequences)
+    for at in range(0, len(ordered), ENVELOPES):
+        some = ordered[at : at + ENVELOPES]
+        for _, envelope in await _asked(log, run, left_out, lambda log, some=some: log.envelopes(run, some)) or ():
+            yield envelope
 
 
 def _checked(file: Path) -> Contents:

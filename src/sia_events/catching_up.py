@@ -6,9 +6,10 @@ from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 
 from sia_events import app, log_here
-from sia_events.errors import MENDABLE, NodeHeld
+from sia_events.errors import MENDABLE, NodeHeld, Unusable
 from sia_events.event_log import recorder
 from sia_events.home import hold, running_node
+from sia_events.infra.clickhouse import ClickHouseLog, QueryRefused
 from sia_events.log_here import open_log
 from sia_events.shared.ports import Log
 from sia_events.shared.settings import Settings
@@ -55,11 +56,34 @@ async def _copy(settings: Settings) -> None:
         await log_here.mark_copied(settings, node.bus)
 
 
-async def rebuild(settings: Settings) -> int:
-    """Empty the log's tables and copy both streams into them again; returns how many runs the log holds then."""
+async def rebuild(settings: Settings, lose_old: bool = False) -> int:
+    """Empty the log's tables and copy both streams into them again; returns how many runs the log holds then.
+
+    Raises Unusable, and empties nothing, where tables have traces that the streams have let go by their age, or may
+    have: these would be lost, which `lose_old` allows.
+    """
     await settled(settings)
     async with hold(settings, "rebuild"), app.stores(settings) as node, open_log(settings) as log:
+        if not lose_old and (why := await only_in_tables(settings, node, log)):
+            raise Unusable(
+                f"{why}, and would be lost; nothing was removed. `sia verify --all --repair` mends tables without "
+                "emptying them, `sia archive` makes a copy of a run; to lose them: sia rebuild --lose-old-traces"
+            )
         log_here.forget_copied(settings)
         await recorder.rebuild(node.bus, log)
         await log_here.mark_copied(settings, node.bus)
         return len(await log.runs())
+
+
+async def only_in_tables(settings: Settings, node: app.Node, log: ClickHouseLog) -> str:
+    """What the tables are to keep for longer than the streams, and have or may have; nothing, where that is none."""
+    if settings.days_in_tables == settings.trace_days:
+        return ""
+    try:
+        oldest = await log.oldest_lines()
+    except QueryRefused:
+        return "the tables cannot be read; traces that the streams have let go by their age may stand there"
+    firsts = {run: await node.streams.first(node.streams.holding("SIA_TRACE", run)) for run in oldest}
+    old = sorted(run for run, sequence in oldest.items() if sequence < firsts[run])
+    runs = f"run {old[0]}" if len(old) == 1 else f"{len(old)} runs"
+    return f"traces of {runs} stand in the tables alone, as the streams have let them go by their age" if old else ""

@@ -71,7 +71,7 @@ async def _record(settings: Settings, bus: Bus) -> None:
             try:
                 log = await asyncio.to_thread(clickhouse.connect, dsn)
                 try:
-                    await log.keep_traces(settings.trace_days)
+                    await log.keep_traces(settings.days_in_tables)
                     await record(bus, log)
                 finally:
                     await log.close()

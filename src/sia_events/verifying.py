@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from sia_events import app, log_here
-from sia_events.catching_up import settled
+from sia_events.catching_up import only_in_tables, settled
 from sia_events.errors import Unusable
 from sia_events.event_log import recorder
 from sia_events.event_log.reconciling import Finding, Reconciled, Start, reconcile
@@ -352,7 +352,10 @@ async def _mend(
         if settings.nats_url is None and all(run.whole for run in looked.runs.values()):
             await recorder.catch_up(node.bus, log)
     elif looked.all and all(run.whole for run in looked.runs.values()) and not any(x for _, x in looked.lines.values()):
-        await recorder.rebuild(node.bus, log)
+        if why := await only_in_tables(settings, node, log):
+            refused[None] = f"{why}; to lose them and fill the tables anew: sia rebuild --lose-old-traces"
+        else:
+            await recorder.rebuild(node.bus, log)
     else:
         refused[None] = "the tables are filled anew once everything else is mended: sia verify --all --repair"
     await _mend_blobs(node, looked, source)

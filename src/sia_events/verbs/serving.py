@@ -39,9 +39,15 @@ def down(as_json: Json = False) -> None:
     tell(told, as_json, lambda _: f"stopped process {told['pid']}" if told["pid"] else "no services were up")
 
 
-def rebuild(as_json: Json = False) -> None:
+def rebuild(
+    lose_old: Annotated[
+        bool,
+        typer.Option("--lose-old-traces", help="Also where tables have traces that went from the streams by age."),
+    ] = False,
+    as_json: Json = False,
+) -> None:
     """Fill the log anew from the streams, which have everything; for a log that was lost or damaged."""
     from sia_events import catching_up
 
-    runs = wait_for(catching_up.rebuild(settings()))
+    runs = wait_for(catching_up.rebuild(settings(), lose_old))
     tell({"runs": runs}, as_json, lambda _: f"the log is filled anew: {runs} runs")
