@@ -333,6 +333,26 @@ def test_every_service_runs_as_a_process_of_its_own_and_a_run_is_handed_to_them(
     assert_none_left(children)
 
 
+def test_a_run_that_two_processes_serve_at_once_is_the_run_that_one_would_have_served(
+    task: Path, tmp_path: Path, models: Path, children: Callable[[], list[psutil.Process]]
+):
+    (tmp_path / "models").symlink_to(models)
+    twice = [name for name in SERVICES if name not in ("model_gateway", "recorder")]  # of these a home has one
+    served = [start(tmp_path, "serve", "--json")]
+    assert served[0].stdout and json.loads(served[0].stdout.readline())["serving"] == list(SERVICES)
+    served.append(start(tmp_path, "serve", *twice, "--json"))
+    assert served[1].stdout and json.loads(served[1].stdout.readline())["serving"] == twice
+    summary = answered(tmp_path, "run", task, *SMALL)
+    assert (summary["outcome"], summary["records"]) == ("improved", 28)
+    assert not read(tmp_path, "replay", "r1")["diverged"]
+    for process in reversed(served):
+        process.send_signal(signal.SIGTERM)
+        _, talk = process.communicate(timeout=60)
+        assert process.returncode == 0, talk
+    assert answered(tmp_path, "verify", "r1")["findings"] == []
+    assert_none_left(children)
+
+
 def test_up_serves_in_the_background_until_down(
     task: Path, tmp_path: Path, models: Path, children: Callable[[], list[psutil.Process]]
 ):

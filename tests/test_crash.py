@@ -1,6 +1,7 @@
 """Whatever is killed, wherever: the same command goes on to the same end, and nothing is lost, doubled or left over."""
 
 import asyncio
+import json
 import os
 import random
 import signal
@@ -126,6 +127,25 @@ def test_an_interrupted_run_says_how_to_go_on_and_does(
     records = log(tmp_path)
     assert isinstance(records[-1].event, RunFinished)
     assert_whole(tmp_path, records, undisturbed)
+
+
+def test_verify_beside_a_run_under_way_answers_for_what_it_saw_and_neither_disturbs_the_other(
+    task: Path, tmp_path: Path, undisturbed: list[Record]
+):
+    process, seen = going(task, tmp_path, 3), []
+    process.send_signal(signal.SIGSTOP)  # its servers answer, and the first look is beside a run for certain
+    while process.poll() is None:
+        done = sia(tmp_path, "verify", "r1", "--json")
+        assert (done.returncode, done.stderr) == (0, "")
+        seen.append(json.loads(done.stdout))
+        process.send_signal(signal.SIGCONT)
+    _, talk = process.communicate()
+    assert process.returncode == 0, talk
+    records = log(tmp_path)
+    assert_whole(tmp_path, records, undisturbed)
+    assert [each["findings"] for each in seen] == [[]] * len(seen)
+    counts = [each["records"] for each in seen]
+    assert counts == sorted(counts) and 0 < counts[0] < len(records)
 
 
 def test_a_log_owner_whose_parent_died_before_it_was_up_ends_at_once(tmp_path: Path):
