@@ -52,6 +52,13 @@ def test_letters_are_listed_and_shown_with_what_was_kept(home: Path):
     shown = answered(home, "dlq", "show", "r1", 3)
     assert '"type":"RunResumed"' in shown["text"] and shown["error"] == "ValueError: not today"
     assert "not today" in sia(home, "dlq", "show", "r1", 3).stdout
+    page = (Path(__file__).parent.parent / "docs/sql.md").read_text()
+    _, _, query = page.partition("## What did services give up on?\n\n```sql\n")
+    (found,) = answered(home, "sql", query.partition("```")[0])
+    assert found == {
+        "payload": shown["payload"],
+        **{k: row[k] for k in ("run", "position", "service", "tries", "error")},
+    }
     missing = sia(home, "dlq", "show", "r1", 2)
     assert missing.returncode == 2 and "there are: 3" in missing.stderr
 
