@@ -5,7 +5,7 @@ import os
 import signal
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
@@ -99,6 +99,61 @@ async def test_a_batch_cut_off_between_insert_and_ack_comes_again_unchanged(pair
         await caught_up(bus)
     assert failing.tokens == ["SIA 1-2", "SIA 1-2"]
     assert list(await log.records("r")) == list(await bus.history("r"))
+
+
+@dataclass
+class Slow:
+    """A log whose inserts wait until it is told that they may go on, and which notes what traces it then took."""
+
+    inner: Log
+    asked: asyncio.Event = field(default_factory=asyncio.Event)
+    open: asyncio.Event = field(default_factory=asyncio.Event)
+    taken: list[tuple[int, Envelope]] = field(default_factory=list)
+
+    async def append(self, records: Sequence[Record], token: str) -> None:
+        self.asked.set()
+        await self.open.wait()
+        await self.inner.append(records, token)
+
+    async def append_traces(self, envelopes: Sequence[tuple[int, Envelope]], token: str) -> None:
+        self.asked.set()
+        await self.open.wait()
+        await self.inner.append_traces(envelopes, token)
+        self.taken += envelopes
+
+    def __getattr__(self, name: str):
+        return getattr(self.inner, name)
+
+
+async def test_a_burst_upon_a_slow_log_costs_lag_and_holds_up_no_writer_and_loses_nothing(pair: tuple[Bus, Log]):
+    bus, log = pair
+    runs, records, envelopes, lines = [f"r{n}" for n in range(5)], 40, 300, 10
+    slow = Slow(log)
+    started = {run: (await opened(bus, run))[0] for run in runs}
+
+    async def burst(run: str) -> None:
+        for number in range(records):
+            await bus.append(run, notes(run, started[run], f"{number}", producer=f"tester {number}"))
+        for number in range(envelopes):
+            said = tuple(b'{"n":%d}' % (number * lines + line) for line in range(lines))
+            await bus.trace(Envelope(run, "log", f"k{number % 7}", said))
+
+    async with recording(bus, slow):  # pyright: ignore[reportArgumentType]
+        await slow.asked.wait()
+        async with asyncio.timeout(60):
+            await asyncio.gather(*map(burst, runs))
+        assert await lag(bus) == len(runs) * (1 + records + envelopes), "every message, as none is acked"
+        assert list(await log.runs()) == []
+        slow.open.set()
+        await caught_up(bus)
+    for run in runs:
+        assert list(await log.records(run)) == list(await bus.history(run))
+        taken = [envelope for _, envelope in slow.taken if envelope.run == run]
+        assert len(taken) == envelopes and taken == list(await bus.traces(run, "log", None))
+    assert [at for at, _ in slow.taken] == sorted({at for at, _ in slow.taken}), "in order, and none twice"
+    if isinstance(log, clickhouse.ClickHouseLog):
+        (rows,) = await log.query("SELECT count() AS rows, uniqExact(run, sequence, line) AS lines FROM trace")
+        assert rows == dict.fromkeys(("rows", "lines"), len(runs) * envelopes * lines)
 
 
 async def test_a_log_is_rebuilt_from_the_streams(pair: tuple[Bus, Log]):
