@@ -158,6 +158,9 @@ def test_under_a_budget_the_report_says_that_it_is_shared_and_who_used_it_up():
     runs = [made_up("auto", 0, [1.0], spent="100 calls"), made_up("harness", 0, [0.0])]
     text = report(runs, POLICIES[:2], {**HEADING, "budget": "100 calls"}, picture=True)
     assert "a hard limit on each run: 100 calls." in text and "1 of 2 did" in text and "do not share" not in text
+    assert "The others had\nturned all their generations" in text
+    alone = report(runs[:1], POLICIES[:1], {**HEADING, "budget": "100 calls"}, picture=True)
+    assert "1 of 1 did" in alone and "The others" not in alone
     assert [row["spent"] for row in scores_csv(runs)] == ["100 calls", ""]
 
 
@@ -392,7 +395,7 @@ def test_an_experiment_whose_runs_are_out_of_budget_has_them_tested_with_what_th
     assert done.returncode == 0, done.stderr
     assert "sia branch levers-taste-harness-00-tested0 --at 0 " in done.stderr
     text = (tmp_path / "report" / "report.md").read_text()
-    assert "- budget: 30 calls" in text and "1 of 1 did" in text
+    assert "- budget: 30 calls" in text and "1 of 1 did" in text and "threads for the embedded model" in text
     assert "| levers-taste-harness-00 | `harness` | 0 | 0.000 | 0.000 |" in text
     spent = json.loads((tmp_path / "report" / "curves.json").read_text())["runs"][0]
     assert spent["spent"] == "30 calls" and 20 < spent["calls"] <= 30

@@ -80,7 +80,7 @@ async def levers(
             await _have(settings, task, each, as_json)
     outcomes = [await _came_to(settings, each.name) for each in plan]
     folder = out or Path(named)
-    heading = described(chosen, plan, outcomes)
+    heading = described(chosen, plan, outcomes, settings.model_threads)
     picture = write(folder, outcomes, policies, heading)
     return {
         "folder": str(folder.absolute()),
@@ -174,10 +174,11 @@ async def _came_to(settings: Settings, run: str) -> Outcome:
     return await reading.look(settings, ask)
 
 
-def described(task: Task, plan: Sequence[Planned], outcomes: Sequence[Outcome]) -> dict[str, str]:
+def described(task: Task, plan: Sequence[Planned], outcomes: Sequence[Outcome], model_threads: int) -> dict[str, str]:
     """What the experiment was had on: task, settings that are not as usual, budget, seeds, versions and hardware."""
     asked, usual = plan[0].settings.model_dump(), RunSettings().model_dump()
     limits = asked.pop("budget")
+    threads = "1 thread" if model_threads == 1 else f"{model_threads} threads"
     own = {name: value for name, value in asked.items() if name not in ("lever", "seed") and value != usual[name]}
     return {
         "task": task.name,
@@ -188,7 +189,10 @@ def described(task: Task, plan: Sequence[Planned], outcomes: Sequence[Outcome]) 
         "budget": ", ".join(f"{most:g} {limit}" for limit, most in limits.items() if most is not None) or NO_BUDGET,
         "code": ", ".join(sorted({each.code for each in outcomes})),
         "versions": ", ".join([f"Python {platform.python_version()}", *filter(None, map(_version, VERSIONS))]),
-        "hardware": f"{_processor()}, {os.cpu_count()} cores, {psutil.virtual_memory().total / 2**30:.0f} GiB",
+        "hardware": (
+            f"{_processor()}, {os.cpu_count()} cores, {psutil.virtual_memory().total / 2**30:.0f} GiB; "
+            f"{threads} for the embedded model"
+        ),
         "system": platform.platform(),
     }
 

@@ -18,8 +18,8 @@ They do not share what a run spends: no budget was set, and a generation of the 
 harness. `--set budget.tokens=N`, or minutes or calls, gives each run the same."""
 LIMITED = """\
 They share the budget too, a hard limit on each run: {budget}. A run that had used it up went to the sealed test with
-the incumbent behind its last whole generation, {spent} of {runs} did; that test is beyond the budget. The others had
-turned all their generations by then."""
+the incumbent behind its last whole generation, {spent} of {runs} did; that test is beyond the budget."""
+NOT_SPENT = " The others had\nturned all their generations by then."
 SPENT = """\
 Means of the runs in the figures, up to the sealed test, which asks each final agent the same items; in brackets, times
 `{first}`. Seconds are by the clock, including any for which a run lay still; `learning s` is the part that training
@@ -174,7 +174,9 @@ def _budget(outcomes: Sequence[Outcome], budget: str) -> str:
     """What the policies share of a budget."""
     if budget == NO_BUDGET:
         return UNLIMITED
-    return LIMITED.format(budget=budget, spent=sum(bool(each.spent) for each in outcomes), runs=len(outcomes))
+    spent = sum(bool(each.spent) for each in outcomes)
+    said = LIMITED.format(budget=budget, spent=spent, runs=len(outcomes))
+    return f"{said}{NOT_SPENT}" if spent < len(outcomes) else said
 
 
 def _spent(outcomes: Sequence[Outcome], policies: Sequence[str]) -> list[Sequence[str]]:
