@@ -119,6 +119,28 @@ async def test_tables_may_keep_traces_for_longer_than_streams_and_an_archive_has
         assert [sequence for sequence, _, _ in await log.lines("r1")] == [3]
 
 
+async def test_torn_tables_that_alone_may_have_old_traces_are_emptied_by_nobody_unasked(tmp_path: Path):
+    settings = Settings(home=tmp_path, trace_days=1, trace_table_days=0)
+    async with hold(settings, "test"), app.stores(settings) as node:
+        await opened(node.bus, "r1")
+        await traced(node, "old")
+        await copied(settings, node)
+        await aged(node)
+    (file,) = [
+        f for f in (tmp_path / "log/store").rglob("data.bin") if b"`kind`" in (f.parent / "columns.txt").read_bytes()
+    ]
+    body = bytearray(file.read_bytes())
+    body[len(body) // 2] ^= 1
+    file.write_bytes(body)
+    mended = await verify(settings, None, repair=True, source=None)
+    assert mended["left"] and all("sia rebuild --lose-old-traces" in each["detail"] for each in mended["left"])
+    assert file.read_bytes() == body
+    with pytest.raises(Unusable, match="nothing was removed"):
+        await rebuild(settings)
+    assert await rebuild(settings, lose_old=True) == 1
+    assert (await verify(settings, None, repair=False, source=None))["findings"] == []
+
+
 class AgedMeanwhile:
     """Streams whose traces go by their age between the moment they are counted and the moment they are read."""
 
