@@ -5,13 +5,13 @@ import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from datetime import datetime
 from typing import Any, Literal
 
 import structlog
 
 from sia_events.shared.calls import decode_call
-from sia_events.shared.events import Budget, BudgetChanged, BudgetExhausted, RunPaused, RunResumed
+from sia_events.shared.events import Budget, BudgetExhausted, RunPaused
+from sia_events.shared.oversight import active_minutes
 from sia_events.shared.ports import Bus, Clock, ModelFailed
 from sia_events.shared.record import Draft, Record, answers, derived_id
 from sia_events.shared.run import Run, fold
@@ -216,29 +216,6 @@ class Ledger:
                 if share >= mark and (limit, mark) not in account.warned:
                     account.warned.add((limit, mark))
                     log.warning(f"{mark:.0%} of the run's budget is spent", run=run, limit=limit, allowed=allowed)
-
-
-def active_minutes(history: Sequence[Record], now: datetime) -> float:
-    """Minutes since the run itself was opened, without those for which it was paused or out of budget."""
-    own = [record for record in history if record.run == history[-1].run] if history else []
-    if not own:
-        return 0.0
-    total, since = 0.0, own[0].time
-    paused = exhausted = False
-    stopped: datetime | None = None
-    for record in own:
-        match record.event:
-            case RunPaused() | RunResumed():
-                paused = isinstance(record.event, RunPaused)
-            case BudgetExhausted() | BudgetChanged():
-                exhausted = isinstance(record.event, BudgetExhausted)
-        if (paused or exhausted) and stopped is None:
-            stopped = record.time
-        elif not (paused or exhausted) and stopped is not None:
-            total -= (record.time - stopped).total_seconds()
-            stopped = None
-    total += ((stopped or now) - since).total_seconds()
-    return total / 60
 
 
 def _tokens(usage: Mapping[str, Any]) -> int:

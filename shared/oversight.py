@@ -1,8 +1,10 @@
 """Holding a run: what a service would decide while a run is held is decided when it goes on, and not before."""
 
 from collections.abc import Mapping, Sequence
+from datetime import datetime
 
-from sia_events.shared.events import BudgetChanged, Event, RunPaused, RunResumed
+from sia_events.shared.events import BudgetChanged, BudgetExhausted, Event, RunPaused, RunResumed
+from sia_events.shared.record import Record
 from sia_events.shared.run import Run
 from sia_events.shared.service import Decide
 
@@ -31,3 +33,26 @@ def overseen(decides: Mapping[type[Event], Decide]) -> Mapping[type[Event], Deci
         RunResumed: caught_up,
         BudgetChanged: caught_up,
     }
+
+
+def active_minutes(history: Sequence[Record], now: datetime) -> float:
+    """Minutes since the run itself was opened, without those for which it was paused or out of budget."""
+    own = [record for record in history if record.run == history[-1].run] if history else []
+    if not own:
+        return 0.0
+    total, since = 0.0, own[0].time
+    paused = exhausted = False
+    stopped: datetime | None = None
+    for record in own:
+        match record.event:
+            case RunPaused() | RunResumed():
+                paused = isinstance(record.event, RunPaused)
+            case BudgetExhausted() | BudgetChanged():
+                exhausted = isinstance(record.event, BudgetExhausted)
+        if (paused or exhausted) and stopped is None:
+            stopped = record.time
+        elif not (paused or exhausted) and stopped is not None:
+            total -= (record.time - stopped).total_seconds()
+            stopped = None
+    total += ((stopped or now) - since).total_seconds()
+    return total / 60

@@ -10,7 +10,7 @@ from bus_on import note, opened
 
 from sia_events.infra.memory import MemoryBus
 from sia_events.model_gateway import budget
-from sia_events.model_gateway.budget import Ledger, OverBudget, active_minutes
+from sia_events.model_gateway.budget import Ledger, OverBudget
 from sia_events.shared.calls import ModelCall, encode_call
 from sia_events.shared.events import (
     Budget,
@@ -21,6 +21,7 @@ from sia_events.shared.events import (
     RunSettings,
     RunStarted,
 )
+from sia_events.shared.oversight import active_minutes
 from sia_events.shared.ports import Envelope, ModelFailed
 from sia_events.shared.record import answers, opening
 

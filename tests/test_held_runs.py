@@ -12,7 +12,7 @@ from story import failed, logged, proposed, registered, scored, started
 from sia_events.feedback_svc.service import feedback_svc
 from sia_events.infra.memory import MemoryBlobs, MemoryBus, SystemTime
 from sia_events.meta_svc.service import meta_svc
-from sia_events.model_gateway.budget import Ledger, active_minutes
+from sia_events.model_gateway.budget import Ledger
 from sia_events.shared import service as module
 from sia_events.shared.events import (
     AttemptRequested,
@@ -28,6 +28,7 @@ from sia_events.shared.events import (
     RunSettings,
     RunStarted,
 )
+from sia_events.shared.oversight import active_minutes
 from sia_events.shared.ports import BudgetSpent, Ports
 from sia_events.shared.record import SCHEMA, Record, answers, opening, parse_record
 from sia_events.shared.replay import replay

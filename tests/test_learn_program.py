@@ -25,8 +25,10 @@ Done = subprocess.CompletedProcess[str]
 
 PROGRAM = "from sia_events.trainer.learn import main; main()"
 # Learns twice in one process: whatever the first took, at its most, is with `room` bytes more all that the second has.
+# All threads share a heap (M_ARENA_MAX), as one more would be reserved or not, and is larger than `room`.
 NARROWED = """
-import resource, sys
+import ctypes, resource, sys
+ctypes.CDLL(None).mallopt(-8, 1)
 from sia_events.trainer.learn import main
 first, second, room = sys.argv[1:]
 sys.argv[1:] = [first]

@@ -25,13 +25,16 @@ from sia_events.infra.models import LocalModels
 from sia_events.infra.sandbox import UnsafeProcess
 from sia_events.local_model import adapter, network, weights
 from sia_events.model_gateway.asking import Calls
+from sia_events.model_gateway.budget import Ledger
 from sia_events.model_gateway.door import gateway
 from sia_events.model_gateway.journal import Journal
-from sia_events.model_gateway.ledger import Unlimited
 from sia_events.model_gateway.token import TokenDoor
 from sia_events.shared.calls import ModelCall, encode_call
 from sia_events.shared.events import (
     AgentProposed,
+    Budget,
+    BudgetChanged,
+    BudgetExhausted,
     Event,
     Learning,
     ProposalFailed,
@@ -41,8 +44,8 @@ from sia_events.shared.events import (
     WeightUpdateRequested,
     WholeAttempt,
 )
-from sia_events.shared.ports import Models, Ports
-from sia_events.shared.record import opening
+from sia_events.shared.ports import BudgetSpent, Models, Ports
+from sia_events.shared.record import answers, opening
 from sia_events.shared.run import fold
 from sia_events.shared.service import Work
 from sia_events.shared.tree import load_tree, read_tree, store_tree
@@ -144,7 +147,7 @@ async def housed(home: Path, scratch: Path, blobs: MemoryBlobs, models: Models) 
             await bus.append(run, opening(run, [started()]))
         journal = Journal(bus)
         stack.push_async_callback(journal.close)
-        calls = Calls(journal, lambda model: models, SystemTime(), Unlimited(), 20.0)
+        calls = Calls(journal, lambda model: models, SystemTime(), Ledger(bus, SystemTime(), lambda *_: 0.0), 20.0)
         await stack.enter_async_context(serving(gateway(calls, SECRET, SystemTime()), door.socket))
         folder = weights.opened(home / "models" / weights.MODEL)
         ports = Ports(bus, blobs, UnsafeProcess(), SystemTime(), door, home, threads=1)
@@ -158,6 +161,21 @@ async def house(home: Path, tmp_path: Path) -> AsyncIterator[House]:
     async with housed(home, tmp_path, blobs, models) as found:
         yield found
     await models.close()
+
+
+async def test_the_minutes_of_a_run_end_its_learner_too_and_with_more_of_them_it_ends_as_if_they_had_not(house: House):
+    bus = house.ports.bus
+    await bus.append("short", opening("short", [started(budget=Budget(minutes=1e-6))]))
+    await bus.append("long", opening("long", [started(budget=Budget(minutes=60))]))
+    with pytest.raises(BudgetSpent, match="1e-06 minutes"):
+        await house.learn("short")
+    *_, last = await bus.history("short")
+    assert isinstance(last.event, BudgetExhausted) and last.event.limit == "minutes"
+    assert "rollouts.jsonl" in house.left("short") and "adapter" not in house.left("short")
+    await bus.append("short", answers("short", last, "cli", [BudgetChanged(budget=Budget(minutes=60))]))
+    first, second = await house.learn("short"), await house.learn("long")
+    assert isinstance(first, WeightsUpdated) and isinstance(second, WeightsUpdated)
+    assert first.weights == second.weights
 
 
 async def test_what_was_learned_is_stored_proved_and_described(house: House) -> None:
@@ -293,9 +311,11 @@ async def test_learning_that_leaves_the_finite_numbers_ends_and_says_what_to_do(
 
 
 # A Python that has, whatever it is to learn, little more memory than another update took.
+# All threads share a heap (M_ARENA_MAX): one more would be reserved or not, and is as large as what is to be refused.
 SMALL = """#!{python}
-import resource, sys
+import ctypes, resource, sys
 from pathlib import Path
+ctypes.CDLL(None).mallopt(-8, 1)
 from sia_events.trainer.learn import learn, main
 from sia_events.trainer.spec import from_json
 list(learn(from_json(Path({small!r}).read_bytes())))

@@ -48,7 +48,7 @@ def learn(
 ) -> Iterator[Line]:
     """Train and write the adapter; yields a line a step and at last {"done": true, "stopped": why, ...}.
 
-    `stopped` is "end", "kl", "collapse", "time", "held out" when what is expected of held-out items fell, or
+    `stopped` is "end", "kl", "collapse", "held out" when what is expected of held-out items fell, or
     "no signal" when no group's samples could be told apart: then, as when no step was better than none, no adapter is
     written. The last line has `counts` of what was learned from or left out, the `backend` that was used, and `probe`:
     a few texts with their log-probs under the finished adapter, at temperature 1. Bad input raises RolloutsRefused,
@@ -105,9 +105,6 @@ def learn(
         reach(f"learner before keeping step {step}")
         learner.keep()
         reach(f"learner behind keeping step {step}")
-        if spec.max_seconds is not None and time.monotonic() - started > spec.max_seconds:
-            stopped = "time"
-            break
     counts["masked"] = len(learner.progress.masked)
     best = learner.progress.step
     if held and best:

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from hashlib import sha256
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import msgspec
 
@@ -22,8 +23,9 @@ from sia_events.shared.events import (
     WeightUpdateRequested,
 )
 from sia_events.shared.outage import fails_alone
+from sia_events.shared.oversight import active_minutes
 from sia_events.shared.ports import Ports, ProviderAway
-from sia_events.shared.run import Version
+from sia_events.shared.run import Version, fold
 from sia_events.shared.service import Work
 from sia_events.shared.tree import load_tree, read_tree, store_tree, write_tree
 from sia_events.trainer.algorithms import ALGORITHMS
@@ -31,10 +33,11 @@ from sia_events.trainer.algorithms.weighing import LARGEST
 from sia_events.trainer.base_model import base_folder, lacks
 from sia_events.trainer.child import LearningDiverged, LearningRefused, LearningTooLarge, run_learner
 from sia_events.trainer.manifest import manifest
-from sia_events.trainer.probe import claims, probe
-from sia_events.trainer.rollouts import WHOLE, Source, gather, to_lines
+from sia_events.trainer.probe import claims, probe, within_budget
+from sia_events.trainer.rollouts import WHOLE, Source, Step, gather, to_lines
 
 STORED = "updated.json"
+MOMENT_S = 0.1
 LARGEST_ADAPTER = 4_000_000_000
 
 
@@ -94,7 +97,7 @@ async def _update(work: Work, asked: WeightUpdateRequested, folder: Path) -> Wei
     (folder / "spec.json").write_bytes(msgspec.json.encode(spec))
     key = f"g{asked.generation}"
     try:
-        last = await run_learner(folder / "spec.json", ports, work.run.name, key)
+        last = await _learned(work, folder / "spec.json", key, parent.weights, found[0].steps[0])
     except LearningRefused as refused:
         raise Barren(
             f"{asked.algorithm} was not begun: {refused} {parent.name} stays as it is, its rollouts are on record. The "
@@ -169,6 +172,33 @@ async def _update(work: Work, asked: WeightUpdateRequested, folder: Path) -> Wei
         backend=last["backend"],
         usd=None if an_hour is None else round(an_hour * seconds / 3600, 6),
     )
+
+
+async def _learned(work: Work, spec: Path, key: str, before: Weights, step: Step) -> dict[str, Any]:
+    """The learner's last line, as `run_learner` has it.
+
+    The run's minutes end it: raises BudgetSpent, and whoever asks again once there are more goes on behind the last
+    step. `step` is a call that `before` can score, by which the gateway is asked whether the minutes are used up.
+    """
+    ports, run = work.ports, work.run.name
+    acted = step.completion_ids or step.choice_ids[step.index]
+    while True:
+        try:
+            async with asyncio.timeout(await _seconds_left(ports, run)) as limit:
+                return await run_learner(spec, ports, run, key)
+        except TimeoutError:
+            if not limit.expired():
+                raise
+        await within_budget(ports, run, key, before, (step.prompt_ids, acted[:1]))
+
+
+async def _seconds_left(ports: Ports, run: str) -> float | None:
+    """Of the minutes that the run may take, and a moment more, so that the gateway says so too; None: no limit."""
+    history = await ports.bus.history(run)
+    minutes = fold(history).settings.budget.minutes
+    if minutes is None:
+        return None
+    return 60 * max(0.0, minutes - active_minutes(history, ports.clock.now())) + MOMENT_S
 
 
 def _require_known(asked: WeightUpdateRequested) -> None:

@@ -71,6 +71,14 @@ async def probe(
     return Probe(texts=len(texts), tokens=tokens, apart=round(max(apart), 6), moved=round(max(moved), 6))
 
 
+async def within_budget(ports: Ports, run: str, key: str, weights: Weights, text: Text) -> None:
+    """Return where the run may go on by its budget, as the gateway keeps the books; else raises BudgetSpent.
+
+    It is asked to score `text`, which costs next to nothing. Raises ProviderAway and AdapterNotServed too.
+    """
+    await _scored(ports, run, key, weights, [text])
+
+
 def _apart(one: Scores, other: Scores) -> list[float]:
     """By how much each token differs. Infinite where the two do not speak of the same tokens, or a score is none."""
     if [len(scores) for scores in one] != [len(scores) for scores in other]:

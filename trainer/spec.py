@@ -20,9 +20,8 @@ class Spec:
 
     `model` is a model folder, `adapter_in` the adapter that made the rollouts (None: the base weights), `rollouts` a
     file as `groups.read` takes it, `checkpoint` a file that a killed process goes on from (None: none is kept).
-    `micro_prompts` (None: by their length) bounds memory, and changes the result by the rounding of sums alone.
-    `max_seconds` (wall) ends learning, at the price that a repeat may end elsewhere; everything else repeats bit for
-    bit on one machine with one number of `threads`. `engine` is what computes (`opening.py`).
+    `micro_prompts` (None: by their length) bounds memory, and changes the result by the rounding of sums alone. All
+    repeats bit for bit on one machine with one number of `threads`. `engine` is what computes (`opening.py`).
     """
 
     model: str
@@ -37,7 +36,6 @@ class Spec:
     micro_prompts: int | None = None
     warmup: int = 5
     grad_norm: float = 1.0
-    max_seconds: float | None = None
     threads: int = 1
     engine: Literal["auto", "own", "transformers"] = "auto"
 
@@ -47,7 +45,8 @@ class Spec:
         fields = {name: value for name, value in vars(self).items() if name not in PLACES}
         learning = self.learning.model_dump()
         # As earlier releases told it, whose checkpoints are gone on from.
-        as_before = {"micro_prompts": self.micro_prompts or 8} | {k: learning.pop(k) for k in ("targets", "recompute")}
+        as_before = {"micro_prompts": self.micro_prompts or 8, "max_seconds": None}
+        as_before |= {k: learning.pop(k) for k in ("targets", "recompute")}
         told = msgspec.json.encode(fields | as_before | {"learning": learning}, order="sorted")
         data = Path(self.rollouts).read_bytes()
         parent = Path(self.adapter_in, "adapter_model.safetensors").read_bytes() if self.adapter_in else b""

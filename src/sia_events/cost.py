@@ -7,10 +7,10 @@ from string import ascii_lowercase
 from typing import Any
 
 from sia_events.infra.clock import SystemClock
-from sia_events.model_gateway.budget import active_minutes
 from sia_events.reading import lineage, look, resolve
 from sia_events.shared.calls import journal_key
 from sia_events.shared.events import AttemptRequested, FeedbackRequested, RunStarted, WeightUpdateRequested
+from sia_events.shared.oversight import active_minutes
 from sia_events.shared.ports import Log
 from sia_events.shared.record import IMPORTED, Record
 from sia_events.shared.run import fold
