@@ -83,6 +83,12 @@ def test_settings_of_a_run_are_changed_one_by_one():
     assert changed.generations == RunSettings().generations
 
 
+def test_a_field_wins_over_the_setting_that_it_is_of_in_whichever_order_they_are_said():
+    whole, part = ("budget", {"usd": 1, "calls": 2}), ("budget.calls", 3)
+    for said in ((whole, part), (part, whole)):
+        assert merged(RunSettings(), dict(said)).budget == Budget(usd=1, calls=3)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

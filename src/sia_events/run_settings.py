@@ -15,11 +15,12 @@ from sia_events.trainer.backends import TRL_HAS
 def merged(settings: RunSettings, changes: Mapping[str, Any]) -> RunSettings:
     """`settings` with some changed, by name; "learning.lr" is the field `lr` of the setting `learning`.
 
+    A field is set behind the setting that it is of, in whichever order the two are named.
     Raises Unusable naming the setting that is unknown, out of range or at odds with another.
     """
     values = settings.model_dump()
     known = _names(RunSettings)
-    for name, value in changes.items():
+    for name, value in sorted(changes.items(), key=lambda change: change[0].count(".")):
         if name not in known:
             raise Unusable(f"no setting {name!r}; {_nearest(name, known)}")
         values = _with(values, name.split("."), value)
