@@ -164,6 +164,18 @@ def test_under_a_budget_the_report_says_that_it_is_shared_and_who_used_it_up():
     assert [row["spent"] for row in scores_csv(runs)] == ["100 calls", ""]
 
 
+def test_the_published_comparison_is_what_its_data_say_and_has_both_levers_above_either():
+    folder = Path(__file__).parent.parent / "docs/experiments/levers-words"
+    data = json.loads((folder / "curves.json").read_text())
+    runs, policies = [Outcome(**run) for run in data["runs"]], ["auto", "harness", "weights"]
+    assert report(runs, policies, data["heading"], picture=True) == (folder / "report.md").read_text()
+    with (folder / "scores.csv").open(newline="") as file:
+        assert [{k: str(v) for k, v in row.items()} for row in scores_csv(runs)] == list(csv.DictReader(file))
+    both, *single = (score(runs, policy) for policy in policies)
+    assert both and both.seeds == 4
+    assert all(one and one.seeds == 4 and both.low > one.high for one in single)
+
+
 def test_the_interval_of_one_seed_is_students_over_items_and_of_one_item_over_seeds():
     over_items = crossed([[0.0, 1.0, 2.0, 3.0]])
     # t with 3 degrees of freedom is 3.18245, the standard error sqrt(5/3 / 4).

@@ -204,7 +204,7 @@ def write(folder: Path, outcomes: Sequence[Outcome], policies: Sequence[str], he
     picture = find_spec("matplotlib") is not None
     if picture:
         draw(data["mean_gate_score"], outcomes, folder / "curves.png")
-    (folder / "curves.json").write_text(json.dumps(data, indent=1) + "\n")
+    (folder / "curves.json").write_text(_in_lines(data))
     rows = scores_csv(outcomes)
     with (folder / "scores.csv").open("w", newline="") as file:
         writer = csv.DictWriter(file, rows[0].keys())
@@ -212,6 +212,13 @@ def write(folder: Path, outcomes: Sequence[Outcome], policies: Sequence[str], he
         writer.writerows(rows)
     (folder / "report.md").write_text(report(outcomes, policies, heading, picture))
     return picture
+
+
+def _in_lines(data: Mapping[str, Any]) -> str:
+    """As JSON, of which each run is a line: its items would fill a thousand."""
+    head = json.dumps({name: value for name, value in data.items() if name != "runs"}, indent=1)
+    runs = ",\n  ".join(map(json.dumps, data["runs"]))
+    return f'{head.removesuffix("}").rstrip()},\n "runs": [\n  {runs}\n ]\n}}\n'
 
 
 def draw(mean: Mapping[str, Sequence[float]], outcomes: Sequence[Outcome], file: Path) -> None:
