@@ -12,7 +12,10 @@ from sia_events.local_model.policy import ChoiceRequest, Chosen, Policy, Sampled
 
 BATCH = 64
 GATHER_S = 0.002
-"""How long the first request of a batch waits for company, at most."""
+"""How long the first request of a batch waits for company."""
+RETURN_S, RETURNED_S = 0.1, 0.5
+"""Who was answered together mostly asks again together: until a batch is as large as the last one, it waits for each
+next request so long, and so long in all."""
 WAITING = 4096
 
 
@@ -32,6 +35,7 @@ class Engine:
     def __init__(self, policy: Policy) -> None:
         self._policy = policy
         self._jobs: queue.Queue[_Job] = queue.Queue(WAITING)
+        self._last = 0
         threading.Thread(target=self._work, name="engine", daemon=True).start()
 
     def choose(self, request: ChoiceRequest) -> "Future[Chosen]":
@@ -62,14 +66,20 @@ class Engine:
                     _answer([job], lambda changes: [change(self._policy) for change in changes])
 
     def _gather(self) -> list[_Job]:
-        """What is waiting, up to a batch; a change of adapters ends it, so that no request overtakes one."""
+        """What is waiting, up to a batch; a change of adapters ends it, so that no request overtakes one.
+
+        While fewer have come than the last batch had, the next is waited for: begun with the first of thirty that are
+        on their way, a batch takes nearly as long as with all of them, and the others would wait for its end.
+        """
         jobs = [self._jobs.get()]
-        until = monotonic() + GATHER_S
+        begun = monotonic()
         while len(jobs) < BATCH and not callable(jobs[-1].ask):
+            waits = RETURN_S if len(jobs) < self._last and monotonic() - begun < RETURNED_S else GATHER_S
             try:
-                jobs.append(self._jobs.get(timeout=max(0.0, until - monotonic())))
+                jobs.append(self._jobs.get(timeout=waits))
             except queue.Empty:
                 break
+        self._last = len(jobs)
         return jobs
 
 

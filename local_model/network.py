@@ -6,7 +6,7 @@ Architecture: Touvron et al. 2023 (arXiv 2302.13971); grouped queries: arXiv 230
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -62,6 +62,23 @@ class State:
         """A state of one row seen as `count` equal rows, without copying it."""
         kv = tuple((keys.expand(count, -1, -1, -1), values.expand(count, -1, -1, -1)) for keys, values in self.kv)
         return State(kv, self.valid.expand(count, -1), self.lengths.expand(count))
+
+    @staticmethod
+    def joined(states: Sequence["State"]) -> "State":
+        """The rows of all `states`, one after another; shorter ones are padded behind their last slot."""
+        if len(states) == 1:
+            return states[0]
+        short = [max(state.valid.shape[1] for state in states) - state.valid.shape[1] for state in states]
+
+        def padded(parts: Iterable[Tensor]) -> Tensor:
+            return torch.cat([F.pad(part, (0, 0, 0, more)) for part, more in zip(parts, short, strict=True)])
+
+        layers = zip(*(state.kv for state in states), strict=True)
+        return State(
+            tuple((padded(keys for keys, _ in layer), padded(values for _, values in layer)) for layer in layers),
+            torch.cat([F.pad(state.valid, (0, more)) for state, more in zip(states, short, strict=True)]),
+            torch.cat([state.lengths for state in states]),
+        )
 
 
 class Network:

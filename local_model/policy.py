@@ -113,19 +113,26 @@ class Policy:
         for adapter in {request.adapter for request in requests}:
             mine = [i for i, request in enumerate(requests) if request.adapter == adapter]
             room = max(requests[i].max_tokens for i in mine)
-            for batch in self._batches(adapter, [requests[i].prompt for i in mine], room):
-                at = [mine[i] for i in batch]
+            # Equal prompts sit together, and rows of like length.
+            mine.sort(key=lambda i: (len(requests[i].prompt), requests[i].prompt))
+            for at in fitting(mine, [len(requests[i].prompt) + room for i in mine]):
                 done.update(zip(at, self._generate(adapter, [requests[i] for i in at]), strict=True))
         return [done[i] for i in range(len(requests))]
 
     def _generate(self, adapter: str | None, requests: Sequence[TextRequest]) -> list[Sampled]:
-        prompts = list(dict.fromkeys(request.prompt for request in requests))
-        prefix, rests = self._share(adapter, prompts)
-        hidden, state = self._network.extend(prefix.spread(len(prompts)), rests, self._adapter(adapter))
-        last = hidden[torch.arange(len(rests)), torch.tensor([len(rest) - 1 for rest in rests])]
+        """Prompts are read once each, in as many passes as is cheapest; then all rows go on in step.
 
-        rows = [prompts.index(request.prompt) for request in requests]
+        A step costs little more for many rows than for few.
+        """
+        prompts = list(dict.fromkeys(request.prompt for request in requests))
+        passes = self._batches(adapter, prompts, 0)
+        read = [self._read(adapter, [prompts[i] for i in batch]) for batch in passes]
+        state, last = State.joined([state for state, _ in read]), torch.cat([last for _, last in read])
+        row_of = {prompts[i]: row for row, i in enumerate(i for batch in passes for i in batch)}
+        rows = [row_of[request.prompt] for request in requests]
+        del read
         state, last = state.rows(rows), last[rows]
+
         draws = [np.random.Generator(np.random.PCG64(request.seed)) for request in requests]
         tokens: list[list[int]] = [[] for _ in requests]
         logprobs: list[list[float]] = [[] for _ in requests]
@@ -149,24 +156,26 @@ class Policy:
             last = hidden[:, 0]
         return [Sampled(tuple(t), tuple(p), f) for t, p, f in zip(tokens, logprobs, finish, strict=True)]
 
+    def _read(self, adapter: str | None, prompts: Sequence[Prompt]) -> tuple[State, Tensor]:
+        """One pass over prompts that are alike: their states, and the hidden vector behind each [prompts, width]."""
+        prefix, rests = self._share(adapter, prompts)
+        hidden, state = self._network.extend(prefix.spread(len(prompts)), rests, self._adapter(adapter))
+        return state, hidden[torch.arange(len(rests)), torch.tensor([len(rest) - 1 for rest in rests])]
+
     def _adapter(self, name: str | None) -> Adapter | None:
         return None if name is None else self.adapters[name]
 
     def _batches(self, adapter: str | None, prompts: Sequence[Prompt], room: int) -> list[list[int]]:
         """Indices of `prompts` in passes, so that prompts with a long common start run together.
 
-        Within such a family, rows of like length sit together.
+        Within such a family rows of like length do: what is computed for a row is as long as the longest of its pass.
         """
         kept = [start for name, start in self._prefixes if name == adapter]
         batches = []
         for family in families(prompts, kept):
-            batch: list[int] = []
-            for i in sorted(family, key=lambda i: len(prompts[i])):
-                if batch and (len(batch) == ROWS or (len(batch) + 1) * (len(prompts[i]) + room) > SLOTS):
-                    batches.append(batch)
-                    batch = []
-                batch.append(i)
-            batches.append(batch)
+            alike = sorted(family, key=lambda i: len(prompts[i]))
+            for some in fitting(alike, [len(prompts[i]) + room for i in alike]):
+                batches += even(some, [len(prompts[i]) for i in some])
         return batches
 
     def _share(self, adapter: str | None, prompts: Sequence[Prompt]) -> tuple[State, list[Prompt]]:
@@ -222,6 +231,33 @@ def _divided(
     known = max((len(each) for each in kept if start[: len(each)] == each), default=0)
     saved = len(mine) * (len(start) - above) - (len(start) - max(known, above))
     return (mine, apart) if saved <= PASS_COST else ([], [*apart, mine])
+
+
+def fitting(some: Sequence[int], slots: Sequence[int]) -> list[list[int]]:
+    """`some`, in order, in runs that fit into one pass; the key-value slots of each, ascending, are `slots`."""
+    runs: list[list[int]] = []
+    for i, size in zip(some, slots, strict=True):
+        if not runs or len(runs[-1]) == ROWS or (len(runs[-1]) + 1) * size > SLOTS:
+            runs.append([])
+        runs[-1].append(i)
+    return runs
+
+
+def even(some: Sequence[int], lengths: Sequence[int]) -> list[list[int]]:
+    """`some`, in order, cut where that is cheapest: a pass costs its rows times its last, longest one, and PASS_COST.
+
+    `lengths`, ascending, are theirs in tokens.
+    """
+    cheapest, begins = [0], [0]
+    for end, longest in enumerate(lengths, 1):
+        cost, begin = min((cheapest[begin] + (end - begin) * longest + PASS_COST, begin) for begin in range(end))
+        cheapest.append(cost)
+        begins.append(begin)
+    runs, end = [], len(some)
+    while end:
+        runs.append(list(some[begins[end] : end]))
+        end = begins[end]
+    return runs[::-1]
 
 
 def common_length(prompts: Sequence[Prompt]) -> int:

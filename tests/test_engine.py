@@ -1,10 +1,14 @@
-"""The engine's batches: a request that cannot be answered is alone in it."""
+"""The engine's batches: who was answered together is waited for, and one that cannot be answered fails alone."""
 
+from collections.abc import Sequence
+from pathlib import Path
 from threading import Event
+from time import sleep
 
 import pytest
 from tiny import VOCABULARY, make_model
 
+from sia_events.local_model import engine as engine_module
 from sia_events.local_model import network
 from sia_events.local_model.engine import Engine
 from sia_events.local_model.policy import ChoiceRequest, Chosen, Policy, Sampled, TextRequest
@@ -13,9 +17,26 @@ PROMPT = (1, 2, 9)
 IMPOSSIBLE = (1, VOCABULARY, 9)
 
 
+class Counting(Policy):
+    """A policy that notes how many texts it is asked for at once."""
+
+    def __init__(self, tiny: Path) -> None:
+        super().__init__(network.load(tiny), 0)
+        self.asked = list[int]()
+
+    def generate(self, requests: Sequence[TextRequest]) -> list[Sampled]:
+        self.asked.append(len(requests))
+        return super().generate(requests)
+
+
 @pytest.fixture(scope="module")
-def engine(tmp_path_factory: pytest.TempPathFactory) -> Engine:
-    return Engine(Policy(network.load(make_model(tmp_path_factory.mktemp("model") / "tiny")), 0))
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_model(tmp_path_factory.mktemp("model") / "tiny")
+
+
+@pytest.fixture(scope="module")
+def engine(tiny: Path) -> Engine:
+    return Engine(Policy(network.load(tiny), 0))
 
 
 def text(prompt: tuple[int, ...]) -> TextRequest:
@@ -45,3 +66,24 @@ def test_only_the_request_that_cannot_be_answered_fails_of_its_batch(engine: Eng
     assert [drawn(replies[0].result(60)), drawn(replies[2].result(60))] == [alone, alone]
     with pytest.raises(IndexError):
         replies[1].result(60)
+
+
+def test_a_batch_waits_for_as_many_as_were_answered_last_and_not_for_ever(tiny: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(engine_module, "GATHER_S", 0)
+    monkeypatch.setattr(engine_module, "RETURN_S", 60)
+    monkeypatch.setattr(engine_module, "RETURNED_S", 60)
+    policy = Counting(tiny)
+    engine, waiting = Engine(policy), Event()
+    held = engine.call(lambda _: waiting.wait(60))
+    replies = [engine.generate(text(PROMPT)) for _ in range(4)]
+    waiting.set()
+    assert held.result(60) and all(reply.result(60) for reply in replies)
+
+    replies = [engine.generate(text(PROMPT))]
+    while not engine._jobs.empty():  # until the engine has taken it
+        sleep(0.001)
+    replies += [engine.generate(text(PROMPT)) for _ in range(3)]
+    assert all(reply.result(60) for reply in replies) and policy.asked == [4, 4]
+
+    monkeypatch.setattr(engine_module, "RETURN_S", 0.01)
+    assert engine.generate(text(PROMPT)).result(60) and policy.asked == [4, 4, 1]

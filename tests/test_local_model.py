@@ -11,20 +11,23 @@ import sys
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from itertools import combinations, pairwise
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 import torch
-from tiny import make_model, stirred
+from hypothesis import given
+from hypothesis import strategies as st
+from tiny import VOCABULARY, make_model, stirred
 
 from sia_events.infra.memory import MemoryBlobs
 from sia_events.infra.models import LocalModels
 from sia_events.local_model import adapter, network, weights
 from sia_events.local_model import policy as policy_module
 from sia_events.local_model import server as server_module
-from sia_events.local_model.policy import ChoiceRequest, Policy, TextRequest, common_length, families
+from sia_events.local_model.policy import ChoiceRequest, Policy, TextRequest, common_length, even, families
 from sia_events.shared.ports import Choice
 from sia_events.shared.tree import read_tree, store_tree
 
@@ -96,14 +99,15 @@ def test_choices_score_as_in_a_plain_pass_whatever_is_shared_and_padded(tiny: Pa
 
 
 class Watched:
-    """A network that notes how many key-value slots each pass holds."""
+    """A network that notes how many key-value slots each pass holds, and what it adds: (rows, the longest)."""
 
     def __init__(self, net: network.Network) -> None:
-        self.net, self.slots = net, list[int]()
+        self.net, self.slots, self.added = net, list[int](), list[tuple[int, int]]()
 
     def extend(self, state: network.State, rows: Any, lora: Any) -> Any:
         hidden, state = self.net.extend(state, rows, lora)
         self.slots.append(state.valid.numel())
+        self.added.append((len(rows), max(map(len, rows))))
         return hidden, state
 
     def __getattr__(self, name: str) -> Any:
@@ -124,6 +128,47 @@ def test_many_long_choices_behind_long_prompts_hold_no_more_than_a_pass_may(
     monkeypatch.setattr(network, "SLOTS", 10**9)
     whole = policy(tiny).choose(requests)
     assert all(a.raw == pytest.approx(b.raw, abs=1e-4) for a, b in zip(replies, whole, strict=True))
+
+
+def test_samples_of_several_prompts_read_each_prompt_once_and_go_on_in_step(
+    tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(policy_module, "PASS_COST", 0)
+    watched = Watched(network.load(tiny))
+    asked = [text(prompt, seed=at) for prompt in PROMPTS for at in range(8)]
+    replies = Policy(watched, end_token=VOCABULARY).generate(asked)  # type: ignore[arg-type]
+    steps = [rows for rows, width in watched.added if rows == len(asked)]
+    read = sum(rows * width for rows, width in watched.added if rows != len(asked))
+    assert len(steps) == 5 and read <= sum(map(len, PROMPTS))
+    alone = [policy(tiny, end_token=VOCABULARY).generate([one])[0] for one in asked]
+    assert [reply.tokens for reply in replies] == [reply.tokens for reply in alone]
+    assert all(a.logprobs == pytest.approx(b.logprobs, abs=1e-4) for a, b in zip(replies, alone, strict=True))
+
+
+def test_texts_of_many_long_prompts_hold_no_more_than_a_pass_may(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(policy_module, "SLOTS", 300)
+    watched = Watched(network.load(tiny))
+    asked = [text((*([2] * (at % 40)), 3 + at % 30), seed=at, tokens=20) for at in range(60)]
+    replies = Policy(watched, end_token=VOCABULARY).generate(asked)  # type: ignore[arg-type]
+    assert max(watched.slots) <= 300 and max(rows for rows, _ in watched.added) > 4
+    assert all(len(reply.tokens) == 20 for reply in replies)
+
+
+@given(st.lists(st.integers(1, 200), min_size=1, max_size=9))
+def test_rows_are_cut_into_passes_where_that_is_cheapest(lengths: list[int]) -> None:
+    lengths = sorted(lengths)
+
+    def cost(runs: list[list[int]]) -> int:
+        return sum(len(run) * lengths[run[-1]] + policy_module.PASS_COST for run in runs)
+
+    places = list(range(len(lengths)))
+    ways = [
+        [places[begin:end] for begin, end in pairwise((0, *cuts, len(places)))]
+        for count in range(len(places))
+        for cuts in combinations(places[1:], count)
+    ]
+    found = even(places, lengths)
+    assert [place for run in found for place in run] == places and cost(found) == min(map(cost, ways))
 
 
 def test_choice_logprobs_are_normalised_with_bias_and_temperature(tiny: Path) -> None:
