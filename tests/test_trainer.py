@@ -1,5 +1,6 @@
 """The trainer's handler: from recorded calls to an adapter that is served, broken off and refused."""
 
+import asyncio
 import random
 import re
 import sys
@@ -9,6 +10,7 @@ from dataclasses import dataclass, replace
 from importlib.metadata import version
 from itertools import count
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import msgspec
@@ -44,12 +46,12 @@ from sia_events.shared.events import (
     WeightUpdateRequested,
     WholeAttempt,
 )
-from sia_events.shared.ports import BudgetSpent, Models, Ports
+from sia_events.shared.ports import BudgetSpent, Envelope, Models, Ports
 from sia_events.shared.record import answers, opening
 from sia_events.shared.run import fold
 from sia_events.shared.service import Work
 from sia_events.shared.tree import load_tree, read_tree, store_tree
-from sia_events.trainer import child
+from sia_events.trainer import child, perform
 from sia_events.trainer.child import LearningFailed
 from sia_events.trainer.perform import learning_key
 from sia_events.trainer.service import trainer
@@ -176,6 +178,32 @@ async def test_the_minutes_of_a_run_end_its_learner_too_and_with_more_of_them_it
     first, second = await house.learn("short"), await house.learn("long")
     assert isinstance(first, WeightsUpdated) and isinstance(second, WeightsUpdated)
     assert first.weights == second.weights
+
+
+async def test_minutes_that_end_a_learner_behind_a_step_cost_none_that_was_kept(
+    house: House, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, bus, limit = await house.learn("r2", epochs=2), house.ports.bus, asyncio.timeout(None)
+    await bus.append("short", opening("short", [started(budget=Budget(minutes=1e-6))]))
+
+    async def told_until_the_third_step(envelope: Envelope) -> None:
+        await MemoryBus.trace(bus, envelope)
+        if msgspec.json.decode(envelope.lines[0]).get("step") == 3:
+            limit.reschedule(0)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(bus, "trace", told_until_the_third_step)
+        patched.setattr(perform, "asyncio", SimpleNamespace(**{**vars(asyncio), "timeout": lambda _: limit}))
+        with pytest.raises(BudgetSpent, match="1e-06 minutes"):
+            await house.learn("short", epochs=2)
+    assert "checkpoint.safetensors" in house.left("short")
+    *_, last = await bus.history("short")
+    await bus.append("short", answers("short", last, "cli", [BudgetChanged(budget=Budget(minutes=60))]))
+    told = await house.learn("short", epochs=2)
+    assert isinstance(told, WeightsUpdated) and isinstance(whole, WeightsUpdated)
+    assert told.weights == whole.weights
+    steps = [msgspec.json.decode(one.lines[0])["step"] for one in await bus.traces("short", "training", "g1")]
+    assert steps == sorted(steps) and set(steps) == {1, 2, 3, 4}, "none that was kept is taken again"
 
 
 async def test_what_was_learned_is_stored_proved_and_described(house: House) -> None:
@@ -315,6 +343,7 @@ async def test_learning_that_leaves_the_finite_numbers_ends_and_says_what_to_do(
 SMALL = """#!{python}
 import ctypes, resource, sys
 from pathlib import Path
+from types import SimpleNamespace
 ctypes.CDLL(None).mallopt(-8, 1)
 from sia_events.trainer.learn import learn, main
 from sia_events.trainer.spec import from_json
