@@ -119,6 +119,25 @@ async def test_tables_may_keep_traces_for_longer_than_streams_and_an_archive_has
         assert [sequence for sequence, _, _ in await log.lines("r1")] == [3]
 
 
+async def test_what_was_put_back_before_the_rest_went_by_its_age_is_not_in_an_archive_twice(tmp_path: Path):
+    settings, file = Settings(home=tmp_path / "home", trace_days=1, trace_table_days=0), tmp_path / "r1.sia.tar.zst"
+    async with hold(settings, "test"), app.stores(settings) as node:
+        await opened(node.bus, "r1")
+        await traced(node, "first", "second")
+        await copied(settings, node)
+        await aged(node)
+    async with hold(settings, "test"), app.stores(settings) as node:
+        # A message of the repair stands behind what it is in place of, and so is there when that is gone.
+        await node.streams.put_back([(1, Envelope("r1", "log", "k", (b'{"text":"first"}',)))])
+    told = await archiving.archive_run(settings, "r1", file, answers=False)
+    assert told["left_out"] == []
+    elsewhere = Settings(home=tmp_path / "elsewhere")
+    await archiving.restore(elsewhere, file)
+    async with hold(elsewhere, "test"), app.stores(elsewhere) as node:
+        there = [json.loads(line)["text"] async for _, e in node.streams.envelopes("r1") for line in e.lines]
+    assert there == ["first", "second"]
+
+
 async def test_torn_tables_that_alone_may_have_old_traces_are_emptied_by_nobody_unasked(tmp_path: Path):
     settings = Settings(home=tmp_path, trace_days=1, trace_table_days=0)
     async with hold(settings, "test"), app.stores(settings) as node:
