@@ -83,9 +83,10 @@ def free_port() -> int:
 
 
 @contextmanager
-def vllm_server(folder: Path, port: int, log: Path) -> Iterator[None]:
+def vllm_server(folder: Path, name: str, port: int, log: Path) -> Iterator[None]:
+    """vLLM itself on a model folder, under that name, until the block ends."""
     assert VLLM
-    options = ("--model", str(folder), "--served-model-name", weights.MODEL, "--port", str(port))
+    options = ("--model", str(folder), "--served-model-name", name, "--port", str(port))
     lora = ("--enable-lora", "--max-lora-rank", "16", "--max-loras", "2")
     small = ("--dtype", "float32", "--enforce-eager", "--max-model-len", "1024", "--max-num-seqs", "16")
     env = {
@@ -132,7 +133,7 @@ def engine(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
             folder,
             "Name a colour of the sky.",
             (" blue", " grey", " a deep red"),
-            lambda: vllm_server(folder.path, port, place / "vllm.log"),
+            lambda: vllm_server(folder.path, weights.MODEL, port, place / "vllm.log"),
             lambda blobs, adapters: VllmModels(account(port), blobs, adapters),
             strength=0.1,
         )
