@@ -12,10 +12,10 @@ from sia_events.local_model.policy import ChoiceRequest, Chosen, Policy, Sampled
 
 BATCH = 64
 GATHER_S = 0.002
-"""How long the first request of a batch waits for company."""
+"""How long the first request of a batch waits for company, at most."""
 RETURN_S, RETURNED_S = 0.1, 0.5
-"""Who was answered together mostly asks again together: until a batch is as large as the last one, it waits for each
-next request so long, and so long in all."""
+"""Who was answered together mostly asks again together: until there are as many texts as in the last batch that had
+some, a batch of texts waits for each next request so long, and so long in all."""
 WAITING = 4096
 
 
@@ -35,7 +35,7 @@ class Engine:
     def __init__(self, policy: Policy) -> None:
         self._policy = policy
         self._jobs: queue.Queue[_Job] = queue.Queue(WAITING)
-        self._last = 0
+        self._texts = 0
         threading.Thread(target=self._work, name="engine", daemon=True).start()
 
     def choose(self, request: ChoiceRequest) -> "Future[Chosen]":
@@ -68,18 +68,19 @@ class Engine:
     def _gather(self) -> list[_Job]:
         """What is waiting, up to a batch; a change of adapters ends it, so that no request overtakes one.
 
-        While fewer have come than the last batch had, the next is waited for: begun with the first of thirty that are
-        on their way, a batch takes nearly as long as with all of them, and the others would wait for its end.
+        Begun with the first of thirty texts that are on their way, a batch takes nearly as long as with all of them,
+        and the others would wait for its end. Choices are soon answered: none waits for others.
         """
         jobs = [self._jobs.get()]
         begun = monotonic()
         while len(jobs) < BATCH and not callable(jobs[-1].ask):
-            waits = RETURN_S if len(jobs) < self._last and monotonic() - begun < RETURNED_S else GATHER_S
+            gone = monotonic() - begun
+            returning = isinstance(jobs[0].ask, TextRequest) and len(jobs) < self._texts and gone < RETURNED_S
             try:
-                jobs.append(self._jobs.get(timeout=waits))
+                jobs.append(self._jobs.get(timeout=RETURN_S if returning else max(0.0, GATHER_S - gone)))
             except queue.Empty:
                 break
-        self._last = len(jobs)
+        self._texts = sum(isinstance(job.ask, TextRequest) for job in jobs) or self._texts
         return jobs
 
 
