@@ -14,8 +14,8 @@ BATCH = 64
 GATHER_S = 0.002
 """How long the first request of a batch waits for company, at most."""
 RETURN_S, RETURNED_S = 0.1, 0.5
-"""Who was answered together mostly asks again together: until there are as many texts as in the last batch that had
-some, a batch of texts waits for each next request so long, and so long in all."""
+"""Texts that were answered together mostly come again together: until there are as many as last time, the next is
+waited for so long, and all of them so long, but never longer than the last ones took."""
 WAITING = 4096
 
 
@@ -35,7 +35,7 @@ class Engine:
     def __init__(self, policy: Policy) -> None:
         self._policy = policy
         self._jobs: queue.Queue[_Job] = queue.Queue(WAITING)
-        self._texts = 0
+        self._texts, self._took = 0, 0.0
         threading.Thread(target=self._work, name="engine", daemon=True).start()
 
     def choose(self, request: ChoiceRequest) -> "Future[Chosen]":
@@ -60,7 +60,11 @@ class Engine:
         while True:
             jobs = [job for job in self._gather() if job.reply.set_running_or_notify_cancel()]
             _answer([job for job in jobs if isinstance(job.ask, ChoiceRequest)], self._policy.choose)
-            _answer([job for job in jobs if isinstance(job.ask, TextRequest)], self._policy.generate)
+            texts = [job for job in jobs if isinstance(job.ask, TextRequest)]
+            begun = monotonic()
+            _answer(texts, self._policy.generate)
+            if texts and len(texts) == len(jobs):
+                self._texts, self._took = len(texts), monotonic() - begun
             for job in jobs:
                 if callable(job.ask):
                     _answer([job], lambda changes: [change(self._policy) for change in changes])
@@ -69,18 +73,17 @@ class Engine:
         """What is waiting, up to a batch; a change of adapters ends it, so that no request overtakes one.
 
         Begun with the first of thirty texts that are on their way, a batch takes nearly as long as with all of them,
-        and the others would wait for its end. Choices are soon answered: none waits for others.
+        and the others would wait for its end. Choices are soon answered: they wait for nobody, and end the waiting.
         """
         jobs = [self._jobs.get()]
         begun = monotonic()
         while len(jobs) < BATCH and not callable(jobs[-1].ask):
-            gone = monotonic() - begun
-            returning = isinstance(jobs[0].ask, TextRequest) and len(jobs) < self._texts and gone < RETURNED_S
+            returning = len(jobs) < self._texts and all(isinstance(job.ask, TextRequest) for job in jobs)
+            left = (min(RETURNED_S, self._took) if returning else GATHER_S) - (monotonic() - begun)
             try:
-                jobs.append(self._jobs.get(timeout=RETURN_S if returning else max(0.0, GATHER_S - gone)))
+                jobs.append(self._jobs.get(timeout=max(0.0, min(RETURN_S, left))))
             except queue.Empty:
                 break
-        self._texts = sum(isinstance(job.ask, TextRequest) for job in jobs) or self._texts
         return jobs
 
 

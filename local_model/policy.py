@@ -120,15 +120,20 @@ class Policy:
         return [done[i] for i in range(len(requests))]
 
     def _generate(self, adapter: str | None, requests: Sequence[TextRequest]) -> list[Sampled]:
-        """Prompts are read once each, in as many passes as is cheapest; then all rows go on in step.
+        """Prompts are read once each, in passes of like length; then all rows go on in step.
 
-        A step costs little more for many rows than for few.
+        A step takes less than twice as long for 32 rows as for 8.
         """
         prompts = list(dict.fromkeys(request.prompt for request in requests))
-        passes = self._batches(adapter, prompts, 0)
-        read = [self._read(adapter, [prompts[i] for i in batch]) for batch in passes]
+        read, row_of = [], dict[Prompt, int]()
+        for batch in self._batches(adapter, prompts, 0):
+            runs = even(batch, [len(prompts[i]) for i in batch])
+            if len(runs) > 1:  # what all of them share is there before the first is read
+                self._share(adapter, [prompts[i] for i in batch])
+            for run in runs:
+                read.append(self._read(adapter, [prompts[i] for i in run]))
+                row_of |= {prompts[i]: len(row_of) + at for at, i in enumerate(run)}
         state, last = State.joined([state for state, _ in read]), torch.cat([last for _, last in read])
-        row_of = {prompts[i]: row for row, i in enumerate(i for batch in passes for i in batch)}
         rows = [row_of[request.prompt] for request in requests]
         del read
         state, last = state.rows(rows), last[rows]
@@ -168,14 +173,13 @@ class Policy:
     def _batches(self, adapter: str | None, prompts: Sequence[Prompt], room: int) -> list[list[int]]:
         """Indices of `prompts` in passes, so that prompts with a long common start run together.
 
-        Within such a family rows of like length do: what is computed for a row is as long as the longest of its pass.
+        Within such a family, rows of like length sit together, in ascending order.
         """
         kept = [start for name, start in self._prefixes if name == adapter]
         batches = []
         for family in families(prompts, kept):
             alike = sorted(family, key=lambda i: len(prompts[i]))
-            for some in fitting(alike, [len(prompts[i]) + room for i in alike]):
-                batches += even(some, [len(prompts[i]) for i in some])
+            batches += fitting(alike, [len(prompts[i]) + room for i in alike])
         return batches
 
     def _share(self, adapter: str | None, prompts: Sequence[Prompt]) -> tuple[State, list[Prompt]]:

@@ -1,6 +1,8 @@
 """The engine's batches: who was answered together is waited for, and one that cannot be answered fails alone."""
 
 from collections.abc import Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
 from pathlib import Path
 from threading import Event
 from time import sleep
@@ -68,22 +70,59 @@ def test_only_the_request_that_cannot_be_answered_fails_of_its_batch(engine: Eng
         replies[1].result(60)
 
 
-def test_a_batch_waits_for_as_many_as_were_answered_last_and_not_for_ever(tiny: Path, monkeypatch: pytest.MonkeyPatch):
+@dataclass
+class Crowd:
+    """An engine, and four texts that it has answered together."""
+
+    policy: Counting
+    engine: Engine
+
+    @classmethod
+    def of(cls, tiny: Path) -> "Crowd":
+        made, waiting = cls(policy := Counting(tiny), Engine(policy)), Event()
+        held = made.engine.call(lambda _: waiting.wait(60))
+        replies = [made.engine.generate(text(PROMPT)) for _ in range(4)]
+        waiting.set()
+        assert held.result(60) and all(reply.result(60) for reply in replies) and policy.asked == [4]
+        made.engine.call(lambda _: None).result(60)
+        made.engine._took = 60  # the tiny model took no time worth waiting for
+        return made
+
+    def taken(self, prompt: tuple[int, ...]) -> "Future[Sampled]":
+        """A text that the engine has taken from what is waiting."""
+        reply = self.engine.generate(text(prompt))
+        while not self.engine._jobs.empty():
+            sleep(0.001)
+        return reply
+
+
+@pytest.fixture
+def patient(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(engine_module, "GATHER_S", 0)
     monkeypatch.setattr(engine_module, "RETURN_S", 60)
     monkeypatch.setattr(engine_module, "RETURNED_S", 60)
-    policy = Counting(tiny)
-    engine, waiting = Engine(policy), Event()
-    held = engine.call(lambda _: waiting.wait(60))
-    replies = [engine.generate(text(PROMPT)) for _ in range(4)]
-    waiting.set()
-    assert held.result(60) and all(reply.result(60) for reply in replies)
 
-    replies = [engine.generate(text(PROMPT))]
-    while not engine._jobs.empty():  # until the engine has taken it
-        sleep(0.001)
-    replies += [engine.generate(text(PROMPT)) for _ in range(3)]
-    assert all(reply.result(60) for reply in replies) and policy.asked == [4, 4]
 
-    monkeypatch.setattr(engine_module, "RETURN_S", 0.01)
-    assert engine.generate(text(PROMPT)).result(60) and policy.asked == [4, 4, 1]
+@pytest.mark.usefixtures("patient")
+def test_texts_wait_for_as_many_as_were_answered_together(tiny: Path):
+    crowd = Crowd.of(tiny)
+    replies = [crowd.taken(PROMPT)] + [crowd.engine.generate(text(PROMPT)) for _ in range(3)]
+    assert all(reply.result(60) for reply in replies) and crowd.policy.asked == [4, 4]
+
+
+@pytest.mark.usefixtures("patient")
+@pytest.mark.parametrize("bound", ["RETURN_S", "RETURNED_S"])
+def test_they_wait_so_long_and_no_longer(tiny: Path, monkeypatch: pytest.MonkeyPatch, bound: str):
+    crowd = Crowd.of(tiny)
+    monkeypatch.setattr(engine_module, bound, 0)
+    assert crowd.engine.generate(text(PROMPT)).result(30) and crowd.policy.asked == [4, 1]
+
+
+@pytest.mark.usefixtures("patient")
+def test_a_choice_waits_for_nobody_and_those_who_come_back_are_waited_for_behind_it(tiny: Path):
+    crowd = Crowd.of(tiny)
+    assert crowd.engine.choose(choice(PROMPT)).result(30)
+    first = crowd.taken(PROMPT)
+    assert crowd.engine.choose(choice(PROMPT)).result(30) and first.result(30) and crowd.policy.asked == [4, 1]
+    replies = [crowd.taken(PROMPT)] + [crowd.engine.generate(text(PROMPT)) for _ in range(3)]
+    assert all(reply.result(60) for reply in replies) and crowd.policy.asked == [4, 1, 4]

@@ -18,7 +18,7 @@ from typing import Any
 import httpx
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import VOCABULARY, make_model, stirred
 
@@ -145,6 +145,13 @@ def test_samples_of_several_prompts_read_each_prompt_once_and_go_on_in_step(
     assert all(a.logprobs == pytest.approx(b.logprobs, abs=1e-4) for a, b in zip(replies, alone, strict=True))
 
 
+def test_a_start_that_long_and_short_prompts_share_is_read_before_they_are_read_apart(tiny: Path) -> None:
+    start, watched = tuple(range(2, 35)) * 6, Watched(network.load(tiny))
+    short, long = [(*start, 30)], [(*start, *([at] * 150)) for at in (3, 4)]
+    Policy(watched, 0).generate([text(prompt, tokens=1) for prompt in (*short, *long)])  # type: ignore[arg-type]
+    assert watched.added == [(1, len(start)), (1, 1), (2, 150)]
+
+
 def test_texts_of_many_long_prompts_hold_no_more_than_a_pass_may(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(policy_module, "SLOTS", 300)
     watched = Watched(network.load(tiny))
@@ -154,6 +161,7 @@ def test_texts_of_many_long_prompts_hold_no_more_than_a_pass_may(tiny: Path, mon
     assert all(len(reply.tokens) == 20 for reply in replies)
 
 
+@settings(deadline=None)
 @given(st.lists(st.integers(1, 200), min_size=1, max_size=9))
 def test_rows_are_cut_into_passes_where_that_is_cheapest(lengths: list[int]) -> None:
     lengths = sorted(lengths)

@@ -186,8 +186,10 @@ async def test_minutes_that_end_a_learner_behind_a_step_cost_none_that_was_kept(
     whole, bus, limit = await house.learn("r2", epochs=2), house.ports.bus, asyncio.timeout(None)
     await bus.append("short", opening("short", [started(budget=Budget(minutes=1e-6))]))
 
+    trace = bus.trace
+
     async def told_until_the_third_step(envelope: Envelope) -> None:
-        await MemoryBus.trace(bus, envelope)
+        await trace(envelope)
         if msgspec.json.decode(envelope.lines[0]).get("step") == 3:
             limit.reschedule(0)
 
