@@ -13,12 +13,17 @@ import psutil
 import pytest
 from command import adopting, small_task
 from filelock import FileLock
+from hypothesis import settings
 
 from sia_events.local_model.weights import prepare
 
 # Before anything imports torch or numpy, whose threads spin while they wait for each other: the tests run side by side,
 # on as many cores as there are of them.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+# The same examples in every session, however long they take; `--hypothesis-profile=default` looks for others.
+settings.register_profile("fixed", derandomize=True, deadline=None)
+settings.load_profile("fixed")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

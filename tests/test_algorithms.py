@@ -8,7 +8,7 @@ from statistics import fmean
 from typing import get_args
 
 import pytest
-from hypothesis import assume, given, settings
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from sia_events.shared import events
@@ -22,7 +22,6 @@ from sia_events.trainer.algorithms.ppo import gae, gae_of_calls, whitened
 USUAL = Learning()
 EVERY = pytest.mark.parametrize("name", sorted(ALGORITHMS))
 CENTRED = pytest.mark.parametrize("name", ["reinforce", "grpo", "rloo", "entropic", "dpo"])
-REPEATED = settings(deadline=None, derandomize=True)
 GRID = st.lists(st.integers(-40, 40).map(lambda at: at / 8), min_size=2, max_size=16)
 """Rewards on a grid of eighths: shifts and scalings by powers of two are exact on it."""
 
@@ -94,7 +93,6 @@ def test_gae_is_computed_by_hand() -> None:
     assert targets == (1.25, 3.0, 8.0)
 
 
-@REPEATED
 @given(st.lists(st.tuples(st.floats(-9, 9), st.floats(-9, 9)), min_size=1, max_size=9), st.floats(0.1, 1))
 def test_gae_lies_between_the_one_step_error_and_the_whole_return(steps: list[tuple[float, float]], discount: float):
     rewards, values = [reward for reward, _ in steps], [value for _, value in steps]
@@ -117,7 +115,6 @@ def test_gae_of_calls_gives_every_action_of_a_call_what_the_call_was_worth() -> 
     assert (advantages, targets) == ((0.0, 0.0, 4.0, 4.0, 4.0), (2.0, 2.0, 8.0, 8.0, 8.0))
 
 
-@REPEATED
 @given(st.lists(st.tuples(st.floats(-9, 9), st.floats(-9, 9)), min_size=1, max_size=9), st.floats(0.1, 1))
 def test_calls_of_one_action_are_credited_as_actions(steps: list[tuple[float, float]], trace: float) -> None:
     rewards, values = [reward for reward, _ in steps], [value for _, value in steps]
@@ -181,7 +178,6 @@ def test_rewards_a_hair_apart_at_the_top_count_as_tied() -> None:
     assert found["max_advantage"] <= 1
 
 
-@REPEATED
 @given(GRID, st.booleans())
 def test_entropic_advantages_are_bounded_and_the_distance_is_met(rewards: list[float], leave_one_out: bool) -> None:
     assume(len(set(rewards)) > 1)
@@ -196,7 +192,6 @@ def test_entropic_advantages_are_bounded_and_the_distance_is_met(rewards: list[f
         assert found["ess"] <= count / 2 + 1e-9
 
 
-@REPEATED
 @given(GRID, st.floats(0.1, 50))
 def test_sharper_is_farther_from_the_uniform(rewards: list[float], sharpness: float) -> None:
     below = [reward - max(rewards) for reward in rewards]
@@ -236,7 +231,6 @@ def test_dpo_has_nothing_to_say_where_no_pair_is_a_margin_apart() -> None:
 
 
 @CENTRED
-@REPEATED
 @given(rewards=GRID)
 def test_the_advantages_of_a_group_add_up_to_nothing(name: str, rewards: list[float]) -> None:
     assume(len(set(rewards)) > 1)
@@ -244,7 +238,6 @@ def test_the_advantages_of_a_group_add_up_to_nothing(name: str, rewards: list[fl
 
 
 @EVERY
-@REPEATED
 @given(rewards=GRID)
 def test_a_better_reward_never_weighs_less(name: str, rewards: list[float]) -> None:
     assume(len(set(rewards)) > 1)
@@ -253,7 +246,6 @@ def test_a_better_reward_never_weighs_less(name: str, rewards: list[float]) -> N
 
 
 @pytest.mark.parametrize("name", sorted(set(ALGORITHMS) - {"ppo"}))
-@REPEATED
 @given(rewards=GRID, shift=st.integers(-16, 16))
 def test_a_shift_of_the_rewards_changes_nothing(name: str, rewards: list[float], shift: int) -> None:
     assume(len(set(rewards)) > 1)
@@ -262,7 +254,6 @@ def test_a_shift_of_the_rewards_changes_nothing(name: str, rewards: list[float],
 
 
 @pytest.mark.parametrize("name", ["grpo", "entropic", "cloning", "dpo"])
-@REPEATED
 @given(rewards=GRID, power=st.integers(-3, 6))
 def test_the_scale_of_the_rewards_changes_nothing(name: str, rewards: list[float], power: int) -> None:
     assume(len(set(rewards)) > 1)
@@ -272,7 +263,6 @@ def test_the_scale_of_the_rewards_changes_nothing(name: str, rewards: list[float
 
 
 @pytest.mark.parametrize("name", ["reinforce", "rloo"])
-@REPEATED
 @given(rewards=GRID, power=st.integers(-3, 6))
 def test_the_scale_of_the_rewards_is_that_of_the_advantages(name: str, rewards: list[float], power: int) -> None:
     assume(len(set(rewards)) > 1)
@@ -281,7 +271,6 @@ def test_the_scale_of_the_rewards_is_that_of_the_advantages(name: str, rewards: 
 
 
 @EVERY
-@REPEATED
 @given(rewards=GRID, seed=st.integers(0, 99))
 def test_the_order_of_samples_does_not_matter(name: str, rewards: list[float], seed: int) -> None:
     assume(len(set(rewards)) > 1)

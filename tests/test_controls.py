@@ -105,7 +105,7 @@ def requested(run: list[Event]) -> list[AttemptRequested]:
     return [event for event in run if isinstance(event, AttemptRequested)]
 
 
-@slow(max_examples=15, deadline=None)
+@slow(max_examples=15)
 @any_(st.integers(0, 10**6), st.integers(1, 5), st.integers(0, 2**31 - 1))
 def test_every_control_spends_the_same_generations_and_looks_as_often_at_gate_and_test(
     luck: int, generations: int, seed: int
@@ -123,7 +123,7 @@ def test_every_control_spends_the_same_generations_and_looks_as_often_at_gate_an
             assert set(levers) <= {policy}
 
 
-@slow(max_examples=15, deadline=None)
+@slow(max_examples=15)
 @any_(st.integers(0, 10**6), st.integers(1, 5), st.integers(0, 2**30))
 def test_the_seed_of_an_attempt_depends_on_split_and_generation_alone_whatever_the_policy(
     luck: int, generations: int, seed: int

@@ -35,7 +35,7 @@ def test_the_p_value_is_the_binomial_tail_counted_out(better: int, worse: int):
     assert found.p_value == pytest.approx(min(1.0, 2 * tail), rel=1e-5)
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(marks)
 def test_gain_interval_and_p_value_are_scipys(pairs: list[tuple[float, float]]):
     before, after = (list(column) for column in zip(*pairs, strict=True))
@@ -54,7 +54,7 @@ def test_gain_interval_and_p_value_are_scipys(pairs: list[tuple[float, float]]):
         assert found.p_value == 1.0
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(scores)
 def test_seen_from_the_other_side_the_comparison_is_its_mirror_image(pairs: list[tuple[float, float]]):
     before, after = (list(column) for column in zip(*pairs, strict=True))
@@ -63,7 +63,7 @@ def test_seen_from_the_other_side_the_comparison_is_its_mirror_image(pairs: list
     assert (there.better, there.worse, there.p_value) == (back.worse, back.better, back.p_value)
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(scores)
 def test_no_comparison_is_both_proven_and_hopeless_and_a_proven_one_gains(pairs: list[tuple[float, float]]):
     found = compare(*(list(column) for column in zip(*pairs, strict=True)))

@@ -18,7 +18,7 @@ from typing import Any
 import httpx
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from tiny import VOCABULARY, make_model, stirred
 
@@ -161,7 +161,6 @@ def test_texts_of_many_long_prompts_hold_no_more_than_a_pass_may(tiny: Path, mon
     assert all(len(reply.tokens) == 20 for reply in replies)
 
 
-@settings(deadline=None)
 @given(st.lists(st.integers(1, 200), min_size=1, max_size=9))
 def test_rows_are_cut_into_passes_where_that_is_cheapest(lengths: list[int]) -> None:
     lengths = sorted(lengths)

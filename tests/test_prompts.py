@@ -194,7 +194,7 @@ SECRET = st.text("abcdefghijklmnopqrstuvwxyz ", min_size=8, max_size=30)
 OUTPUT = st.text("abcdefghijklmnopqrstuvwxyz `|\n", max_size=30)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     right=st.lists(SECRET, min_size=2, max_size=5),
     written=st.lists(OUTPUT, min_size=5, max_size=5),
@@ -204,7 +204,18 @@ OUTPUT = st.text("abcdefghijklmnopqrstuvwxyz `|\n", max_size=30)
 def test_no_prompt_tells_what_only_the_answers_know(
     right: list[str], written: list[str], quoting: str, scores: list[float]
 ):
-    """Eight characters in a row that are in the answers and in a prompt stand in public data or the agent's output."""
+    """Eight characters in a row that are in the answers and in a prompt are public, the agent's output or our own."""
+    known = "\n".join([*written, *(text.replace("|", "/").replace("`", "'") for text in written)])
+    known += "\n".join(" ".join(text.split()) for text in written)
+    # What the same story tells of other answers, which no letter is in.
+    known += "\n".join(told([8 * str(n) for n in range(len(right))], written, quoting, scores))
+    secret = set[str]().union(*(windows(label) for label in right)) - windows(known)
+    for prompt in told(right, written, quoting, scores):
+        assert not secret & windows(prompt)
+
+
+def told(right: list[str], written: list[str], quoting: str, scores: list[float]) -> list[str]:
+    """Both prompts, behind everything that could quote the answers `right`."""
     _, _, words, _ = story()
     task = replace(words, labels=(), evaluator="evaluate.py")
     key = {f"d{n}": label for n, label in enumerate(right)}
@@ -230,15 +241,12 @@ def test_no_prompt_tells_what_only_the_answers_know(
     items = dict.fromkeys(key, "a public text")
     calls = tuple(call(n, item, "a public text", outputs.get(item, "")) for n, item in enumerate(key))
     attempt = seen(score, 5, "b" * 64, items, outputs, calls, (), True)
-    known = "\n".join([*written, *(text.replace("|", "/").replace("`", "'") for text in written), *built_without()])
-    known += "\n".join(" ".join(text.split()) for text in written)
-    secret = set[str]().union(*(windows(label) for label in right)) - windows(known)
     allowed: dict[typing.Any, Mapping[str, str]] = {"harness": {}, "weights": TRIGGERS}
-    for prompt in (
+    prompts = (
         feedback_prompt(run, records, task, AGENT, attempt, BUDGET),
         decision_prompt(run, records, task, attempt, gather(run, records), allowed, BUDGET),
-    ):
-        assert not secret & windows(prompt.text)
+    )
+    return [prompt.text for prompt in prompts]
 
 
 def grader(key: Mapping[str, str], quoting: str, scores: Sequence[float]) -> bytes:
@@ -272,13 +280,6 @@ def refused(version: str, results: bytes, key: Mapping[str, str]) -> Event:
     with pytest.raises(OutputRefused) as caught:
         read_results({"results.json": results}, key)
     return failed(version, "dev", "invalid_output").model_copy(update={"message": str(caught.value)})
-
-
-@cache
-def built_without() -> tuple[str, ...]:
-    """Prompts with no secret behind them, and how the evaluator refuses: the platform's own words."""
-    refusal = refused("g1b", grader({"d0": "0"}, "broken", ()), {"d0": "0"})
-    return (*(built(kind).text for kind in ("feedback", "decision")), refusal.model_dump_json())
 
 
 # What is chosen, and what is fitted in.

@@ -87,7 +87,7 @@ def test_how_many_keys_and_labels_are_left_out_is_said():
     assert summary.endswith("l29 1 and 20 more")
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(name=st.sampled_from(KINDS), body=st.binary(max_size=200) | st.text(max_size=200).map(lambda t: t.encode()))
 def test_no_bytes_break_it(name: str, body: bytes):
     assert summarise({name: body}).startswith(f"- `{name}`, {len(body):,} bytes: ")
@@ -100,7 +100,7 @@ JSON = st.recursive(
 )
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(name=st.sampled_from(("a.json", "a.jsonl", "train.jsonl")), rows=st.lists(JSON, max_size=4))
 def test_no_rows_break_it(name: str, rows: list[object]):
     body = msgspec.json.encode(rows) if name == "a.json" else b"\n".join(map(msgspec.json.encode, rows))

@@ -371,7 +371,7 @@ async def test_rollouts_are_drawn_from_the_whole_distribution_whatever_the_model
     assert asked.body["logprobs"] is True and asked.body["return_token_ids"] is True
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(
     prompt=st.lists(st.integers(0, 9), min_size=1, max_size=4),
     completions=st.lists(st.lists(st.integers(0, 400), min_size=1, max_size=5), min_size=1, max_size=300),

@@ -14,7 +14,6 @@ from typing import Any
 import pytest
 from given import altered, recorded
 from hypothesis import given as for_all
-from hypothesis import settings
 from hypothesis import strategies as st
 from story import SECOND
 
@@ -151,14 +150,12 @@ def test_a_record_that_lacks_an_attribute_is_refused(attribute: str):
         parse_record(without(attribute))
 
 
-@settings(deadline=None)
 @for_all(st.binary(max_size=300))
 def test_no_bytes_do_more_than_be_refused(wire: bytes):
     with pytest.raises(UnreadableRecord):
         parse_record(wire)
 
 
-@settings(deadline=None)
 @for_all(st.integers(0, len(LOGGED) - 1), st.integers(0, 255))
 def test_one_changed_byte_is_refused_or_breaks_the_chain_or_changes_nothing(place: int, byte: int):
     line = LOGGED[:place] + bytes([byte]) + LOGGED[place + 1 :]
