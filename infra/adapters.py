@@ -4,6 +4,7 @@ import asyncio
 import re
 import secrets
 import shutil
+from asyncio import sleep
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Mapping
 from contextlib import suppress
@@ -28,11 +29,11 @@ class Adapters:
     """The adapters of one engine, which speaks vLLM's API for them.
 
     A name is a digest, so every version has one of its own: what an engine keeps by name, it never keeps for other
-    weights. What nobody has asked for in IDLE_S, a version that was refused say, is unloaded when the engine is asked
-    next. `kept` is for an engine that reads the files again whenever it likes, as vLLM does: so many adapters stay
-    loaded at most, those asked for last, and the files of one that was unloaded stay until the next is loaded. With
-    None the engine bounds itself and has read the files when it says that they are loaded. `folder` is nobody else's:
-    what a process that was killed has left there goes when the next adapter is laid down.
+    weights. What nobody has asked for in IDLE_S, a version that was refused say, is unloaded. `kept` is for an engine
+    that reads the files again whenever it likes, as vLLM does: so many adapters stay loaded at most, those asked for
+    last, and the files of one that was unloaded stay until the next is loaded. With None the engine bounds itself and
+    has read the files when it says that they are loaded. `folder` is nobody else's: what a process that was killed has
+    left there goes when the next adapter is laid down.
     """
 
     def __init__(self, ask: Ask, blobs: Blobs, folder: Path, kept: int | None = None) -> None:
@@ -42,14 +43,13 @@ class Adapters:
         self._kept = kept
         self._used: OrderedDict[str, float] = OrderedDict()
         self._loading = asyncio.Lock()
+        self._unloading: asyncio.Task[None] | None = None
 
     async def served(self, adapter: str | None, call: Callable[[], Awaitable[T]]) -> T:
         """What `call` returns. Where the engine does not know the adapter, it is loaded, and `call` made once more."""
-        if adapter is not None:
-            self._use(adapter)
-        await self._unload_idle()
         if adapter is None:
             return await call()
+        self._use(adapter)
         try:
             return await call()
         except ModelFailed as failed:
@@ -61,18 +61,32 @@ class Adapters:
         await self._load(adapter)
         return await call()
 
+    async def aclose(self) -> None:
+        """Unload nothing any more; what is loaded stays so."""
+        if self._unloading:
+            self._unloading.cancel()
+            await asyncio.gather(self._unloading, return_exceptions=True)
+
     def _use(self, adapter: str) -> None:
         self._used[adapter] = monotonic()
         self._used.move_to_end(adapter)
+        if self._unloading is None or self._unloading.done():
+            self._unloading = asyncio.create_task(self._unload_unused())
 
-    async def _unload_idle(self) -> None:
-        while self._used and monotonic() - next(iter(self._used.values())) >= IDLE_S:
-            name, _ = self._used.popitem(last=False)
-            # Not in the midst of a load, which counts what is there. An engine that was started again has it no more,
-            # and one that does not answer says so to whoever asks it now.
+    async def _unload_unused(self) -> None:
+        """Each in its time, until none is left."""
+        while self._used:
+            name, used = next(iter(self._used.items()))
+            if (rest := used + IDLE_S - monotonic()) > 0:
+                await sleep(rest)
+                continue
+            # Not in the midst of a load, which counts what is there.
             async with self._loading:
-                with suppress(ModelFailed):
-                    await self._ask("/v1/unload_lora_adapter", {"lora_name": name})
+                if self._used.get(name) == used:
+                    del self._used[name]
+                    # An engine that was started again has it no more, and of one that is away nothing is wanted.
+                    with suppress(ModelFailed):
+                        await self._ask("/v1/unload_lora_adapter", {"lora_name": name})
 
     async def _load(self, adapter: str) -> None:
         async with self._loading:

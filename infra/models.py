@@ -4,23 +4,22 @@ from collections.abc import AsyncIterator, Awaitable, Mapping
 from pathlib import Path
 from typing import Any
 
-import httpx
-
 from sia_events.infra import scoring
 from sia_events.infra.adapters import Adapters
-from sia_events.infra.engine_http import ask
+from sia_events.infra.engine_http import EngineHttp
 from sia_events.shared.chunks import chunks
 from sia_events.shared.ports import Blobs, Chat, Choice, ModelFailed, Text
 from sia_events.shared.providers import split_model
+
+TIMEOUT_S = 300.0
 
 
 class LocalModels:
     """Calls the server on the unix socket `socket`. An adapter is loaded under its digest when it is first named."""
 
     def __init__(self, blobs: Blobs, adapters: Path, socket: Path) -> None:
-        transport = httpx.AsyncHTTPTransport(uds=str(socket), limits=httpx.Limits(max_connections=256))
-        self._http = httpx.AsyncClient(transport=transport, base_url="http://model", timeout=300)
-        self._adapters = Adapters(self._ask, blobs, adapters)
+        self._http = EngineHttp("the model server", "http://model", TIMEOUT_S, socket=socket)
+        self._adapters = Adapters(self._http.ask, blobs, adapters)
 
     async def chat(self, call: Chat) -> Mapping[str, Any]:
         if call.tools or (call.response_format or {"type": "text"}).get("type") != "text":
@@ -64,14 +63,12 @@ class LocalModels:
         (told,) = await scoring.scores(asked, _name(text), text.prompt, [text.completion])
         return told
 
-    async def close(self) -> None:
+    async def aclose(self) -> None:
+        await self._adapters.aclose()
         await self._http.aclose()
 
     async def _post(self, path: str, body: Mapping[str, Any], adapter: str | None) -> Mapping[str, Any]:
-        return await self._adapters.served(adapter, lambda: self._ask(path, body))
-
-    async def _ask(self, path: str, body: Mapping[str, Any] | None) -> Mapping[str, Any]:
-        return await ask(self._http, "the model server", path, body)
+        return await self._adapters.served(adapter, lambda: self._http.ask(path, body))
 
 
 def _name(call: Chat | Choice | Text) -> str:

@@ -11,12 +11,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import httpx
-
 from sia_events.infra import scoring
 from sia_events.infra.adapters import Adapters
 from sia_events.infra.drawing import draw
-from sia_events.infra.engine_http import ask
+from sia_events.infra.engine_http import EngineHttp
 from sia_events.infra.providers.account import Account
 from sia_events.infra.providers.openai import OpenAIModels
 from sia_events.shared.ports import Blobs, Chat, Choice, Text
@@ -34,10 +32,9 @@ class VllmModels:
         self._account = account
         self._chat = OpenAIModels(account, more=_more)
         root = (row.base_url or "").rstrip("/").removesuffix("/v1")
-        headers = {"Authorization": f"Bearer {account.key}"} if account.key else {}
-        self._http = httpx.AsyncClient(base_url=root, timeout=row.timeout_s, headers=headers)
+        self._http = EngineHttp(account.name, root, row.timeout_s, account.key)
         place = Path(row.adapters) if row.adapters else folder / account.name
-        self._adapters = Adapters(self._ask, blobs, place, KEPT_ADAPTERS)
+        self._adapters = Adapters(self._http.ask, blobs, place, KEPT_ADAPTERS)
         self._words: OrderedDict[tuple[str, str], tuple[int, ...]] = OrderedDict()
 
     async def chat(self, call: Chat) -> Mapping[str, Any]:
@@ -87,6 +84,7 @@ class VllmModels:
         return scores
 
     async def aclose(self) -> None:
+        await self._adapters.aclose()
         await self._chat.aclose()
         await self._http.aclose()
 
@@ -95,26 +93,23 @@ class VllmModels:
     ) -> list[tuple[float, ...]]:
         async def asked(body: Mapping[str, Any]) -> Mapping[str, Any]:
             async with self._account.slots:
-                return await self._adapters.served(call.adapter, lambda: self._ask(scoring.PATH, body))
+                return await self._adapters.served(call.adapter, lambda: self._http.ask(scoring.PATH, body))
 
         return await scoring.scores(asked, call.adapter or split_model(call.model)[1], prompt, completions)
 
     async def _prompt(self, call: Choice) -> Sequence[int]:
         """Token ids of the conversation as the model reads it: an adapter changes nothing of that."""
         body = {"model": split_model(call.model)[1], "messages": list(call.messages), **_continued(call.messages)}
-        return (await self._ask("/tokenize", body))["tokens"]
+        return (await self._http.ask("/tokenize", body))["tokens"]
 
     async def _word(self, model: str, text: str) -> tuple[int, ...]:
         key = split_model(model)[1], text
         if key not in self._words:
             body = {"model": key[0], "prompt": text, "add_special_tokens": False}
-            self._words[key] = tuple((await self._ask("/tokenize", body))["tokens"])
+            self._words[key] = tuple((await self._http.ask("/tokenize", body))["tokens"])
             while len(self._words) > KEPT_WORDS:
                 self._words.popitem(last=False)
         return self._words[key]
-
-    async def _ask(self, path: str, body: Mapping[str, Any] | None) -> Mapping[str, Any]:
-        return await ask(self._http, self._account.name, path, body)
 
 
 def _named(call: Chat) -> Chat:

@@ -1,5 +1,6 @@
 """Where adapters lie for an engine, and what becomes of files that a killed process has left there."""
 
+import asyncio
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -7,7 +8,7 @@ from typing import Any
 import pytest
 
 from sia_events.infra import adapters as laid_down
-from sia_events.infra.adapters import Adapters
+from sia_events.infra.adapters import IDLE_S, Adapters
 from sia_events.infra.memory import MemoryBlobs
 from sia_events.shared.ports import ModelFailed
 from sia_events.shared.tree import store_tree
@@ -100,31 +101,58 @@ async def test_the_files_of_what_was_loaded_too_late_to_say_so_stay_and_those_of
     assert Path(late.loaded[first]).name in places(tmp_path) and len(places(tmp_path)) == 2
 
 
-async def test_what_nobody_has_asked_for_in_a_while_is_unloaded_at_the_next_call_and_loaded_again_for_who_asks(
+class Time:
+    """A clock that goes on when it is told to."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+        self.waiting: list[tuple[float, asyncio.Future[None]]] = []
+
+    async def sleep(self, seconds: float) -> None:
+        until = asyncio.get_running_loop().create_future()
+        self.waiting.append((self.now + seconds, until))
+        await until
+
+    async def passes(self, seconds: float) -> None:
+        """Whoever is woken by it works until it waits again: nothing here takes longer than some turns of the loop."""
+        self.now += seconds
+        due = [until for at, until in self.waiting if at <= self.now]
+        self.waiting = [(at, until) for at, until in self.waiting if at > self.now]
+        for until in due:
+            until.set_result(None)
+        for _ in range(20):
+            await asyncio.sleep(0)
+
+
+async def test_what_nobody_has_asked_for_in_a_while_is_unloaded_and_loaded_again_for_who_asks(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    now = 0.0
-    monkeypatch.setattr(laid_down, "monotonic", lambda: now)
+    time = Time()
+    monkeypatch.setattr(laid_down, "monotonic", lambda: time.now)
+    monkeypatch.setattr(laid_down, "sleep", time.sleep)
     blobs, engine = MemoryBlobs(), Lora()
     adapters = Adapters(engine.ask, blobs, tmp_path, kept=8)
     refused, incumbent, another = [await an_adapter(blobs, name) for name in ("refused", "incumbent", "another")]
 
-    async def base() -> None:
-        await adapters.served(None, lambda: engine.ask("/v1/models", None))
+    await engine.use(adapters, refused)
+    await time.passes(IDLE_S - 1)
+    await engine.use(adapters, incumbent)
+    assert set(engine.loaded) == {refused, incumbent}
+    await time.passes(1)
+    assert set(engine.loaded) == {incumbent}, "though nothing is asked of the engine"
+    await engine.use(adapters, refused)
+    await time.passes(IDLE_S - 2)
+    await engine.use(adapters, incumbent)
+    await time.passes(IDLE_S - 1)
+    assert set(engine.loaded) == {incumbent}, "who was asked for again is not unused"
+    await time.passes(1)
+    assert not engine.loaded and not time.waiting
 
-    await engine.use(adapters, refused)
-    now += laid_down.IDLE_S - 1
-    await engine.use(adapters, incumbent)
-    assert set(engine.loaded) == {refused, incumbent}
-    now += 1
-    await base()
-    assert set(engine.loaded) == {incumbent}
-    await engine.use(adapters, refused)
-    assert set(engine.loaded) == {refused, incumbent}
-    now += laid_down.IDLE_S
-    await engine.use(adapters, incumbent)
-    assert set(engine.loaded) == {incumbent}, "who asks for it now is not without it"
+    await engine.use(adapters, another)
     engine.loaded.clear()
-    now += laid_down.IDLE_S
+    await time.passes(IDLE_S)
     await engine.use(adapters, another)
     assert set(engine.loaded) == {another}, "that an engine was started again is no failure"
+    await adapters.aclose()
+    await time.passes(IDLE_S)
+    assert set(engine.loaded) == {another}, "what is closed asks nothing any more"

@@ -37,7 +37,7 @@ VENDORS = {
     "google": "infra/providers/google",
     "litellm": "infra/providers/litellm",
     "httpx2": "infra/providers/",
-    "aiohttp": "infra/providers/connections",
+    "aiohttp": ("infra/providers/connections", "infra/engine_http"),
     "claude_agent_sdk": "infra/claude",
     "matplotlib": "src/sia_events/experiment",
 }

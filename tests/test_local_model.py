@@ -507,7 +507,7 @@ async def test_an_adapter_is_laid_down_from_its_blobs_whatever_a_folder_of_its_n
     try:
         reply = await models.choose(Choice(f"local/{BASE}", digest, MENTION, ["Paris", "London"]))
     finally:
-        await models.close()
+        await models.aclose()
     listed = server.get("/v1/models").json()["data"]  # noqa: ASYNC212 - nothing else is to go on meanwhile
     good = server_module._digest(tmp_path / "good")
     assert [card["sha256"] for card in listed if card["id"] == digest] == [good] and len(reply["raw"]) == 2

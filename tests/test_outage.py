@@ -101,7 +101,7 @@ async def test_an_update_whose_probe_fails_again_comes_to_nothing(house: House, 
     async with AsyncExitStack() as stack:
         bus, blobs, door = house.ports.bus, house.ports.blobs, TokenDoor(tmp_path / "chatting", SECRET)
         models = LocalModels(blobs, tmp_path / "others", home / "s")
-        stack.push_async_callback(models.close)
+        stack.push_async_callback(models.aclose)
         journal = Journal(bus)
         stack.push_async_callback(journal.close)
         calls = Calls(journal, lambda _: Chatting(models), SystemTime(), Unlimited(), 20.0)

@@ -100,7 +100,7 @@ async def training(server: Server, tmp_path: Path, patience: float) -> AsyncIter
         settings = RunSettings(budget=Budget(calls=100))
         await bus.append("r1", opening("r1", [RunStarted(settings=settings, code="test")]))
         models = LocalModels(blobs, tmp_path / "adapters", server.address)
-        stack.push_async_callback(models.close)
+        stack.push_async_callback(models.aclose)
         journal, ledger = Journal(bus), Ledger(bus, SystemTime(), lambda model, usage: 0.0)
         stack.push_async_callback(journal.close)
         calls = Calls(journal, lambda model: models, SystemTime(), ledger, patience)

@@ -4,7 +4,6 @@ vLLM takes part where SIA_TEST_VLLM names the python of an environment that has 
 """
 
 import asyncio
-import json
 import math
 import os
 import socket
@@ -201,7 +200,7 @@ async def guest(engine: Engine, tmp_path: Path) -> AsyncIterator[Guest]:
     blobs, adapters = MemoryBlobs(), tmp_path / "adapters"
     models = engine.client(blobs, adapters)
     yield Guest(engine, models, blobs, adapters, tmp_path)
-    await (models.aclose if isinstance(models, VllmModels) else models.close)()
+    await models.aclose()
 
 
 def sampled(reply: Any) -> tuple[list[int], list[int], list[float]]:
@@ -346,16 +345,26 @@ async def test_an_adapter_that_nobody_asks_for_any_more_is_unloaded_until_somebo
     text = Text(guest.engine.model, name, [1, 2, 3, 4], [5, 6])
     before = await guest.models.logprobs(text)
     assert name in await loaded(guest.models)
-    with monkeypatch.context() as at_once:
-        at_once.setattr(laid_down, "IDLE_S", 0.0)
-        await guest.models.logprobs(Text(guest.engine.model, None, [1, 2, 3, 4], [5, 6]))
+    later = asyncio.Event()
+
+    async def until_later(_: float) -> None:
+        await later.wait()
+
+    with monkeypatch.context() as at_will:
+        at_will.setattr(laid_down, "sleep", until_later)
+        patient = guest.engine.client(guest.blobs, guest.adapters)
+        assert await patient.logprobs(text) == pytest.approx(before, abs=WITHIN)
+        at_will.setattr(laid_down, "IDLE_S", 0.0)
+        later.set()
+        await patient._adapters._unloading
+        await patient.aclose()
     assert name not in await loaded(guest.models)
     assert await guest.models.logprobs(text) == pytest.approx(before, abs=WITHIN)
 
 
 async def loaded(models: Any) -> set[str]:
     """The adapters of ours that the engine lists."""
-    cards = json.loads((await models._http.get("/v1/models")).content)["data"]
+    cards = (await models._http.ask("/v1/models", None))["data"]
     return {card["id"] for card in cards if len(card["id"]) == 64}
 
 

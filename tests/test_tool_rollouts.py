@@ -186,4 +186,4 @@ async def test_a_model_that_takes_no_tools_says_which_do(tmp_path: Path) -> None
     with pytest.raises(ModelFailed, match=r"local/m, .* nothing was asked.* vllm/NAME .*--enable-auto-tool") as failed:
         await models.chat(Chat("local/m", None, [{"role": "user", "content": "hello"}], tools=[TOOL]))
     assert (failed.value.status, failed.value.kind) == (400, "unsupported")
-    await models.close()
+    await models.aclose()

@@ -162,7 +162,7 @@ async def house(home: Path, tmp_path: Path) -> AsyncIterator[House]:
     models = LocalModels(blobs, tmp_path / "adapters", home / "s")
     async with housed(home, tmp_path, blobs, models) as found:
         yield found
-    await models.close()
+    await models.aclose()
 
 
 async def test_the_minutes_of_a_run_end_its_learner_too_and_with_more_of_them_it_ends_as_if_they_had_not(house: House):

@@ -75,7 +75,7 @@ async def _serve(settings: Settings, bus: Bus, blobs: Blobs, local_model: bool) 
             ending.callback(socket.unlink, missing_ok=True)
         # From the last one up: what is answered until then has been paid for, and goes on disk.
         ending.push_async_callback(journal.close)
-        ending.push_async_callback(local.close)
+        ending.push_async_callback(local.aclose)
         ending.push_async_callback(providers.aclose)
         ending.push_async_callback(server.close)
         ending.push_async_callback(calls.end, settings.drain_s)
