@@ -110,6 +110,7 @@ def test_what_trl_has_no_way_to_learn_is_learned_by_ours_and_said(
     assert written[0] == written[1]
 
 
+@pytest.mark.slow  # three learners that import TRL
 def test_a_killed_learner_with_trl_s_loss_goes_on_to_the_same_bytes(tiny: Path, tmp_path: Path) -> None:
     lines = completion_lines(tiny, count=24)
     made = []

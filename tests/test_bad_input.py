@@ -346,6 +346,7 @@ def test_a_corrupt_blob_is_named_and_not_used(home: Path):
     assert_says(refused_and_nothing_but_the_log_touched(home, "diff", "r1", "g0a", "g1a"), f"no blob {harness}")
 
 
+@pytest.mark.slow  # a whole run, with tries that are waited for
 def test_a_run_that_meets_a_corrupt_blob_stops_with_a_dead_letter_and_goes_on_once_it_is_mended(home: Path):
     spec = first_record(home).spec
     file = home / "blobs" / spec[:2] / spec[2:]

@@ -3,6 +3,8 @@
 import json
 from pathlib import Path
 
+import pytest
+
 from sia_events import overheads
 from sia_events.benches import render
 from sia_events.figures import INSTANT, Figure, disk, first_model_call, sealed, whole_run
@@ -28,11 +30,13 @@ async def test_everything_published_becomes_queryable(tmp_path: Path):
     assert 0 < figure.beside["p50"] <= figure.value and figure.beside["raw insert p50"] > 0
 
 
+@pytest.mark.slow  # a whole run, and the servers beside it
 async def test_the_first_model_call_comes_before_its_reply(tmp_path: Path):
     figure = await first_model_call(tmp_path, INSTANT, starts=1)
     assert 0 < figure.value <= figure.beside["first reply"]
 
 
+@pytest.mark.slow  # a whole run, and the servers beside it
 def test_a_whole_run_tells_its_summary_its_cost_and_what_it_left_on_disk(tmp_path: Path):
     small = ("--generations", "1", "--candidates", "1", "--lever", "harness")
     summary, ran, grown = whole_run(tmp_path, "one", INSTANT, 0, *small)

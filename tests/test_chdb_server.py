@@ -192,6 +192,7 @@ def test_many_threads_read_and_write_at_once(running: Running, client: Client):
     assert client.query("SELECT count(), uniqExact(a) FROM items").result_rows == [(800, 800)]
 
 
+@pytest.mark.slow  # it waits as long as it would for a reader
 def test_a_second_owner_is_told_who_holds_the_store(tmp_path: Path):
     with owner(tmp_path / "log") as first:
         second = start(tmp_path / "log")

@@ -161,6 +161,7 @@ def test_an_exception_comes_back_as_its_message():
     assert "ValueError" in reason and "\x1b" not in reason
 
 
+@pytest.mark.slow  # the limit is waited for
 @runs_kernels
 def test_sleeping_for_ever_ends_at_the_time_limit():
     reason = refused("time.sleep(3600)", before="import time", timeout_s=15.0)

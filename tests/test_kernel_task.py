@@ -86,6 +86,7 @@ async def finished(ports: Ports, private: MemoryBlobs, **settings: object) -> Se
         await asyncio.gather(*tasks, return_exceptions=True)
 
 
+@pytest.mark.slow  # a whole run, its kernels timed
 @pytest.mark.skipif(
     sys.platform != "linux" or importlib.util.find_spec("torch") is None, reason="kernels need Linux and torch"
 )

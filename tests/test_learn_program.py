@@ -86,6 +86,7 @@ def test_what_does_not_fit_into_memory_is_learned_from_in_halves(tiny: Path, tmp
     assert made[0] == made[1]
 
 
+@pytest.mark.slow  # two learners; above is the one that fits
 @pytest.mark.skipif(sys.platform != "linux", reason="a limit on memory that holds")
 def test_what_does_not_fit_in_halves_either_fails_with_what_to_do(tiny: Path, tmp_path: Path) -> None:
     few = written(once(tiny, tmp_path / "few", micro_prompts=8), tmp_path / "few.json")
@@ -110,6 +111,7 @@ def test_learning_under_way_since_an_earlier_release_is_taken_for_the_same(tiny:
     assert fitted.identity == replace(fitted, micro_prompts=8).identity != replace(fitted, seed=1).identity
 
 
+@pytest.mark.slow  # four learners, one behind the other
 def test_a_disk_without_room_for_a_checkpoint_or_the_adapter_is_named_and_learning_goes_on_once_there_is(
     tiny: Path, tmp_path: Path
 ) -> None:

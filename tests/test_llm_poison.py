@@ -88,6 +88,7 @@ def test_a_candidate_whose_prompt_fails_the_provider_again_is_left_out_and_the_o
     assert_none_left(children)
 
 
+@pytest.mark.slow  # a whole run, with tries that are waited for
 def test_where_no_first_version_can_be_asked_for_the_reference_agent_goes_in(
     tmp_path: Path, task: Path, children: Callable[[], list[psutil.Process]]
 ):

@@ -80,6 +80,7 @@ UNUSABLE: Mapping[str, tuple[Reply | Fault, str]] = {
 }
 
 
+@pytest.mark.slow  # a whole run, with tries that are waited for
 def test_where_no_reply_can_be_used_the_reference_agent_goes_in_and_the_generation_is_closed(
     tmp_path: Path, task: Path, children: Callable[[], list[psutil.Process]]
 ):

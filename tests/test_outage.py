@@ -97,6 +97,7 @@ class Chatting:
         raise FORBIDDEN
 
 
+@pytest.mark.slow  # tries that are waited for
 async def test_an_update_whose_probe_fails_again_comes_to_nothing(house: House, home: Path, tmp_path: Path) -> None:
     async with AsyncExitStack() as stack:
         bus, blobs, door = house.ports.bus, house.ports.blobs, TokenDoor(tmp_path / "chatting", SECRET)

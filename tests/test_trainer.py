@@ -165,6 +165,7 @@ async def house(home: Path, tmp_path: Path) -> AsyncIterator[House]:
     await models.aclose()
 
 
+@pytest.mark.slow  # three learners
 async def test_the_minutes_of_a_run_end_its_learner_too_and_with_more_of_them_it_ends_as_if_they_had_not(house: House):
     bus = house.ports.bus
     await bus.append("short", opening("short", [started(budget=Budget(minutes=1e-6))]))
@@ -180,6 +181,7 @@ async def test_the_minutes_of_a_run_end_its_learner_too_and_with_more_of_them_it
     assert first.weights == second.weights
 
 
+@pytest.mark.slow  # three learners
 async def test_minutes_that_end_a_learner_behind_a_step_cost_none_that_was_kept(
     house: House, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -405,6 +407,7 @@ main()
 """
 
 
+@pytest.mark.slow  # three learners, with tries that are waited for
 async def test_memory_that_was_enough_for_a_step_is_waited_for_behind_what_was_kept(
     house: House, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -439,6 +442,7 @@ async def test_a_call_longer_than_the_models_context_is_left_out_and_counted(hou
     assert (told.counts["too_long"], told.counts["no_calls"], told.rollouts) == (1, 1, len(lines) - 1)
 
 
+@pytest.mark.slow  # a learner that imports TRL, and a server
 async def test_text_is_learned_by_trl_into_an_adapter_like_any_other_that_is_served_and_proved(house: House) -> None:
     pytest.importorskip("trl", reason="the extra trl is not installed")
     told = await house.learn(
