@@ -1,10 +1,11 @@
 """One durable consumer served through FastStream: some messages at once, heartbeats, bounded delayed retries."""
 
 import asyncio
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
+from datetime import datetime
 
 import structlog
 from faststream.middlewares import AckPolicy
@@ -12,7 +13,7 @@ from faststream.nats import JStream, NatsBroker, NatsMessage, PullSub
 from faststream.nats.subscriber.usecases import PullStreamSubscriber
 from nats.aio.client import Client
 from nats.aio.msg import Msg
-from nats.js import JetStreamContext, api
+from nats.js import api
 from nats.js.errors import APIError, NotFoundError
 
 from sia_events.infra.delivery import delay, is_last
@@ -48,7 +49,17 @@ class Serving:
     at_once: int = 1
     failures: Counter[int] = field(default_factory=Counter)
     running: set[asyncio.Task[None]] = field(default_factory=set)
+    answered: deque[tuple[int, str]] = field(default_factory=lambda: deque(maxlen=MAX_OUT))
+    """Of the last messages: their sequence, and where their ack was sent."""
+    made: datetime | None = None
+    """When the consumer was that handed them out."""
     stopping: bool = False
+
+    def handed_out_by(self, made: datetime) -> None:
+        """Forget what was answered to another consumer: one made anew hands all of it out anew, to any process."""
+        if made != self.made:
+            self.answered.clear()
+            self.made = made
 
 
 def consumer(name: str, subjects: list[str], ack_wait: float, in_order: bool) -> api.ConsumerConfig:
@@ -81,12 +92,13 @@ async def serve(broker: NatsBroker, client: Client, serving: Serving, keep: bool
         await _handle(message.raw_message, serving)
 
     async def until_gone() -> None:
-        await heeding(jetstream.add_consumer(serving.stream, serving.consumer))
+        made = await heeding(jetstream.add_consumer(serving.stream, serving.consumer))
+        serving.handed_out_by(made.created)
         subscribers = [_subscriber(broker, serving, handle) for _ in range(serving.at_once)]
         try:
             for subscriber in subscribers:
                 await heeding(subscriber.start())
-            await _gone(jetstream, serving.stream, name)
+            await _gone(client, serving, name)
         finally:
             serving.stopping = True
             for task in serving.running:
@@ -159,6 +171,7 @@ async def _handle(raw: Msg, serving: Serving) -> None:
         serving.failures.pop(message.sequence, None)
         # Confirmed: an ack lost with a dying server would hold up the run until the ack wait is over.
         await _settle(lambda: raw.ack_sync(ANSWER_S))
+        serving.answered.append((message.sequence, raw.reply))
 
 
 async def _beating(raw: Msg, serving: Serving, message: Message) -> None:
@@ -178,22 +191,36 @@ async def _beating(raw: Msg, serving: Serving, message: Message) -> None:
 
 
 async def _settle(tell: Callable[[], Awaitable[object]]) -> None:
-    """Tell the server what came of a message. Untold, it comes again after the ack wait, and the answer is there."""
-    for _ in range(5):
+    """Tell the server what came of a message. Untold, it comes again after the ack wait, and the answer is there.
+
+    A second time, behind a connection that was lost. No more: a server that was killed may have forgotten that it handed
+    the message out, and does not confirm its ack then, however often it is told.
+    """
+    for _ in range(2):
         try:
             await tell()
             return
         except UNANSWERED:
             await asyncio.sleep(0.2)
-    log.warning("could not tell the server what came of a message")
+    log.debug("could not tell the server what came of a message")
 
 
-async def _gone(jetstream: JetStreamContext, stream: str, name: str) -> None:
-    """Return when the consumer is no longer there. FastStream would go on asking for its messages, fast and silent."""
+async def _gone(client: Client, serving: Serving, name: str) -> None:
+    """Return when the consumer is no longer there. FastStream would go on asking for its messages, fast and silent.
+
+    A server that is killed forgets the acks that it confirmed last, and would wait for them until the ack wait is over
+    before it hands out what is next: they are said again.
+    """
+    jetstream = client.jetstream()
     while True:
         await asyncio.sleep(WATCH_S)
         try:
-            await heeding(jetstream.consumer_info(stream, name))
+            known = await heeding(jetstream.consumer_info(serving.stream, name))
+            serving.handed_out_by(known.created)
+            if known.num_ack_pending and not serving.running:
+                acked = known.ack_floor.stream_seq if known.ack_floor else 0
+                for reply in [reply for sequence, reply in serving.answered if sequence > acked]:
+                    await client.publish(reply, Msg.Ack.Ack)
         except NotFoundError:
             return
         except (APIError, *UNANSWERED):

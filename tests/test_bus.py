@@ -708,6 +708,28 @@ async def test_a_service_goes_on_after_the_server_was_killed(tmp_path: Path):
     assert [got[0], got[-1]] == ["a", "b"]
 
 
+async def test_a_server_that_is_killed_again_and_again_does_not_wait_for_what_was_answered(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(nats_serve, "WATCH_S", 0.2)
+    store = tmp_path / "nats"
+    got: list[str] = []
+
+    async def answer(record: Record) -> None:
+        got.append(texts([record])[0])
+
+    async with running(store) as url, connect(url, MemoryBlobs(), SystemTime(), ack_wait=600) as bus:
+        first, *_ = await opened(bus, "r")
+        async with serving(bus, "svc", ["RunResumed"], answer, "r"):
+            for text in "abcd":
+                await bus.append("r", notes("r", first, text, producer=text))
+                await until(lambda text=text: text in got)
+                kill_server(store)
+            await bus.append("r", notes("r", first, "e", producer="e"))
+            await until(lambda: "e" in got)
+    assert sorted(set(got)) == list("abcde")
+
+
 async def test_a_second_append_finds_its_records_after_a_restart_and_beyond_the_dedup_window(tmp_path: Path):
     store = tmp_path / "nats"
     async with running(store) as url, on(url) as bus:

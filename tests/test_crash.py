@@ -75,8 +75,7 @@ def a_moment(seed: int) -> int:
     return random.Random(seed).randint(3, 12)
 
 
-# What was being answered when nats-server ended is sent again when its time to be answered is over: half a minute.
-@pytest.mark.parametrize("word", [pytest.param("nats-server", marks=pytest.mark.slow), "chdb_server"])
+@pytest.mark.parametrize("word", ["nats-server", "chdb_server"])
 def test_a_server_that_is_killed_is_started_again_and_the_run_does_not_notice(
     word: str, task: Path, tmp_path: Path, undisturbed: list[Record], children: Callable[[], list[psutil.Process]]
 ):
