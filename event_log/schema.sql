@@ -254,3 +254,25 @@ ORDER BY sequence, line;
 -- When a row came, for those who let traces go after some days. Rows of before count from here on.
 ALTER TABLE model_calls ADD COLUMN IF NOT EXISTS stored DateTime('UTC') DEFAULT now();
 ALTER TABLE trace ADD COLUMN IF NOT EXISTS stored DateTime('UTC') DEFAULT now();
+
+-- migration 7
+
+-- A run that was given more budget goes on, and one that is paused does not, whatever became of its budget.
+CREATE OR REPLACE VIEW runs AS
+SELECT
+    run,
+    anyIf(JSONExtractString(data, 'task'), type = 'TaskRegistered') AS task,
+    anyIf(JSONExtractString(data, 'parent'), type = 'RunBranched') AS parent,
+    multiIf(
+        countIf(type = 'RunFinished') > 0, 'finished',
+        countIf(type = 'RunCancelled') > 0, 'cancelled',
+        argMaxIf(type, position, type IN ('RunPaused', 'RunResumed')) = 'RunPaused', 'paused',
+        argMaxIf(type, position, type IN ('BudgetExhausted', 'BudgetChanged')) = 'BudgetExhausted', 'stopped by budget',
+        'running') AS status,
+    maxIf(JSONExtractUInt(data, 'generation'), type IN ('HarnessPatched', 'WeightsUpdated')) AS generations,
+    argMaxIf(version, position, type = 'VersionAccepted') AS best,
+    max(position) AS records,
+    min(time) AS started,
+    max(time) AS updated
+FROM events FINAL
+GROUP BY run;

@@ -160,7 +160,9 @@ class ClickHouseLog:
 
     async def envelopes(self, run: str, sequences: Sequence[int]) -> Sequence[tuple[int, Envelope]]:
         """What the tables have of those envelopes of the run, lines in order."""
-        columns, where = "sequence, line, key, body", "WHERE run = {run:String} AND sequence IN {some:Array(UInt64)}"
+        # In hex: a line may be any bytes, and what is no UTF-8 the client would tell otherwise.
+        columns = "sequence, line, key, hex(body) AS bytes"
+        where = "WHERE run = {run:String} AND sequence IN {some:Array(UInt64)}"
         calls = f"SELECT {columns}, 'model_call' AS kind FROM model_calls FINAL {where}"
         rest = f"SELECT {columns}, kind FROM trace FINAL {where}"
         sql = f"SELECT * FROM ({calls} UNION ALL {rest}) ORDER BY sequence, line"
@@ -168,7 +170,7 @@ class ClickHouseLog:
         for row in await self.query(sql, {"run": run, "some": list(sequences)}):
             at = row["sequence"]
             before = found[at].lines if at in found else ()
-            found[at] = Envelope(run, row["kind"], row["key"], (*before, row["body"].encode()))
+            found[at] = Envelope(run, row["kind"], row["key"], (*before, bytes.fromhex(row["bytes"])))
         return list(found.items())
 
     async def torn(self) -> Sequence[tuple[str, str, str]]:

@@ -193,8 +193,8 @@ async def _beating(raw: Msg, serving: Serving, message: Message) -> None:
 async def _settle(tell: Callable[[], Awaitable[object]]) -> None:
     """Tell the server what came of a message. Untold, it comes again after the ack wait, and the answer is there.
 
-    A second time, behind a connection that was lost. No more: a server that was killed may have forgotten that it handed
-    the message out, and does not confirm its ack then, however often it is told.
+    A second time, behind a connection that was lost. No more: a server that was killed may have forgotten that it
+    handed the message out, and does not confirm its ack then, however often it is told.
     """
     for _ in range(2):
         try:

@@ -127,7 +127,10 @@ def left_at(parent: Sequence[Record], branch: RunBranched) -> Record:
     """The record of `parent` (its history) that the branch goes on behind. Raises NoSuchPosition."""
     found = next((record for record in parent if record.position == branch.at), None)
     if found is None:
-        raise NoSuchPosition(f"run {branch.parent!r} has {len(parent)} records and no position {branch.at}")
+        raise NoSuchPosition(
+            f"run {branch.parent!r} has {len(parent)} records that its stream can tell, and no position {branch.at}; "
+            f"nothing was written. Where sia log {branch.parent} shows it: sia verify {branch.parent} --repair"
+        )
     return found
 
 

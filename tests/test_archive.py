@@ -4,6 +4,7 @@ import asyncio
 import hashlib
 import io
 import json
+import shutil
 import tarfile
 import tracemalloc
 from collections.abc import Callable
@@ -18,10 +19,12 @@ from sia_events import app
 from sia_events.archiving import archive_run, restore
 from sia_events.errors import Unusable
 from sia_events.event_log import recorder
+from sia_events.event_log.references import members
 from sia_events.home import hold
 from sia_events.infra.archive import ArchiveUnusable, read
 from sia_events.infra.zstd import zstd
 from sia_events.log_here import open_log
+from sia_events.shared.events import AgentProposed
 from sia_events.shared.ports import Envelope
 from sia_events.shared.record import broken_link
 from sia_events.shared.settings import Settings
@@ -129,6 +132,17 @@ async def test_envelopes_that_the_stream_has_lost_come_from_the_tables_and_other
     assert unread.startswith("run r1: what only the log has of its traces, as that cannot be read: the event log")
     assert lost == "run r1: 2 of its trace envelopes are lost, on the stream"
     assert traced(tmp_path / "without") == traced(tmp_path / "damaged")[:-1]
+
+
+async def test_a_lost_file_of_a_harness_is_told_as_missing(home: Path, tmp_path: Path):
+    settings = Settings(home=tmp_path / "home")
+    shutil.copytree(home, settings.home, ignore=shutil.ignore_patterns("*.lock", "*.sock"))
+    proposed = next(record.event for record in log(home) if isinstance(record.event, AgentProposed))
+    async with hold(settings, "test"), app.stores(settings) as node:
+        member, *_ = members(await node.blobs.get(proposed.harness))
+    (kept,) = [file for file in (settings.home / "blobs").rglob("*") if file.is_file() and member.endswith(file.name)]
+    kept.unlink()
+    assert (await archive_run(settings, "r1", tmp_path / "file", answers=True))["missing"] == [member]
 
 
 async def test_trace_lines_that_are_no_text_come_back_as_they_were_with_the_blobs_they_mention(tmp_path: Path):

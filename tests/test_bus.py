@@ -170,7 +170,9 @@ async def test_what_was_forged_to_descend_from_itself_is_read_and_stops_nobody(b
 @pytest.mark.parametrize(("parent", "at"), [("parent", 0), ("parent", 3), ("nobody", 1), ("child", 1)])
 async def test_a_branch_from_nowhere_is_refused(bench: Bench, parent: str, at: int):
     await opened(bench.bus, "parent", note("a"))
-    with pytest.raises(NoSuchPosition):
+    with pytest.raises(
+        NoSuchPosition, match=f"(no position {at}; nothing was written.*sia verify {parent} --repair|itself)"
+    ):
         await bench.bus.append("child", opening("child", [branch(parent, at)]))
     assert list(await bench.bus.history("child")) == []
 

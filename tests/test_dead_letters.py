@@ -1,6 +1,7 @@
 """`sia dlq`: letters are listed and shown, offered to their service again, or dropped; nothing of them is deleted."""
 
 import asyncio
+import json
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -11,9 +12,11 @@ from command import answered, sia
 
 from sia_events import app, dead_letters
 from sia_events.errors import Unusable
+from sia_events.event_log import recorder
 from sia_events.home import hold
 from sia_events.infra.memory import MemoryBlobs, MemoryBus
 from sia_events.infra.nats_server import running
+from sia_events.log_here import open_log
 from sia_events.shared.events import Event, LetterDropped, RunResumed, RunSteered, ServiceFailed
 from sia_events.shared.letters import letters
 from sia_events.shared.ports import Blobs, Bus, Ports
@@ -61,6 +64,19 @@ def test_letters_are_listed_and_shown_with_what_was_kept(home: Path):
     }
     missing = sia(home, "dlq", "show", "r1", 2)
     assert missing.returncode == 2 and "there are: 3" in missing.stderr
+
+
+async def test_a_run_that_cannot_be_read_hides_no_letter_of_another(home: Path):
+    settings = Settings(home=home)
+    async with hold(settings, "test"), app.stores(settings) as node:
+        await given_up(node.bus, node.blobs, "r0")
+        async with open_log(settings) as log:
+            await recorder.catch_up(node.bus, log)
+            await log._remove("events", "position", "r0", [2])
+    done = sia(home, "dlq", "list", "--json")
+    assert done.returncode == 0 and [row["run"] for row in json.loads(done.stdout)] == ["r1"]
+    assert "run r0 cannot be read" in done.stderr
+    assert sia(home, "dlq", "list", "r0").returncode == 2
 
 
 def test_a_dropped_letter_is_an_event_and_no_longer_open_and_the_run_replays(home: Path):

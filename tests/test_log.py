@@ -35,11 +35,18 @@ from sia_events.infra.store_lock import StoreHeld
 from sia_events.shared.calls import ModelCall, encode_call
 from sia_events.shared.events import (
     AgentProposed,
+    Budget,
+    BudgetChanged,
+    BudgetExhausted,
     Estimate,
     Event,
     HarnessPatched,
+    RunCancelled,
     RunFinished,
+    RunPaused,
     RunResumed,
+    RunSettings,
+    RunStarted,
     Scored,
     VersionAccepted,
     VersionRejected,
@@ -47,6 +54,7 @@ from sia_events.shared.events import (
 )
 from sia_events.shared.ports import Envelope, Log
 from sia_events.shared.record import GENESIS, Record, opening, place
+from sia_events.shared.run import fold
 
 START = datetime(2026, 1, 2, 3, 4, 5, 678901, tzinfo=UTC)
 HARNESS = "a" * 64
@@ -253,6 +261,29 @@ async def test_a_store_held_by_a_process_that_takes_no_questions_names_it(embedd
     assert "StoreHeld" in other.stderr and f"process {os.getpid()}" in other.stderr
     with pytest.raises(StoreHeld):
         connect(f"chdb://{tmp_path}/log")
+
+
+async def test_the_status_of_a_run_is_that_of_its_fold(embedded: ClickHouseLog):
+    spent = BudgetExhausted(limit="calls", allowed=1, spent=1)
+    more, held, on = BudgetChanged(budget=Budget()), RunPaused(reason="a person"), RunResumed(reason="a person")
+    told: list[list[Event]] = [
+        [],
+        [spent],
+        [spent, more],
+        [spent, on],
+        [held, more],
+        [held, on],
+        [spent, RunCancelled(reason="a person")],
+    ]
+    said = {"finished": "finished", "cancelled": "cancelled", "running": "running"}
+    for number, events in enumerate(told):
+        history = records(f"r{number}", [RunStarted(settings=RunSettings(), code="test"), *events])
+        await embedded.append(history, f"t{number}")
+        state = fold(history)
+        held_by = "stopped by budget" if state.exhausted and not state.paused else "paused"
+        sql = "SELECT status FROM runs WHERE run = {run:String}"
+        (row,) = await embedded.query(sql, {"run": f"r{number}"})
+        assert row["status"] == said.get(state.status, held_by), events
 
 
 async def test_a_store_of_a_newer_schema_is_left_alone(tmp_path: Path):

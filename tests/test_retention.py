@@ -12,13 +12,13 @@ from bus_on import opened
 from nats.js import api
 
 from sia_events import app, archiving, sweeping, verifying
-from sia_events.catching_up import rebuild
 from sia_events.errors import Unusable
 from sia_events.event_log import recorder
 from sia_events.home import hold
 from sia_events.infra.clickhouse import TRACES, ClickHouseLog, connect
 from sia_events.infra.nats_streams import DAY_S
 from sia_events.log_here import open_log
+from sia_events.rebuilding import rebuild
 from sia_events.shared.ports import BusFull, Envelope, Traced
 from sia_events.shared.settings import Settings
 from sia_events.verifying import verify

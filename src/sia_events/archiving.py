@@ -180,12 +180,14 @@ async def _members(
     answers: bool,
     told: dict[str, Any],
 ) -> AsyncIterator[tuple[str, bytes]]:
-    public, private = set[str](), set[str]()
+    public, private, trees = set[str](), set[str](), set[tuple[str, bool]]()
     for run, records in runs.items():
         yield f"records/{run}.jsonl", b"".join(to_wire(record) + b"\n" for record in records)
         for record in records:
             for reference in named(record):
                 (private if reference.private else public).add(reference.digest)
+                if reference.tree:
+                    trees.add((reference.digest, reference.private))
     wanted = set(public)
     for run in runs:
         envelopes: list[bytes] = []
@@ -212,6 +214,8 @@ async def _members(
                 continue
             done.add(digest)
             body = await store.get(digest)
+            if (digest, store is node.private) in trees:
+                told["missing"] += sorted({*members(body)} - there)
             queue += [each for each in sorted({*members(body), *mentioned(body)}) if each in there and each not in done]
             told["blobs"] += 1
             yield f"{folder}/{digest}", body

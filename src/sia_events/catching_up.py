@@ -1,4 +1,4 @@
-"""The log brought up to date for those who read, where the last recorder had not copied all; and filled anew."""
+"""The log brought up to date for those who read, where the last recorder had not copied all."""
 
 import asyncio
 import sys
@@ -6,7 +6,7 @@ from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 
 from sia_events import app, log_here
-from sia_events.errors import MENDABLE, NodeHeld, Unusable
+from sia_events.errors import MENDABLE, NodeHeld
 from sia_events.event_log import recorder
 from sia_events.home import hold, running_node
 from sia_events.infra.clickhouse import ClickHouseLog, QueryRefused
@@ -50,29 +50,11 @@ async def _catch_up(settings: Settings) -> None:
 
 async def _copy(settings: Settings) -> None:
     async with asyncio.timeout(CATCH_UP_S), app.stores(settings) as node, open_log(settings) as log:
+        await log_here.look_for_a_new_log(node.bus, log)
         if behind := await recorder.lag(node.bus):
             print(f"sia: bringing the log up to date: {behind} messages behind the streams", file=sys.stderr)
         await recorder.catch_up(node.bus, log)
         await log_here.mark_copied(settings, node.bus)
-
-
-async def rebuild(settings: Settings, lose_old: bool = False) -> int:
-    """Empty the log's tables and copy both streams into them again; returns how many runs the log holds then.
-
-    Raises Unusable, and empties nothing, where tables have traces that the streams have let go by their age, or may
-    have: these would be lost, which `lose_old` allows.
-    """
-    await settled(settings)
-    async with hold(settings, "rebuild"), app.stores(settings) as node, open_log(settings) as log:
-        if not lose_old and (why := await only_in_tables(settings, node, log)):
-            raise Unusable(
-                f"{why}, and would be lost; nothing was removed. `sia verify --all --repair` mends tables without "
-                "emptying them, `sia archive` makes a copy of a run; to lose them: sia rebuild --lose-old-traces"
-            )
-        log_here.forget_copied(settings)
-        await recorder.rebuild(node.bus, log)
-        await log_here.mark_copied(settings, node.bus)
-        return len(await log.runs())
 
 
 async def only_in_tables(settings: Settings, node: app.Node, log: ClickHouseLog) -> str:

@@ -1,6 +1,7 @@
 """`sia dlq`: what services gave up on, looked at, offered again, or given up for good."""
 
 import getpass
+import sys
 from typing import Any
 
 from sia_events import app
@@ -11,7 +12,7 @@ from sia_events.shared.events import LetterDropped
 from sia_events.shared.failpoints import reach
 from sia_events.shared.letters import Letter, letters
 from sia_events.shared.ports import BlobCorrupt, BlobMissing, Bus, Log
-from sia_events.shared.record import answers
+from sia_events.shared.record import NewerRecord, answers
 from sia_events.shared.settings import Settings
 
 
@@ -23,7 +24,13 @@ async def listed(settings: Settings, run: str | None, everything: bool) -> list[
         names = [await resolve(log, run)] if run else [row["run"] for row in await log.query(sql)]
         rows: list[dict[str, Any]] = []
         for name in names:
-            found = letters(await lineage(log, name))
+            try:
+                found = letters(await lineage(log, name))
+            except (Unusable, NewerRecord) as error:
+                if run:
+                    raise
+                print(f"sia: {error}", file=sys.stderr)  # those of the others are told all the same
+                continue
             rows += [_row(each) for each in found if each.record.run == name and (everything or each.state == "open")]
         return rows
 

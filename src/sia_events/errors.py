@@ -12,7 +12,15 @@ from sia_events.infra.store_lock import StoreHeld
 from sia_events.infra.tail import RunIncomplete, RunTooNew
 from sia_events.local_model.weights import ModelNotReady
 from sia_events.shared.items import TaskError
-from sia_events.shared.ports import BlobCorrupt, BlobMissing, BusFull, BusUnreachable, RunExists, SandboxUnavailable
+from sia_events.shared.ports import (
+    BlobCorrupt,
+    BlobMissing,
+    BusFull,
+    BusUnreachable,
+    NoSuchPosition,
+    RunExists,
+    SandboxUnavailable,
+)
 from sia_events.shared.record import NewerRecord
 from sia_events.shared.settings import SettingsError
 
@@ -37,6 +45,7 @@ MENDABLE: tuple[type[Exception], ...] = (
     BusUnreachable,
     StreamUnfit,
     RunExists,
+    NoSuchPosition,
     RunIncomplete,
     RunTooNew,
     NewerRecord,

@@ -72,20 +72,19 @@ async def _record(settings: Settings, bus: Bus) -> None:
                 log = await asyncio.to_thread(clickhouse.connect, dsn)
                 try:
                     await log.keep_traces(settings.days_in_tables)
+                    await look_for_a_new_log(bus, log)
                     await record(bus, log)
                 finally:
                     await log.close()
             except clickhouse.LogUnavailable:
                 # The stream keeps everything; the owner is being started again.
                 await asyncio.sleep(OWNER_S)
-            except (clickhouse.LogFull, RunTooNew) as error:
+            except (clickhouse.LogFull, clickhouse.QueryRefused, RunTooNew) as error:
                 # So it does here: what holds the log up costs lag and no run.
-                full = isinstance(error, clickhouse.LogFull)
                 if time.monotonic() - told >= TOLD_S:
                     told = time.monotonic()
-                    then = "and the log goes on when there is room" if full else "the log waits there, other runs go on"
-                    print(f"sia: {str(error).removesuffix('.')}. The stream keeps it, {then}", file=sys.stderr)
-                await asyncio.sleep(ROOM_S if full else TOLD_S)
+                    print(f"sia: {_waits(error)}", file=sys.stderr)
+                await asyncio.sleep(TOLD_S if isinstance(error, RunTooNew) else ROOM_S)
     finally:
         with suppress(TimeoutError, BusUnreachable, OSError):
             async with asyncio.timeout(MARK_S):
@@ -94,9 +93,28 @@ async def _record(settings: Settings, bus: Bus) -> None:
             await keeper.close()
 
 
+async def look_for_a_new_log(bus: Bus, log: clickhouse.ClickHouseLog) -> None:
+    """A log without a run is a new one, whatever was copied before: the old one was lost, or left out of a backup."""
+    with suppress(clickhouse.QueryRefused):  # what cannot be read is not nothing
+        if not await log.runs():
+            await bus.rewind(NAME)
+
+
+def _waits(error: Exception) -> str:
+    """Why the log waits, and until when."""
+    said = str(error).removesuffix(".")
+    if isinstance(error, RunTooNew):
+        return f"{said}. The stream keeps it, the log waits there, other runs go on"
+    if isinstance(error, clickhouse.LogFull):
+        return f"{said}. The stream keeps it, and the log goes on when there is room"
+    return f"the log does not take what comes: {said}. The stream keeps it, the log goes on when it does, runs go on"
+
+
 def is_behind(settings: Settings) -> bool:
     """Whether the embedded streams may have what the log has not; no server is started to tell."""
-    return settings.nats_url is None and nats_disk.has_news(settings.home / "nats", settings.home / COPIED)
+    store, mark = settings.home / "nats", settings.home / COPIED
+    gone = settings.log_dsn is None and not (settings.home / "log").is_dir() and bool(nats_disk.sizes(store))
+    return settings.nats_url is None and (gone or nats_disk.has_news(store, mark))
 
 
 async def mark_copied(settings: Settings, bus: Bus) -> None:

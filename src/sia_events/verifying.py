@@ -3,9 +3,9 @@
 import asyncio
 import hashlib
 import time
-from collections.abc import Coroutine, Mapping, Sequence
+from collections.abc import Awaitable, Coroutine, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any
+from typing import Any, TypeVar
 
 from sia_events import app, log_here
 from sia_events.catching_up import only_in_tables, settled
@@ -27,6 +27,7 @@ from sia_events.shared.record import NewerRecord, Record, UnreadableRecord, pars
 from sia_events.shared.settings import Settings
 
 Copied = dict[str, int]
+Row = TypeVar("Row")
 CHAIN = 32  # bytes
 ENVELOPES = 500  # that are held at once
 
@@ -58,7 +59,8 @@ class Looked:
     Of a sound run only the `chains` are kept: the stream has its records. `records` counts those of all runs.
     `lines` has a run's trace sequences whose rows are wrong or not there yet, and those that only the tables have;
     `lost` the last sequence of a stream, and those up to it of which nothing can be read; `blobs` who named each, by
-    digest and whether it is private, and `references` what was followed. `under_way` are runs that are looked at.
+    digest and whether it is private, and `references` what was followed. `under_way` are runs that are looked at,
+    `unread` those whose rows the engine does not give.
     """
 
     all: bool
@@ -68,6 +70,7 @@ class Looked:
     lines: dict[str, tuple[frozenset[int], frozenset[int]]] = field(default_factory=dict)
     lost: dict[str, tuple[int, Sequence[int]]] = field(default_factory=dict)
     torn: bool = False
+    unread: set[str] = field(default_factory=set)
     private: bool = True
     findings: list[Finding] = field(default_factory=list)
     of_blobs: list[Finding] = field(default_factory=list)
@@ -79,6 +82,13 @@ class Looked:
     @property
     def open(self) -> list[Finding]:
         return [finding for finding in self.findings if not finding.harmless]
+
+    @property
+    def in_tables_alone(self) -> set[str]:
+        """Runs of which the tables have something that the streams have not; of unread ones, may have."""
+        missing = [f for f in self.open if f.run and f.store == "stream" and f.kind == "missing"]
+        # What the tables lack too has that for a detail.
+        return {f.run for f in missing if f.run and (not f.detail or f.run in self.unread)}
 
 
 async def verify(settings: Settings, run: str | None, repair: bool, source: str | None) -> dict[str, Any]:
@@ -149,6 +159,11 @@ async def _verified(
     }
 
 
+async def look_at_all(settings: Settings, node: app.Node, log: ClickHouseLog) -> Looked:
+    """What one look at everything finds. Raises QueryRefused where the tables do not even tell which runs they have."""
+    return await _look(settings, node, log, await _names(node, log, None), True)
+
+
 async def _names(node: app.Node, log: ClickHouseLog, run: str | None) -> list[str]:
     """The runs to look at, parents before their branches. Raises Unusable when there is none of the name."""
     known = list(dict.fromkeys([*await node.streams.runs(), *await log.runs()]))
@@ -184,12 +199,7 @@ async def _look_at(node: app.Node, log: ClickHouseLog, name: str, copied: Copied
     if name in looked.runs:
         return
     looked.under_way.add(name)
-    try:
-        rows, tabled = await log.rows(name), await log.lines(name)
-    except QueryRefused:
-        rows, tabled = [], []
-        looked.torn = True
-        looked.findings.append(Finding("unreadable", "tables", name, "its rows", "they lie in a torn part"))
+    rows, tabled = await _told(log.rows(name), name, looked), await _told(log.lines(name), name, looked)
     # Counted before they are read: what comes meanwhile is not taken for lost.
     traced = node.streams.holding("SIA_TRACE", name)
     first = await node.streams.first(traced)
@@ -220,6 +230,20 @@ async def _look_at(node: app.Node, log: ClickHouseLog, name: str, copied: Copied
     looked.under_way.remove(name)
     looked.findings += [*found.findings, *of_lines]
     looked.counted += sum(len(digests) for digests in traces.envelopes.values())
+
+
+async def _told(asked: Awaitable[Sequence[Row]], name: str, looked: Looked) -> Sequence[Row]:
+    """Rows of a run; none where they lie in a torn part. Raises Unusable where the engine refuses whole ones."""
+    try:
+        return await asked
+    except QueryRefused as refused:
+        if not looked.torn:
+            # For want of memory, say: of tables that are whole nothing is to be removed.
+            raise Unusable(f"the tables do not tell of run {name}, though no part is torn: {refused}") from refused
+    if name not in looked.unread:
+        looked.unread.add(name)
+        looked.findings.append(Finding("unreadable", "tables", name, "its rows", "they lie in a torn part"))
+    return []
 
 
 async def _start(
@@ -321,6 +345,7 @@ async def _mend(
     Returns by run why something of it could not be.
     """
     refused: dict[str | None, str] = {}
+    put_back: set[str] = set()
     log_here.forget_copied(settings)
     reach("sia verify before mending")
     # The tables first, with what was not copied yet: a server that is killed over a damaged stream may drop what stands
@@ -339,11 +364,17 @@ async def _mend(
         if not run.whole:
             refused[name] = "no good copy of it is left in the stream or in the tables; an archive may have one"
         lost = sorted(looked.lines[name][1])
-        if lost and not looked.torn:
+        if lost:
             # What is cut short here is begun again: neither step does anything twice.
-            await node.streams.put_back(await log.envelopes(name, lost))
+            try:
+                await node.streams.put_back(await log.envelopes(name, lost))
+            except QueryRefused as error:
+                refused[name] = f"its rows lie in a torn part: {error}"
+                continue
+            put_back.add(name)
             reach("sia verify after putting back traces")
-            await log.remove_lines(name, lost)
+            if not looked.torn:
+                await log.remove_lines(name, lost)
     reach("sia verify after mending the streams")
     for stream, (end, _) in looked.lost.items():
         await node.streams.step_back(stream, recorder.NAME, end)
@@ -351,13 +382,16 @@ async def _mend(
         # Behind a record that is lost, what follows would pass for no part of its run.
         if settings.nats_url is None and all(run.whole for run in looked.runs.values()):
             await recorder.catch_up(node.bus, log)
-    elif looked.all and all(run.whole for run in looked.runs.values()) and not any(x for _, x in looked.lines.values()):
+    elif looked.all and all(run.whole for run in looked.runs.values()) and not (looked.in_tables_alone - put_back):
         if why := await only_in_tables(settings, node, log):
             refused[None] = f"{why}; to lose them and fill the tables anew: sia rebuild --lose-old-traces"
         else:
             await recorder.rebuild(node.bus, log)
     else:
-        refused[None] = "the tables are filled anew once everything else is mended: sia verify --all --repair"
+        refused[None] = (
+            "the tables are filled anew once everything else is mended: sia verify --all --repair; from what the "
+            "streams have, whatever else the tables may have: sia rebuild --lose-old-traces"
+        )
     await _mend_blobs(node, looked, source)
     reach("sia verify after mending the blobs")
     await log_here.mark_copied(settings, node.bus)

@@ -15,10 +15,10 @@ import pytest
 from test_verify import filled, looked, on_home
 
 from sia_events import app
-from sia_events.catching_up import rebuild
 from sia_events.home import hold
 from sia_events.infra.clickhouse import LogUnavailable
 from sia_events.log_here import open_log
+from sia_events.rebuilding import rebuild
 from sia_events.shared.settings import Settings
 
 RUNS = ("r1", "r2", "b1")

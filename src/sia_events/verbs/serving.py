@@ -42,12 +42,12 @@ def down(as_json: Json = False) -> None:
 def rebuild(
     lose_old: Annotated[
         bool,
-        typer.Option("--lose-old-traces", help="Also where tables have traces that went from the streams by age."),
+        typer.Option("--lose-old-traces", help="Also where tables have what the streams have not: it is lost."),
     ] = False,
     as_json: Json = False,
 ) -> None:
-    """Fill the log anew from the streams, which have everything; for a log that was lost or damaged."""
-    from sia_events import catching_up
+    """Fill the log anew from the streams; for a log that was lost or damaged. What it alone has is not removed."""
+    from sia_events import rebuilding
 
-    runs = wait_for(catching_up.rebuild(settings(), lose_old))
+    runs = wait_for(rebuilding.rebuild(settings(), lose_old))
     tell({"runs": runs}, as_json, lambda _: f"the log is filled anew: {runs} runs")
