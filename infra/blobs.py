@@ -111,11 +111,16 @@ def open_blobs(place: str) -> StoredBlobs:
 
     In a folder a put is on disk when it returns. A folder that is made is its owner's alone to read, since blobs hold
     answers and what agents were told. A bucket's keys and region come from the environment, as usual there.
+
+    Raises BlobsUnavailable where there can be none.
     """
-    if "://" in place:
-        return StoredBlobs(from_url(place), place)
     root = Path(place)
-    root.mkdir(mode=0o700, parents=True, exist_ok=True)
+    try:
+        if "://" in place:
+            return StoredBlobs(from_url(place), place)
+        root.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except (BaseError, OSError, ValueError) as error:
+        raise BlobsUnavailable(f"no blobs can be kept in {place}: {error}") from error
     return StoredBlobs(LocalStore(place, automatic_cleanup=True), place, root)
 
 

@@ -12,6 +12,7 @@ from sia_events import app, log_here
 from sia_events.errors import Unusable
 from sia_events.event_log import recorder
 from sia_events.home import hold
+from sia_events.infra.blobs import BlobsUnavailable
 from sia_events.infra.clickhouse import ClickHouseLog, QueryRefused
 from sia_events.log_here import open_log
 from sia_events.reading import all_runs
@@ -117,6 +118,17 @@ async def test_what_the_engine_refuses_costs_lag_and_no_run(
         await asyncio.gather(keeping, return_exceptions=True)
     assert "the log does not take what comes: Code: 252" in capsys.readouterr().err
     assert (await looked(home))["findings"] == []
+
+
+@pytest.mark.parametrize("place", ["nowhere", "file", "odd://bucket"])
+async def test_blobs_to_repair_from_that_are_none_are_refused_before_anything_is_written(home: Path, place: str):
+    (home / "file").touch()
+    where = place if "://" in place else str(home / place)
+    lose_a_record(home)
+    before = block(home).read_bytes()
+    with pytest.raises((Unusable, BlobsUnavailable), match=place):
+        await looked(home, repair=True, source=where)
+    assert block(home).read_bytes() == before and not (home / "nowhere").exists()
 
 
 async def test_lines_that_are_no_text_are_put_back_byte_for_byte(tmp_path: Path):

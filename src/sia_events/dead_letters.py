@@ -64,7 +64,9 @@ async def retry(settings: Settings, run: str, position: int) -> dict[str, Any]:
         if not letter.event.failed:
             raise Unusable("it is about a message that is no record of the run: no service can answer it. Drop it.")
         await node.bus.again(letter.record.run, letter.event.service)
-    return {"run": letter.record.run, "service": letter.event.service, "up": bool(running or settings.nats_url)}
+    # Who is at one run of its own serves no other, and was offered its letters when it began.
+    up = settings.nats_url is not None or (running is not None and running.get("purpose") == "serve")
+    return {"run": letter.record.run, "service": letter.event.service, "up": up}
 
 
 async def drop(settings: Settings, run: str, position: int, by: str | None, reason: str) -> dict[str, Any]:

@@ -5,6 +5,7 @@ import hashlib
 import time
 from collections.abc import Awaitable, Coroutine, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
 from typing import Any, TypeVar
 
 from sia_events import app, log_here
@@ -22,7 +23,7 @@ from sia_events.log_here import open_log
 from sia_events.reading import PATIENCE_S
 from sia_events.shared.events import RunBranched
 from sia_events.shared.failpoints import reach
-from sia_events.shared.ports import BlobCorrupt, BlobMissing, BusUnreachable, Envelope, RunExists
+from sia_events.shared.ports import BlobCorrupt, BlobMissing, Blobs, BusUnreachable, Envelope, RunExists
 from sia_events.shared.record import NewerRecord, Record, UnreadableRecord, parse_record
 from sia_events.shared.settings import Settings
 
@@ -95,15 +96,17 @@ async def verify(settings: Settings, run: str | None, repair: bool, source: str 
     """Hold the stream, the tables and the blobs of `run`, or of everything, against each other.
 
     {runs, records, lines, blobs, findings, mended, left}: a finding is {kind, store, run, place, detail, harmless};
-    `mended` are those that a repair has taken away, `left` those that somebody has to look at. Raises Unusable.
+    `mended` are those that a repair has taken away, `left` those that somebody has to look at. Raises Unusable, and
+    BlobsUnavailable for a `source` that is none, before anything is written.
     """
+    elsewhere = _source(source)
     patience = time.monotonic() + PATIENCE_S
     while True:
         running = await settled(settings)
         if repair and running:
             raise Unusable(f"{describe(running, settings.home)}; nothing is mended under it. Stop it first: sia down")
         try:
-            looking = _verified(settings, run, repair, source, running is not None)
+            looking = _verified(settings, run, repair, elsewhere, running is not None)
             if running is None or settings.nats_url:
                 return await looking
             if told := await _while_running(settings, running, looking):
@@ -114,6 +117,13 @@ async def verify(settings: Settings, run: str | None, repair: bool, source: str 
             if settings.nats_url or time.monotonic() > patience:
                 raise
         await asyncio.sleep(app.POLL_S)
+
+
+def _source(place: str | None) -> Blobs | None:
+    """Other blobs to mend from. A folder is not made for it."""
+    if place and "://" not in place and not Path(place).is_dir():
+        raise Unusable(f"--from {place}: no such folder; nothing was written")
+    return open_blobs(place) if place else None
 
 
 async def _while_running(
@@ -136,14 +146,14 @@ async def _while_running(
 
 
 async def _verified(
-    settings: Settings, run: str | None, repair: bool, source: str | None, running: bool
+    settings: Settings, run: str | None, repair: bool, elsewhere: Blobs | None, running: bool
 ) -> dict[str, Any]:
     async with app.stores_of_home(settings, "verify", running) as node, open_log(settings) as log:
         names = await _names(node, log, run)
         first = await _look(settings, node, log, names, run is None)
         last = first
         if repair and first.open:
-            refused = await _mend(settings, node, log, first, source)
+            refused = await _mend(settings, node, log, first, elsewhere)
             last = await _look(settings, node, log, names, run is None)
             last.findings = [Finding(**{**asdict(f), "detail": _why(f, refused)}) for f in last.findings]
     left = [asdict(finding) for finding in last.open]
@@ -338,7 +348,7 @@ async def _look_at_blob(node: app.Node, looked: Looked, reference: Reference, ru
 
 
 async def _mend(
-    settings: Settings, node: app.Node, log: ClickHouseLog, looked: Looked, source: str | None
+    settings: Settings, node: app.Node, log: ClickHouseLog, looked: Looked, elsewhere: Blobs | None
 ) -> dict[str | None, str]:
     """Mend what can be mended: the tables from the stream, then the stream from the tables, then blobs.
 
@@ -392,7 +402,7 @@ async def _mend(
             "the tables are filled anew once everything else is mended: sia verify --all --repair; from what the "
             "streams have, whatever else the tables may have: sia rebuild --lose-old-traces"
         )
-    await _mend_blobs(node, looked, source)
+    await _mend_blobs(node, looked, elsewhere)
     reach("sia verify after mending the blobs")
     await log_here.mark_copied(settings, node.bus)
     return refused
@@ -410,10 +420,9 @@ async def _mend_tables(node: app.Node, log: ClickHouseLog, name: str, run: Recon
     await log.mend(name, [], part)
 
 
-async def _mend_blobs(node: app.Node, looked: Looked, source: str | None) -> None:
-    """Put back blobs whose bytes are still somewhere: in the store `source`, or on the stream, as a dead letter's."""
+async def _mend_blobs(node: app.Node, looked: Looked, elsewhere: Blobs | None) -> None:
+    """Put back blobs whose bytes are still somewhere: `elsewhere`, or on the stream, as a dead letter's."""
     bad = {f.place: f.run for f in looked.findings if f.store == "blobs"}
-    elsewhere = open_blobs(source) if source else None
     for (digest, private), run in looked.blobs.items():
         if digest not in bad:
             continue
