@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from bus_on import opened
+from bus_on import note, opened
 from command import SMALL, answered, calls, log, sia, tree
 
 from sia_events import app
@@ -143,6 +143,37 @@ async def test_a_lost_file_of_a_harness_is_told_as_missing(home: Path, tmp_path:
     (kept,) = [file for file in (settings.home / "blobs").rglob("*") if file.is_file() and member.endswith(file.name)]
     kept.unlink()
     assert (await archive_run(settings, "r1", tmp_path / "file", answers=True))["missing"] == [member]
+
+
+@pytest.mark.parametrize("repaired", [False, True])
+async def test_what_a_damaged_home_lost_comes_back_from_an_archive(tmp_path: Path, repaired: bool):
+    home, file = tmp_path / "home", tmp_path / "file"
+    settings = Settings(home=home)
+
+    async def keys() -> list[str]:
+        async with hold(settings, "test"), app.stores(settings) as node:
+            return [envelope.key async for _, envelope in node.streams.envelopes("r1")]
+
+    async with hold(settings, "test"), app.stores(settings) as node:
+        await opened(node.bus, "r1", note("lost and nowhere else"), note("behind it"))
+        for number in range(4):
+            await node.bus.trace(Envelope("r1", "log", f"key{number}", (f'{{"n":{number}}}'.encode(),)))
+        if repaired:
+            async with open_log(settings) as log:
+                await recorder.catch_up(node.bus, log)
+    await archive_run(settings, "r1", file, answers=True)
+    before = await histories(home)
+    for stream, text, far in (("SIA_TRACE", b"sia.trace.r1.log.key1", 100), ("SIA", b"lost and nowhere else", 0)):
+        (block,) = (home / f"nats/jetstream/$G/streams/{stream}/msgs").glob("*.blk")
+        body = bytearray(block.read_bytes())
+        body[body.index(text) + far] ^= 1
+        block.write_bytes(body)
+    if repaired:
+        assert answered(home, "verify", "--all", "--repair")["left"] == []
+        assert await keys() == ["key0", "key2", "key3", "key1"]
+    await restore(settings, file)
+    assert sorted(await keys()) == [f"key{number}" for number in range(4)]
+    assert await histories(home) == before
 
 
 async def test_trace_lines_that_are_no_text_come_back_as_they_were_with_the_blobs_they_mention(tmp_path: Path):

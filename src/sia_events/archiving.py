@@ -4,6 +4,7 @@ import asyncio
 import hashlib
 import os
 import re
+from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
@@ -115,7 +116,7 @@ async def restore(settings: Settings, file: Path) -> dict[str, Any]:
             await _check_free(node, run, records)
         before = {run: [_mark(e) async for _, e in node.streams.envelopes(run)] for run in contents.records}
         ages = {run: await node.streams.first(node.streams.holding("SIA_TRACE", run)) > 1 for run in before}
-        begun = _begun(file, before, ages)
+        lacking = _lacking(file, before, ages)
         # Blobs first and records last: whoever finds a record finds what it names, and a run is there when it is whole.
         seen = dict.fromkeys(contents.records, 0)
         reach("sia restore before writing")
@@ -126,7 +127,7 @@ async def restore(settings: Settings, file: Path) -> dict[str, Any]:
                 reach("sia restore after storing a blob")
             elif match["traces"]:
                 for envelope in _envelopes(match["of"], pieces):
-                    if seen[envelope.run] >= begun[envelope.run] + len(before[envelope.run]):
+                    if seen[envelope.run] in lacking[envelope.run]:
                         await node.bus.trace(envelope)
                         reach("sia restore after sending an envelope")
                     seen[envelope.run] += 1
@@ -320,24 +321,33 @@ async def _check_free(node: app.Node, run: str, records: Sequence[Record]) -> No
         raise Unusable(f"there is another run {run} here; nothing was written. Restore under another SIA_HOME.")
 
 
-def _begun(file: Path, before: Mapping[str, Sequence[str]], ages: Mapping[str, bool]) -> dict[str, int]:
-    """How many of a run's traces in the archive come before those that are there. Raises Unusable.
-
-    It begins with what is there, unless the oldest have gone by their age: those stay gone.
-    """
+def _lacking(file: Path, before: Mapping[str, Sequence[str]], ages: Mapping[str, bool]) -> dict[str, frozenset[int]]:
+    """Which of a run's traces in the archive, by their place there, are not here. Raises Unusable."""
     archived: dict[str, list[str]] = {run: [] for run in before}
     for name, pieces in archive.read(file):
         if (match := _match(file, name))["traces"]:
             archived[match["of"]] += map(_mark, _envelopes(match["of"], pieces))
-    return {run: _found(run, there, archived[run], ages[run]) for run, there in before.items()}
+    return {run: _not_there(run, there, archived[run], ages[run]) for run, there in before.items()}
 
 
-def _found(run: str, there: Sequence[str], archived: Sequence[str], ages: bool) -> int:
+def _not_there(run: str, there: Sequence[str], archived: Sequence[str], ages: bool) -> frozenset[int]:
+    """What comes behind those that are there. Where the oldest have gone by their age, those stay gone.
+
+    Of what was lost in between, or put back behind others, only the marks tell: each that is not there is lacking.
+    """
     places = (at for at, mark in enumerate(archived) if mark == there[0]) if there and archived else (0,)
     for at in places:
         if (at == 0 or ages) and all(map(eq, there, archived[at:])):
-            return at
-    raise Unusable(f"run {run} has other traces here; nothing was written")
+            return frozenset(range(at + len(there), len(archived)))
+    if ages:
+        raise Unusable(f"run {run} has other traces here; nothing was written")
+    left, lacking = Counter(there), list[int]()
+    for at, mark in enumerate(archived):
+        if left[mark]:
+            left[mark] -= 1
+        else:
+            lacking.append(at)
+    return frozenset(lacking)
 
 
 def _traced(envelope: Envelope) -> _Traced:

@@ -94,10 +94,9 @@ async def _record(settings: Settings, bus: Bus) -> None:
 
 
 async def look_for_a_new_log(bus: Bus, log: clickhouse.ClickHouseLog) -> None:
-    """A log without a run is a new one, whatever was copied before: the old one was lost, or left out of a backup."""
-    with suppress(clickhouse.QueryRefused):  # what cannot be read is not nothing
-        if not await log.runs():
-            await bus.rewind(NAME)
+    """A log without a row is a new one, whatever was copied before: the old one was lost, or left out of a backup."""
+    if await log.is_empty():
+        await bus.rewind(NAME)
 
 
 def _waits(error: Exception) -> str:
