@@ -11,7 +11,8 @@ from chains import chain
 @pytest.mark.parametrize(
     ("build", "points", "kinds"),
     [
-        ("acks_before_the_insert", ["recorder before inserting from SIA"], {("lost", "tables")}),
+        # Not over the first batch: a log without a row is taken for a new one, and filled from the beginning.
+        ("acks_before_the_insert", ["recorder before inserting from SIA #3"], {("lost", "tables")}),
         (
             "gives_before_it_records",
             ["model_gateway before asking a model #4"],
