@@ -342,19 +342,28 @@ async def test_learning_that_leaves_the_finite_numbers_ends_and_says_what_to_do(
     assert "checkpoint.safetensors" not in house.left("exploded")
 
 
-# A Python that has, whatever it is to learn, little more memory than another update took.
-# All threads share a heap (M_ARENA_MAX): one more would be reserved or not, and is as large as what is to be refused.
+# A Python whose learner has, from its first step on, next to no more memory than it holds by then. What a small update
+# warmed up is held already; large blocks go back to the kernel when they are freed (M_MMAP_THRESHOLD), and all threads
+# share a heap (M_ARENA_MAX): so there is no room that only some allocations of some runs find.
 SMALL = """#!{python}
 import ctypes, resource, sys
 from pathlib import Path
-from types import SimpleNamespace
-ctypes.CDLL(None).mallopt(-8, 1)
+libc = ctypes.CDLL(None)
+libc.mallopt(-8, 1)
+libc.mallopt(-3, 65536)
 from sia_events.trainer.learn import learn, main
+from sia_events.trainer.learner import Learner
 from sia_events.trainer.spec import from_json
 list(learn(from_json(Path({small!r}).read_bytes())))
-peak = next(line for line in open("/proc/self/status") if line.startswith("VmPeak"))
-most = int(peak.split()[1]) * 1024 + 24 * 2**20
-resource.setrlimit(resource.RLIMIT_AS, (most, most))
+gradients = Learner.gradients
+def narrow(*arguments, **more):
+    libc.malloc_trim(0)
+    held = next(line for line in open("/proc/self/status") if line.startswith("VmSize"))
+    most = int(held.split()[1]) * 1024 + 2 * 2**20
+    Learner.gradients = gradients
+    resource.setrlimit(resource.RLIMIT_AS, (most, most))
+    return gradients(*arguments, **more)
+Learner.gradients = narrow
 sys.argv = sys.argv[2:]
 main()
 """
