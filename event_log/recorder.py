@@ -1,5 +1,6 @@
 """The recorder: what stands on the streams goes into the log, batch by batch, and is acked when it is on disk there."""
 
+import hashlib
 from contextlib import aclosing
 
 from sia_events.shared.failpoints import reach
@@ -39,8 +40,8 @@ async def rebuild(bus: Bus, log: Log) -> None:
 
 
 async def store(batch: Feed, log: Log) -> None:
-    """Insert a batch, then ack it. Its token is its stretch of the stream, so that a second insert is none."""
-    token = f"{batch.stream} {batch.first}-{batch.last}"
+    """Insert a batch, then ack it. Its token is the batch's own, so that a second insert is none."""
+    token = _token(batch)
     reach(f"recorder before inserting from {batch.stream}")
     if batch.records:
         await log.append(batch.records, token)
@@ -49,6 +50,18 @@ async def store(batch: Feed, log: Log) -> None:
     reach(f"recorder before acking {batch.stream}")
     await batch.ack()
     reach(f"recorder after acking {batch.stream}")
+
+
+def _token(batch: Feed) -> str:
+    """Its stretch of the stream, and a digest: what is put back on a stream that was lost has sequences of before."""
+    held = hashlib.sha256()
+    for record in batch.records:
+        held.update(record.wire)
+    for sequence, envelope in batch.envelopes:
+        held.update(f"{sequence} {envelope.run} {envelope.kind} {envelope.key} ".encode())
+        for line in envelope.lines:
+            held.update(line)
+    return f"{batch.stream} {batch.first}-{batch.last} {held.hexdigest()}"
 
 
 async def lag(bus: Bus) -> int:

@@ -137,6 +137,15 @@ class ClickHouseLog:
         sql = "SELECT run FROM events GROUP BY run ORDER BY min(time), run"
         return [row["run"] for row in await self.query(sql)]
 
+    async def first_of_some_run(self) -> tuple[str, bytes] | None:
+        """(run, bytes of its first record) of whatever run the engine comes upon first; None where there is none."""
+        sql = (
+            "SELECT toString(run) AS run, record FROM events WHERE run IN (SELECT run FROM events LIMIT 1) "
+            "ORDER BY position LIMIT 1"
+        )
+        rows = await self._call(lambda: self._bytes(sql, {}))
+        return (rows[0][0].decode(), rows[0][1]) if rows else None
+
     async def is_empty(self) -> bool:
         """Whether no table has a row; the engine knows that without reading any."""
         counts = " + ".join(f"(SELECT count() FROM {table})" for table in TABLES)

@@ -109,7 +109,7 @@ async def test_what_the_engine_refuses_costs_lag_and_no_run(
     settings = Settings(home=home)
     shutil.rmtree(home / "log")
     async with hold(settings, "test"), app.stores(settings) as node:
-        keeping = asyncio.create_task(log_here.keep_log(settings, node.bus))
+        keeping = asyncio.create_task(log_here.keep_log(settings, node.bus, node.streams))
         async with asyncio.timeout(60):
             while refusals or await recorder.lag(node.bus):
                 assert not keeping.done()

@@ -157,7 +157,7 @@ async def _run_service(name: str, node: Node, run: str | None) -> None:
         case gateway_here.NAME:
             await gateway_here.serve_gateway(node.settings, node.bus, node.blobs, node.local_model)
         case log_here.NAME:
-            await log_here.keep_log(node.settings, node.bus)
+            await log_here.keep_log(node.settings, node.bus, node.streams)
         case _:
             await serve(SERVICES[name], node.bus, ports_of(name, node), run, at_once(name, node.settings))
 

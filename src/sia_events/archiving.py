@@ -22,7 +22,7 @@ from sia_events.infra import archive
 from sia_events.infra.archive import ArchiveUnusable
 from sia_events.infra.clickhouse import ClickHouseLog, LogFull, LogUnavailable, QueryRefused, StoreTooNew, StoreUnsafe
 from sia_events.infra.store_lock import StoreHeld
-from sia_events.log_here import open_log
+from sia_events.log_here import open_log, require_ours
 from sia_events.shared.events import RunBranched
 from sia_events.shared.failpoints import reach
 from sia_events.shared.ports import Envelope
@@ -112,6 +112,7 @@ async def restore(settings: Settings, file: Path) -> dict[str, Any]:
     contents = _checked(file)
     running = await settled(settings)
     async with app.stores_of_home(settings, "restore", running is not None) as node:
+        await require_ours(settings, node.streams)
         for run, records in contents.records.items():
             await _check_free(node, run, records)
         before = {run: [_mark(e) async for _, e in node.streams.envelopes(run)] for run in contents.records}

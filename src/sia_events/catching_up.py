@@ -11,6 +11,7 @@ from sia_events.event_log import recorder
 from sia_events.home import hold, running_node
 from sia_events.infra.clickhouse import ClickHouseLog, QueryRefused
 from sia_events.log_here import open_log
+from sia_events.same_streams import OtherStreams, require_same
 from sia_events.shared.ports import Log
 from sia_events.shared.settings import Settings
 
@@ -42,6 +43,9 @@ async def _catch_up(settings: Settings) -> None:
             return
         except NodeHeld:
             continue  # somebody was quicker: another reader, or services
+        except OtherStreams as error:
+            print(f"sia: {error}", file=sys.stderr)
+            return
         except (*MENDABLE, TimeoutError, OSError) as error:
             why = str(error) or f"not done within {CATCH_UP_S:.0f} s, the next look goes on with it"
             print(f"sia: more may stand in {settings.home / 'nats'} than the log shows: {why}", file=sys.stderr)
@@ -50,6 +54,7 @@ async def _catch_up(settings: Settings) -> None:
 
 async def _copy(settings: Settings) -> None:
     async with asyncio.timeout(CATCH_UP_S), app.stores(settings) as node, open_log(settings) as log:
+        await require_same(settings, node.streams, log)
         await log_here.look_for_a_new_log(node.bus, log)
         if behind := await recorder.lag(node.bus):
             print(f"sia: bringing the log up to date: {behind} messages behind the streams", file=sys.stderr)

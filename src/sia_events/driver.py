@@ -14,6 +14,7 @@ from sia_events.errors import Unusable
 from sia_events.evaluator.trial import require_loadable
 from sia_events.following import follow, is_untold
 from sia_events.importing import facts, read_run
+from sia_events.log_here import require_ours
 from sia_events.roles import is_local, require_askable
 from sia_events.run_settings import differences
 from sia_events.shared.code import code
@@ -115,6 +116,7 @@ async def open_stores(settings: Settings, purpose: str) -> AsyncIterator[app.Nod
     running = await settled(settings)
     serving = running is not None and running.get("purpose") == "serve"
     async with app.stores_of_home(settings, purpose, serving) as node:
+        await require_ours(settings, node.streams)
         ours = node.settings.nats_url is None
         yield app.with_services(node, (*app.SERVICES, *app.LOOPS)) if ours else node
 

@@ -11,6 +11,7 @@ from sia_events.infra.nats_streams import StreamUnfit
 from sia_events.infra.store_lock import StoreHeld
 from sia_events.infra.tail import RunIncomplete, RunTooNew
 from sia_events.local_model.weights import ModelNotReady
+from sia_events.same_streams import OtherStreams
 from sia_events.shared.items import TaskError
 from sia_events.shared.ports import (
     BlobCorrupt,
@@ -55,6 +56,7 @@ MENDABLE: tuple[type[Exception], ...] = (
     LogFull,
     LogUnavailable,
     QueryRefused,
+    OtherStreams,
     BlobsUnavailable,
     BlobMissing,
     BlobCorrupt,

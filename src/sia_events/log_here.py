@@ -12,7 +12,8 @@ from sia_events.infra import clickhouse, nats_disk
 from sia_events.infra.child import Child
 from sia_events.infra.store_lock import owner
 from sia_events.infra.tail import RunTooNew
-from sia_events.shared.ports import Bus, BusUnreachable
+from sia_events.same_streams import has_witness, require_same
+from sia_events.shared.ports import Bus, BusUnreachable, Streams
 from sia_events.shared.settings import Settings
 
 NAME = "recorder"
@@ -46,16 +47,16 @@ async def open_log(
         await log.close()
 
 
-async def keep_log(settings: Settings, bus: Bus) -> None:
-    """Record until cancelled. Raises NodeHeld.
+async def keep_log(settings: Settings, bus: Bus, streams: Streams) -> None:
+    """Record until cancelled. Raises NodeHeld, and OtherStreams.
 
     The embedded store gets an owner process, so that other processes can ask it meanwhile.
     """
     with only_one(NAME, settings):
-        await _record(settings, bus)
+        await _record(settings, bus, streams)
 
 
-async def _record(settings: Settings, bus: Bus) -> None:
+async def _record(settings: Settings, bus: Bus, streams: Streams) -> None:
     keeper: Child | None = None
     told = -TOLD_S
     dsn, store = settings.log_dsn or "", settings.home / "log"
@@ -72,6 +73,7 @@ async def _record(settings: Settings, bus: Bus) -> None:
                 log = await asyncio.to_thread(clickhouse.connect, dsn)
                 try:
                     await log.keep_traces(settings.days_in_tables)
+                    await require_same(settings, streams, log)
                     await look_for_a_new_log(bus, log)
                     await record(bus, log)
                 finally:
@@ -91,6 +93,13 @@ async def _record(settings: Settings, bus: Bus) -> None:
                 await mark_copied(settings, bus)
         if keeper:
             await keeper.close()
+
+
+async def require_ours(settings: Settings, streams: Streams) -> None:
+    """To be had before a run is written to: its records are to come into the home's log. Raises OtherStreams."""
+    if not await has_witness(settings, streams):
+        async with open_log(settings) as log:
+            await require_same(settings, streams, log)
 
 
 async def look_for_a_new_log(bus: Bus, log: clickhouse.ClickHouseLog) -> None:

@@ -38,6 +38,7 @@ async def serve(settings: Settings, names: Sequence[str], as_json: bool) -> int:
     if local:
         await asyncio.to_thread(prepare, settings.home)
     async with app.stores_of_home(settings, "serve", running is not None) as node:
+        await log_here.require_ours(settings, node.streams)
         node = app.as_asked(app.with_services(node, names), "bubblewrap", local)
         return await _serving(node, names, as_json)
 

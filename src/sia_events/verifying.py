@@ -384,7 +384,7 @@ async def _mend(
             put_back.add(name)
             reach("sia verify after putting back traces")
             if not looked.torn:
-                await log.remove_lines(name, lost)
+                await _move_lines(node, log, name, frozenset(lost))
     reach("sia verify after mending the streams")
     for stream, (end, _) in looked.lost.items():
         await node.streams.step_back(stream, recorder.NAME, end)
@@ -418,6 +418,22 @@ async def _mend_tables(node: app.Node, log: ClickHouseLog, name: str, run: Recon
             await log.mend(name, [], part)
             part = []
     await log.mend(name, [], part)
+
+
+async def _move_lines(node: app.Node, log: ClickHouseLog, name: str, lost: frozenset[int]) -> None:
+    """Take out the rows of envelopes that stand elsewhere now; the recorder copies these.
+
+    A stream that was lost as a whole counts from 1 once more. What stands in the place of an envelope of before is
+    written here: what it copied before, the recorder may not be let to copy again.
+    """
+    taken = [
+        (each.sequence, each.envelope)
+        async for each in node.streams.traced(name)
+        if each.envelope and each.in_place_of is not None and each.sequence in lost
+    ]
+    for start in range(0, len(taken), ENVELOPES):
+        await log.mend(name, [], taken[start : start + ENVELOPES])
+    await log.remove_lines(name, sorted(lost - {sequence for sequence, _ in taken}))
 
 
 async def _mend_blobs(node: app.Node, looked: Looked, elsewhere: Blobs | None) -> None:

@@ -61,7 +61,7 @@ def test_a_run_goes_on_when_a_process_of_it_stood_still(
 async def test_while_the_logs_owner_stands_still_records_are_taken_and_status_shows_the_lag(tmp_path: Path):
     settings = Settings(home=tmp_path)
     async with hold(settings, "serve"), app.stores(settings) as node:
-        recording = asyncio.create_task(log_here.keep_log(settings, node.bus))
+        recording = asyncio.create_task(log_here.keep_log(settings, node.bus, node.streams))
         try:
             first, *_ = await opened(node.bus, "r1")
             await caught_up(node)
