@@ -276,3 +276,90 @@ SELECT
     max(time) AS updated
 FROM events FINAL
 GROUP BY run;
+
+-- migration 8
+
+-- Whose records a run's history has, each up to a position: its own, its parent's, its parent's parent's.
+CREATE VIEW IF NOT EXISTS ancestors AS
+WITH RECURSIVE
+    forks AS (SELECT run, JSONExtractString(data, 'parent') AS parent, JSONExtractUInt(data, 'at') AS at
+              FROM events FINAL WHERE type = 'RunBranched'),
+    up AS (SELECT DISTINCT run, run AS ancestor, toUInt64(0) AS steps, 18446744073709551615 AS until FROM events
+           UNION ALL
+           SELECT up.run, forks.parent, up.steps + 1, least(up.until, forks.at)
+           FROM up JOIN forks ON forks.run = up.ancestor
+           WHERE up.steps < 500)  -- what was forged may descend from itself
+SELECT run, ancestor, steps, until FROM up;
+
+-- A branch scores versions of its parents too: what they are is told where they were made, and the verdict anywhere.
+CREATE OR REPLACE VIEW scores AS
+SELECT
+    scored.run AS run,
+    made.generation AS generation,
+    scored.version AS version,
+    made.lever AS lever,
+    multiIf(judged.last = 'VersionAccepted', 'accepted', judged.last = 'VersionRejected', 'rejected', 'open') AS verdict,
+    JSONExtractString(scored.data, 'split') AS split,
+    JSONExtractFloat(scored.data, 'score', 'value') AS value,
+    JSONExtractFloat(scored.data, 'score', 'low') AS low,
+    JSONExtractFloat(scored.data, 'score', 'high') AS high,
+    JSONExtractUInt(scored.data, 'score', 'n') AS n,
+    scored.attempt AS attempt,
+    scored.position AS position,
+    scored.time AS time
+FROM (SELECT run, version, attempt, position, time, data FROM events FINAL WHERE type = 'Scored') AS scored
+LEFT JOIN (SELECT ancestors.run AS run, lineage.version AS version, any(lineage.generation) AS generation,
+               any(lineage.lever) AS lever
+           FROM ancestors JOIN lineage ON lineage.run = ancestors.ancestor
+           WHERE lineage.position <= ancestors.until GROUP BY run, version) AS made
+    ON made.run = scored.run AND made.version = scored.version
+LEFT JOIN (SELECT ancestors.run AS run, verdicts.version AS version, argMax(verdicts.type, verdicts.position) AS last
+           FROM ancestors
+           JOIN (SELECT run, type, version, position FROM events FINAL
+                 WHERE type IN ('VersionAccepted', 'VersionRejected')) AS verdicts ON verdicts.run = ancestors.ancestor
+           WHERE verdicts.position <= ancestors.until GROUP BY run, version) AS judged
+    ON judged.run = scored.run AND judged.version = scored.version;
+
+-- A branch has its parent's task, and goes on from what that came to.
+CREATE OR REPLACE VIEW runs AS
+SELECT
+    own.run AS run,
+    if(own.task = '', before.task, own.task) AS task,
+    own.parent AS parent,
+    own.status AS status,
+    greatest(own.generations, before.generations) AS generations,
+    if(own.best = '', before.best, own.best) AS best,
+    own.records AS records,
+    own.started AS started,
+    own.updated AS updated
+FROM (SELECT
+          run,
+          anyIf(JSONExtractString(data, 'task'), type = 'TaskRegistered') AS task,
+          anyIf(JSONExtractString(data, 'parent'), type = 'RunBranched') AS parent,
+          multiIf(
+              countIf(type = 'RunFinished') > 0, 'finished',
+              countIf(type = 'RunCancelled') > 0, 'cancelled',
+              argMaxIf(type, position, type IN ('RunPaused', 'RunResumed')) = 'RunPaused', 'paused',
+              argMaxIf(type, position, type IN ('BudgetExhausted', 'BudgetChanged')) = 'BudgetExhausted',
+              'stopped by budget',
+              'running') AS status,
+          maxIf(JSONExtractUInt(data, 'generation'), type IN ('HarnessPatched', 'WeightsUpdated')) AS generations,
+          argMaxIf(version, position, type = 'VersionAccepted') AS best,
+          max(position) AS records,
+          min(time) AS started,
+          max(time) AS updated
+      FROM events FINAL
+      GROUP BY run) AS own
+LEFT JOIN (SELECT
+               ancestors.run AS run,
+               anyIf(JSONExtractString(told.data, 'task'), told.type = 'TaskRegistered') AS task,
+               maxIf(JSONExtractUInt(told.data, 'generation'), told.type IN ('HarnessPatched', 'WeightsUpdated'))
+                   AS generations,
+               argMaxIf(told.version, told.position, told.type = 'VersionAccepted') AS best
+           FROM ancestors
+           JOIN (SELECT run, type, version, position, data FROM events FINAL
+                 WHERE type IN ('TaskRegistered', 'HarnessPatched', 'WeightsUpdated', 'VersionAccepted')) AS told
+               ON told.run = ancestors.ancestor
+           WHERE ancestors.steps > 0 AND told.position <= ancestors.until
+           GROUP BY run) AS before
+    ON before.run = own.run;

@@ -41,6 +41,7 @@ from sia_events.shared.events import (
     Estimate,
     Event,
     HarnessPatched,
+    RunBranched,
     RunCancelled,
     RunFinished,
     RunPaused,
@@ -48,6 +49,7 @@ from sia_events.shared.events import (
     RunSettings,
     RunStarted,
     Scored,
+    TaskRegistered,
     VersionAccepted,
     VersionRejected,
     Weights,
@@ -60,7 +62,7 @@ START = datetime(2026, 1, 2, 3, 4, 5, 678901, tzinfo=UTC)
 HARNESS = "a" * 64
 WEIGHTS = Weights(model="tiny")
 VERSIONS = "CREATE TABLE schema_version (version UInt32) ENGINE = ReplacingMergeTree ORDER BY version"
-VIEWS = ("lineage", "scores", "costs", "runs")
+VIEWS = ("lineage", "scores", "costs", "runs", "ancestors")
 
 
 def records(run: str, events: Sequence[Event], start: datetime = START) -> list[Record]:
@@ -70,6 +72,11 @@ def records(run: str, events: Sequence[Event], start: datetime = START) -> list[
         chain = placed[-1].chain if placed else GENESIS
         placed.append(place(draft, run, i + 1, chain, start + timedelta(seconds=i)))
     return placed
+
+
+def branched(run: str, at: int, events: Sequence[Event]) -> list[Record]:
+    """The events as the opening records of a branch that leaves its parent behind position `at`."""
+    return [place(draft, run, at + i, GENESIS, START) for i, draft in enumerate(opening(run, events), start=1)]
 
 
 def resumed(count: int) -> list[Event]:
@@ -224,6 +231,74 @@ async def test_the_views_tell_lineage_scores_and_state(embedded: ClickHouseLog):
     assert [tuple(row.values()) for row in scores] == [(1, "v1", "harness", "dev", 0.5, 0.4, 0.6, 100)]
     runs = await embedded.query("SELECT run, status, generations, best, records FROM runs")
     assert [tuple(row.values()) for row in runs] == [("r1", "finished", 1, "v0", 6)]
+
+
+async def test_the_views_tell_of_a_branch_with_what_its_parents_came_to(embedded: ClickHouseLog):
+    score = Estimate(value=0.5, low=0.4, high=0.6, n=100)
+    task = TaskRegistered(
+        task="words",
+        title="Words",
+        metric="accuracy",
+        maximize=True,
+        spec=HARNESS,
+        datasets={},
+        answers=HARNESS,
+        reference=HARNESS,
+        sizes={},
+        floor=None,
+    )
+    parents: list[Event] = [
+        task,
+        AgentProposed(version="g0a", candidate=0, harness=HARNESS, weights=WEIGHTS, reason="first"),
+        VersionAccepted(version="g0a", over=None, comparison=None, reason="first"),
+        HarnessPatched(
+            version="g1a",
+            generation=1,
+            candidate=0,
+            parent="g0a",
+            harness=HARNESS,
+            weights=WEIGHTS,
+            edits=(),
+            reason="x",
+        ),
+        VersionRejected(version="g1a", over="g0a", comparison=None, reason="behind the fork"),
+    ]
+    await embedded.append(records("r1", parents), "t")
+    judged = [
+        Scored(attempt="a", version=name, split="gate", score=score, items=(0.5,), failures={}, skew=0.1)
+        for name in ("g0a", "g1a")
+    ]
+    accepted = VersionAccepted(version="g1a", over="g0a", comparison=None, reason="here")
+    for run, parent, at, told in (
+        ("b1", "r1", 4, judged),
+        ("b2", "b1", 5, [*judged, accepted]),
+        ("b3", "r1", 3, judged),
+    ):
+        fork = RunBranched(parent=parent, at=at, generation=0, overrides={}, settings=RunSettings(), code="test")
+        await embedded.append(branched(run, at, [fork, *told]), run)
+    scores = await embedded.query("SELECT run, version, generation, lever, verdict FROM scores ORDER BY run, version")
+    assert [tuple(row.values()) for row in scores] == [
+        ("b1", "g0a", 0, "first", "accepted"),
+        ("b1", "g1a", 1, "harness", "open"),
+        ("b2", "g0a", 0, "first", "accepted"),
+        ("b2", "g1a", 1, "harness", "accepted"),
+        ("b3", "g0a", 0, "first", "accepted"),
+        ("b3", "g1a", 0, "", "open"),
+    ]
+    runs = await embedded.query("SELECT run, task, parent, status, generations, best FROM runs ORDER BY run")
+    assert [tuple(row.values()) for row in runs] == [
+        ("b1", "words", "r1", "running", 1, "g0a"),
+        ("b2", "words", "b1", "running", 1, "g1a"),
+        ("b3", "words", "r1", "running", 0, "g0a"),
+        ("r1", "words", "", "running", 1, "g0a"),
+    ]
+
+
+async def test_the_views_put_up_with_runs_that_descend_from_themselves(embedded: ClickHouseLog):
+    for run, parent in (("a", "b"), ("b", "a")):
+        fork = RunBranched(parent=parent, at=1, generation=0, overrides={}, settings=RunSettings(), code="forged")
+        await embedded.append(branched(run, 1, [fork]), run)
+    assert [row["run"] for row in await embedded.query("SELECT run FROM runs ORDER BY run")] == ["a", "b"]
 
 
 @pytest.mark.parametrize(

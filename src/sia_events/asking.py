@@ -7,7 +7,7 @@ from sia_events.reading import look
 from sia_events.shared.ports import Log
 from sia_events.shared.settings import Settings
 
-VIEWS = ("runs", "versions", "scores", "model_calls", "costs", "lineage", "dead_letters", "logs")
+VIEWS = ("runs", "versions", "scores", "model_calls", "costs", "lineage", "ancestors", "dead_letters", "logs")
 COLUMNS = """
 SELECT table, groupArray(name) AS columns
 FROM (SELECT table, name FROM system.columns
