@@ -36,6 +36,8 @@ TABLE_SETTINGS = ("fsync_after_insert = 1", "fsync_part_directory = 1", "non_rep
 MARKS = {"events": "lower(hex(SHA256(record)))"} | dict.fromkeys(
     TRACES, "lower(hex(SHA256(concat(toString(sequence), ' ', toString(line), ' ', body))))"
 )
+# LIMIT 1 BY: a batch stored twice is collapsed only when parts are merged.
+EACH_ONCE = "SELECT position, record FROM events WHERE run = {run:String} ORDER BY position LIMIT 1 BY position"
 MENDED_AT_ONCE = 500  # that are named in one statement
 READERS_S = 5.0
 ANSWER_S = 300.0  # what somebody asks in SQL may take its time
@@ -129,9 +131,10 @@ class ClickHouseLog:
         await self._insert("trace", {"run": name, "kind": name, "key": "String", **place}, rest, token)
 
     async def records(self, run: str) -> Sequence[Record]:
-        # LIMIT 1 BY: a batch stored twice is collapsed only when parts are merged.
-        sql = "SELECT record FROM events WHERE run = {run:String} ORDER BY position LIMIT 1 BY position"
-        return await self._call(lambda: [parse_record(row[0]) for row in self._bytes(sql, {"run": run})])
+        return await self._call(lambda: [parse_record(row[1]) for row in self._bytes(EACH_ONCE, {"run": run})])
+
+    async def wires(self, run: str) -> Sequence[tuple[int, bytes]]:
+        return await self._call(lambda: [(int(row[0]), row[1]) for row in self._bytes(EACH_ONCE, {"run": run})])
 
     async def runs(self) -> Sequence[str]:
         sql = "SELECT run FROM events GROUP BY run ORDER BY min(time), run"

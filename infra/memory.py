@@ -262,6 +262,9 @@ class MemoryLog:
     async def records(self, run: str) -> Sequence[Record]:
         return [self._records[key] for key in sorted(self._records) if key[0] == run]
 
+    async def wires(self, run: str) -> Sequence[tuple[int, bytes]]:
+        return [(record.position, record.wire) for record in await self.records(run)]
+
     async def runs(self) -> Sequence[str]:
         first: dict[str, datetime] = {}
         for record in self._records.values():

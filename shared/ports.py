@@ -295,6 +295,10 @@ class Log(Protocol):
         """The run's own records (not its parent's) in position order, each once."""
         ...
 
+    async def wires(self, run: str) -> Sequence[tuple[int, bytes]]:
+        """The same unread: positions, and the bytes that stand there."""
+        ...
+
     async def runs(self) -> Sequence[str]:
         """Names of all runs, by the time of their first record."""
         ...

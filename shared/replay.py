@@ -117,7 +117,12 @@ def _divergences(
                 decided = recorded
             else:
                 decide = service.decides.get(type(cause.event))
-                decided = tuple(lineage.decided(decide, cause, run)) if decide else ()
+                try:
+                    decided = tuple(lineage.decided(decide, cause, run)) if decide else ()
+                except Exception as error:  # what today's code raises is what there is to be found
+                    why = f"deciding fails now: {type(error).__name__}: {error}"
+                    yield Divergence(cause, service.name, recorded, (), why, _code(lineage, cause))
+                    continue
                 # The log of a run under way may end before an answer, or inside one that was written as a batch.
                 at_the_end = not given or given[-1] is records[-1]
                 begun = at_the_end and len(recorded) < len(decided) and recorded == decided[: len(recorded)]

@@ -84,6 +84,20 @@ def test_each_decision_that_is_another_one_now_is_told_with_the_release_that_rec
     assert {found.code for found in every.divergences} == {started.code}
 
 
+def test_code_that_fails_on_a_record_is_a_divergence_there():
+    def broken(run: Run, event: AgentProposed):
+        raise KeyError(event.version)
+
+    records = read(WORDS)
+    runner = SERVICES["target_runner"]
+    changed = replace(runner, decides={**runner.decides, AgentProposed: broken})
+    services = tuple(changed if service is runner else service for service in SERVICES.values())
+    (found,) = replay(records, services, keep_going=True).divergences
+    proposed = next(record for record in records if isinstance(record.event, AgentProposed))
+    assert found.cause is proposed and found.service == "target_runner" and found.recorded and not found.decided
+    assert found.reason == "deciding fails now: KeyError: 'g0a'"
+
+
 def test_a_difference_is_told_with_the_code_that_wrote_the_very_record():
     """A run may be gone on with by another release than the one that opened it."""
     family = read(FAMILY)

@@ -9,7 +9,7 @@ from sia_events.figures import Figure, with_model
 from sia_events.local_model.weights import CARRIER
 from sia_events.shared.settings import Settings
 
-BATCHES, SECONDS, EVENTS, ROWS, REPLAYED = 400, 60.0, 10**6, 10**7, 10**5
+BATCHES, SECONDS, EVENTS, ROWS, REPLAYED = 400, 60.0, 10**6, 10**7, 10**6
 DEPTHS = (10**2, 10**4, 10**6)
 
 

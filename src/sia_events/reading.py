@@ -19,7 +19,7 @@ from sia_events.infra.store_lock import StoreHeld
 from sia_events.log_here import open_log
 from sia_events.shared.events import RunBranched, Split
 from sia_events.shared.ports import Log
-from sia_events.shared.record import NewerRecord, Record, UnreadableRecord
+from sia_events.shared.record import NewerRecord, Record, UnreadableRecord, parse_record
 from sia_events.shared.run import fold
 from sia_events.shared.settings import Settings
 from sia_events.shared.summary import row, whole
@@ -198,33 +198,45 @@ def unreadable(run: str, why: str) -> dict[str, Any]:
 
 async def lineage(log: Log, run: str) -> list[Record]:
     """A run's records behind those of its parents up to the fork. Raises NewerRecord, Unusable, and Gap."""
-    history = await _joined(log, run)
-    for expected, record in enumerate(history, start=1):
-        if record.position != expected:
-            raise Gap(run, history[: expected - 1], record.position)
-    return history
+    return await asyncio.to_thread(read, run, await wires(log, run))
 
 
-async def _joined(log: Log, run: str) -> list[Record]:
-    parts: dict[str, list[Record]] = {}
+async def wires(log: Log, run: str) -> list[bytes]:
+    """The same as bytes, for `read`."""
+    parts: dict[str, list[bytes]] = {}
     end = sys.maxsize
     # What somebody forged may come back to itself, and is a history without a beginning.
     while run not in parts:
-        own = await _own(log, run)
-        parts[run] = [record for record in own if record.position <= end]
-        fork = own[0].event if own else None
-        if not isinstance(fork, RunBranched):
+        own = await log.wires(run)
+        parts[run] = [wire for position, wire in own if position <= end]
+        fork = _fork(own[0][1]) if own else None
+        if fork is None:
             break
         run, end = fork.parent, min(end, fork.at)
     return list(chain.from_iterable(reversed(parts.values())))
 
 
-async def _own(log: Log, run: str) -> Sequence[Record]:
-    try:
-        return await log.records(run)
-    except NewerRecord:
-        raise
-    except UnreadableRecord as error:
-        raise Unusable(
-            f"run {run} cannot be read: {error}. Nothing was changed; the release that wrote it can"
-        ) from error
+def read(run: str, wires: Sequence[bytes]) -> list[Record]:
+    """The records of a lineage, where they are whole. Raises NewerRecord, Unusable, and Gap."""
+    history: list[Record] = []
+    for wire in wires:
+        try:
+            record = parse_record(wire)
+        except NewerRecord:
+            raise
+        except UnreadableRecord as error:
+            raise Unusable(
+                f"run {run} cannot be read: {error}. Nothing was changed; the release that wrote it can"
+            ) from error
+        if record.position != len(history) + 1:
+            raise Gap(run, history, record.position)
+        history.append(record)
+    return history
+
+
+def _fork(wire: bytes) -> RunBranched | None:
+    """Where the run whose first record this is leaves its parent, if it has one that can be read."""
+    with suppress(UnreadableRecord):
+        event = parse_record(wire).event
+        return event if isinstance(event, RunBranched) else None
+    return None

@@ -1,15 +1,27 @@
 """Runs decided again from the log, one or all of them, and the state that a run had at some position."""
 
+import asyncio
+import multiprocessing
+import os
+import signal
+import sys
+import threading
+import time
 from collections.abc import Mapping, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 
 from sia_events import app
 from sia_events.errors import Unusable
-from sia_events.reading import every_lineage, look, records
-from sia_events.shared.record import Record
+from sia_events.reading import look, read, records, wires
+from sia_events.shared.ports import Log
+from sia_events.shared.record import NewerRecord, Record
 from sia_events.shared.replay import Replayed, replay
 from sia_events.shared.run import Run, fold
 from sia_events.shared.settings import Settings
+
+ALONE_S = 2.0  # processes take as long to begin
 
 
 @dataclass(frozen=True)
@@ -31,11 +43,49 @@ async def one(settings: Settings, run: str, stretch: Stretch, keep_going: bool) 
 
 async def every(settings: Settings, keep_going: bool) -> Mapping[str, Replayed | str]:
     """Replay all runs, oldest first; of a run that this release cannot read, why not."""
+    return await look(settings, lambda log: decide_every(log, keep_going))
 
-    def decided(history: Sequence[Record]) -> Replayed:
-        return _decided(history, Stretch(), keep_going)
 
-    return await look(settings, lambda log: every_lineage(log, decided))
+async def decide_every(log: Log, keep_going: bool, alone_s: float = ALONE_S) -> Mapping[str, Replayed | str]:
+    """The same of a log. What one process has not done within `alone_s`, as many as there are cores go on with."""
+    until, most = time.monotonic() + alone_s, cores()
+    loop, room = asyncio.get_running_loop(), asyncio.Semaphore(2 * most)  # histories that are held at once
+    here: dict[str, Replayed | str] = {}
+    apart: dict[str, Future[Replayed | str]] = {}
+    names = await log.runs()
+    with ProcessPoolExecutor(most, multiprocessing.get_context("spawn"), _begin) as pool:
+        try:
+            for name in names:
+                if most == 1 or time.monotonic() < until:
+                    here[name] = _told(name, await wires(log, name), keep_going)
+                    continue
+                await room.acquire()
+                apart[name] = pool.submit(_told, name, await wires(log, name), keep_going)
+                apart[name].add_done_callback(lambda _: loop.call_soon_threadsafe(room.release))
+            return here | {name: await asyncio.wrap_future(told) for name, told in apart.items()}
+        except BrokenProcessPool as error:
+            raise Unusable("a process that replayed runs was killed, for want of memory maybe: try again") from error
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _begin() -> None:
+    """In such a process: an interrupt is its parent's affair, and it ends with that, however that ends."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if parent := multiprocessing.parent_process():
+        threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
+
+
+def _told(run: str, history: Sequence[bytes], keep_going: bool) -> Replayed | str:
+    try:
+        return _decided(read(run, history), Stretch(), keep_going)
+    except (Unusable, NewerRecord) as error:
+        return str(error)
+
+
+def cores() -> int:
+    """How many this process may use."""
+    return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
 
 
 async def state(settings: Settings, run: str, at: int | None) -> Run:
