@@ -146,7 +146,8 @@ class NatsBus:
             await self._nats.ask(lambda client, message=message: publish(client, [message]))
 
     async def traces(self, run: str, kind: str, key: str | None) -> Sequence[Envelope]:
-        return [envelope for _, envelope in self._envelopes(await self._traced(run, kind, key, 0))]
+        messages = sorted(await self._traced(run, kind, key, 0), key=lambda message: message.place)
+        return [envelope for _, envelope in self._envelopes(messages)]
 
     async def traced(self, run: str, kind: str, key: str) -> AsyncIterator[Sequence[Envelope]]:
         last = 0

@@ -109,6 +109,16 @@ class Message:
     data: bytes
     in_place_of: str = ""
 
+    @property
+    def place(self) -> tuple[int, ...]:
+        """Where an envelope belongs among its run's: its sequence, or that of the lost one, and the part of it.
+
+        On a stream that was lost as a whole, and counts anew, it may be before the one that it had.
+        """
+        lost, _, part = self.in_place_of.partition(".")
+        before = lost.isdecimal() and part.isdecimal() and int(lost) <= self.sequence
+        return (int(lost), int(part)) if before else (self.sequence,)
+
 
 async def heeding(ask: Awaitable[T]) -> T:
     """Await a call of the client, and heed a cancellation that meets its answer or its failure.

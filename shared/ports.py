@@ -87,7 +87,7 @@ class Bus(Protocol):
         ...
 
     async def traces(self, run: str, kind: str, key: str | None) -> Sequence["Envelope"]:
-        """All envelopes of one run, kind and key (None: of every key), in the order they were appended."""
+        """All envelopes of one run, kind and key (None: of every key), in the order they were first appended."""
         ...
 
     def traced(self, run: str, kind: str, key: str) -> AsyncIterator[Sequence["Envelope"]]:

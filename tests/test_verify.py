@@ -559,3 +559,22 @@ def test_a_whole_run_is_verified_by_the_command_and_a_damaged_blob_makes_it_exit
     done = sia(tmp_path, "verify", "r1")
     assert done.returncode == 1 and "altered in the blobs" in done.stdout
     assert sia(tmp_path, "verify").returncode == 2
+
+
+async def test_a_trace_that_is_put_back_is_read_where_it_stood(tmp_path: Path):
+    said = [f'{{"text":"line {number}"}}'.encode() for number in range(4)]
+
+    async def told(node: app.Node) -> list[tuple[bytes, ...]]:
+        return [envelope.lines for envelope in await node.bus.traces("r1", "log", "a")]
+
+    async def written(node: app.Node) -> None:
+        await opened(node.bus, "r1")
+        for line in said:
+            await node.bus.trace(Envelope("r1", "log", "a", (line,)))
+
+    await on_home(tmp_path, written)
+    body = block(tmp_path, "SIA_TRACE").read_bytes()
+    flip(block(tmp_path, "SIA_TRACE"), body[body.index(b"sia.trace.r1.log.a") + 25 :][:8])
+    assert await on_home(tmp_path, told) == [(line,) for line in said[1:]]
+    assert (await looked(tmp_path, repair=True))["left"] == []
+    assert await on_home(tmp_path, told) == [(line,) for line in said]

@@ -51,7 +51,7 @@ async def read(home: Path) -> dict[str, Any]:
         for run in RUNS:
             found[f"{run} on the stream"] = [record.wire for record in await node.bus.history(run)]
             found[f"{run} in the tables"] = [record.wire for record in await log.records(run)]
-            found[f"{run}'s traces"] = sorted(e.lines for e in await node.bus.traces(run, "log", None))
+            found[f"{run}'s traces"] = [e.lines for e in await node.bus.traces(run, "log", None)]
             found[f"{run}'s lines"] = sorted({digest for _, _, digest in await log.lines(run)})
         found["blobs"] = {kept.digest: await node.blobs.get(kept.digest) async for kept in node.blobs.listed()}
     return found
