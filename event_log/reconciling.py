@@ -39,7 +39,8 @@ class Reconciled:
     """`records` are the run's own, up to the first of which there is no good copy; `whole` where there is none such.
 
     `wrong` are positions of which the tables have nothing, or not yet, or something else than the chain says. `cut_off`
-    says that those without a good copy are the last, so that no later one tells of them.
+    says that those without a good copy are the last, so that no later one tells of them. `apart` is the position from
+    which stream and tables have two histories, each whole: neither is the other's copy.
     """
 
     findings: tuple[Finding, ...]
@@ -47,6 +48,7 @@ class Reconciled:
     whole: bool
     wrong: frozenset[int]
     cut_off: bool = False
+    apart: int | None = None
 
     @property
     def sound(self) -> bool:
@@ -93,6 +95,7 @@ def reconcile(
     streamed, strangers = _streamed(run, stream)
     tabled = _tabled(run, rows)
     good, gaps = _chain(streamed, tabled, start)
+    apart = _apart(good, streamed, tabled, start)
 
     found = [Finding("missing", "stream", run, _places(gap), "in the tables too") for gap in gaps]
     end = _lost_end(streamed, good, start, unread, made_good)
@@ -121,8 +124,25 @@ def reconcile(
     for sequence, finding in sorted(strangers.items()):
         kept = f"no part of the run, as its record {letters[sequence]} tells" if sequence in letters else ""
         found.append(replace(finding, harmless=kept))
-    whole = len(records) == len(good) and tabled.keys() <= good.keys() and not end
-    return Reconciled(tuple(found), tuple(records), whole, frozenset(wrong), bool(end))
+    whole = len(records) == len(good) and tabled.keys() <= good.keys() and not end and apart is None
+    return Reconciled(tuple(found), tuple(records), whole, frozenset(wrong), bool(end), apart)
+
+
+def _apart(
+    good: Mapping[int, _Copy],
+    streamed: Mapping[int, Sequence[_Copy]],
+    tabled: Mapping[int, Sequence[_Copy]],
+    start: Start | None,
+) -> int | None:
+    """Where the tables have another record than the stream that follows as well: damage leaves none that does."""
+    previous = start.chain if start else None
+    for position, copy in good.items():
+        on_stream = {other.wire for other in streamed.get(position, ())}
+        others = (other for other in tabled.get(position, ()) if other.wire not in on_stream)
+        if copy.sequence and previous and any(_follows(previous, other) for other in others):
+            return position
+        previous = copy.chain
+    return None
 
 
 def _streamed(run: str, stream: Iterable[tuple[int, bytes]]) -> tuple[dict[int, list[_Copy]], dict[int, Finding]]:

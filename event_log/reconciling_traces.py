@@ -14,13 +14,15 @@ class Traces:
     """A run's traces as they stand on the stream: digests of the lines of each envelope, by sequence.
 
     `strangers` are messages that are no envelope, and why; `put_back` the sequences of lost ones that stand there
-    again. `counted` is how many messages of the run the server counts, whether or not it can read them.
+    again, `returned` those where they stand. `counted` is how many messages of the run the server counts, whether or
+    not it can read them.
     """
 
     counted: int
     envelopes: dict[int, Sequence[str]] = field(default_factory=dict)
     strangers: dict[int, str] = field(default_factory=dict)
     put_back: set[int] = field(default_factory=set)
+    returned: set[int] = field(default_factory=set)
 
     def take(self, message: Traced) -> None:
         if message.envelope is None:
@@ -29,6 +31,7 @@ class Traces:
         self.envelopes[message.sequence] = [hashlib.sha256(line).hexdigest() for line in message.envelope.lines]
         if message.in_place_of is not None:
             self.put_back.add(message.in_place_of)
+            self.returned.add(message.sequence)
 
     def gone(self, tabled: Collection[int]) -> int:
         """How many were lost and are neither put back nor among those that the tables still have."""
@@ -57,6 +60,7 @@ def reconcile_lines(
         for sequence, why in stream.strangers.items()
     ]
     wrong: set[int] = set()
+    lost = set(tabled) - stream.envelopes.keys()
     for sequence, digests in stream.envelopes.items():
         place, has = f"trace sequence {sequence}", tabled.get(sequence)
         if sequence < first or (has is None and not digests):
@@ -69,12 +73,15 @@ def reconcile_lines(
                 told = f"{counted[sequence]} rows of {len(digests)} lines"
                 found.append(Finding("doubled", "tables", run, place, told, ONCE))
             continue
+        if has and sequence in stream.returned - stream.put_back:
+            # Those of one that was lost too: its sequence was given anew, to what was put back for another.
+            lost.add(sequence)
+            continue
         wrong.add(sequence)
         kind = "altered" if has and len(has) >= len(digests) else "missing"
         found.append(Finding(kind, "tables", run, place, f"of {len(digests)} lines"))
-    lost = frozenset(tabled) - stream.envelopes.keys()
     found += [Finding("missing", "stream", run, f"trace sequence {sequence}") for sequence in sorted(lost)]
     if gone := stream.gone(lost):
         envelopes = "a trace envelope" if gone == 1 else f"{gone} trace envelopes"
         found.append(Finding("missing", "stream", run, envelopes, "by the server's count; the tables lack them too"))
-    return tuple(found), frozenset(wrong), lost
+    return tuple(found), frozenset(wrong), frozenset(lost)

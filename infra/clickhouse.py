@@ -175,6 +175,11 @@ class ClickHouseLog:
         rows = await self.query(f"SELECT run, min(sequence) AS oldest FROM ({each}) GROUP BY run")
         return {row["run"]: row["oldest"] for row in rows}
 
+    async def newest_line(self) -> int:
+        """The highest sequence that any trace has here, 0 without one. Raises QueryRefused for torn parts."""
+        each = " UNION ALL ".join(f"SELECT max(sequence) AS newest FROM {table}" for table in TRACES)
+        return (await self.query(f"SELECT max(newest) AS newest FROM ({each})"))[0]["newest"]
+
     async def envelopes(self, run: str, sequences: Sequence[int]) -> Sequence[tuple[int, Envelope]]:
         """What the tables have of those envelopes of the run, lines in order."""
         # In hex: a line may be any bytes, and what is no UTF-8 the client would tell otherwise.

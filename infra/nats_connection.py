@@ -13,6 +13,7 @@ from faststream.nats import NatsBroker
 from nats.aio.client import Client
 from nats.errors import Error as RefusedByServer
 
+from sia_events.infra import nats_feed
 from sia_events.infra.nats_partitions import WHOLE, Partitions
 from sia_events.infra.nats_server import MINIMUM, server_info, too_old
 from sia_events.infra.nats_streams import KEPT, UNANSWERED, Message, Retention, ensure_streams, heeding, read
@@ -99,6 +100,7 @@ async def connected(
                 client = await broker.connect()
                 _end_when_untaken(client)
                 await ensure_streams(client, replicas, partitions, retention)
+                await nats_feed.settle(client, partitions.names)
         except (TimeoutError, *UNANSWERED) as error:
             said = f"the NATS server at {masked(url)} lets us in but does not answer: {error!r}"
             raise BusUnreachable(said) from error

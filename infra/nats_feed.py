@@ -4,10 +4,13 @@ import json
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 
+import structlog
 from nats.aio.client import Client
 from nats.js.errors import NotFoundError
 
-from sia_events.infra.nats_streams import PLACES, bounds, nothing_behind, publish
+from sia_events.infra.nats_streams import PLACES, bounds, nothing_behind, publish, subjects_with
+
+log = structlog.get_logger()
 
 
 @dataclass(frozen=True)
@@ -30,13 +33,26 @@ async def keep(client: Client, name: str, stream: str, place: Place) -> None:
     await publish(client, [(_subject(name, stream), json.dumps(asdict(place)).encode(), {})])
 
 
+async def settle(client: Client, streams: Iterable[str]) -> None:
+    """Take each place back to where its stream ends now: a server may lose the end of a stream over damage to it.
+
+    To be had before anything is appended, which would get sequences from before that place and never be copied.
+    """
+    for stream in streams:
+        _, last = await bounds(client.jetstream(), stream)
+        for subject in await subjects_with(client, PLACES, _subject("*", stream)):
+            name = subject.split(".")[2]
+            if (await place(client, name, stream)).acked > last:
+                log.warning("a stream ends before what was copied of it", stream=stream, last=last)
+                await keep(client, name, stream, Place(last, last))
+
+
 async def lag(client: Client, name: str, streams: Iterable[str]) -> int:
     """Messages that the feed has not acked."""
     owed = 0
     for stream in streams:
         first, last = await bounds(client.jetstream(), stream)
-        # A store that was put back to an earlier copy ends before the place: then nothing of that stream is owed. Nor
-        # is what age has taken, or what is lost at the stream's end: nobody can copy it any more.
+        # Nothing is owed of what age has taken, or what is lost at the stream's end: nobody can copy it any more.
         acked = max(first - 1, (await place(client, name, stream)).acked)
         if last > acked and not await nothing_behind(client, stream, acked):
             owed += last - acked

@@ -20,6 +20,8 @@ from sia_events.infra.nats_streams import (
     PLACES,
     READ_AT_ONCE,
     Message,
+    begin_behind,
+    begins,
     bounds,
     publish,
     subjects_with,
@@ -83,6 +85,7 @@ class NatsStreams:
 
     async def lost(self, stream: str) -> tuple[int, Sequence[int]]:
         expected, last = await self._nats.ask(lambda client: bounds(client.jetstream(), stream))
+        expected = max(expected, await self._nats.ask(lambda client: begins(client.jetstream(), stream)))
         missing: list[int] = []
         while messages := await self._nats.read(stream, expected, limit=READ_AT_ONCE):
             for message in messages:
@@ -117,6 +120,9 @@ class NatsStreams:
         if place.acked > sequence:
             back = replace(place, acked=sequence, offered=sequence)
             await self._nats.ask(lambda client: nats_feed.keep(client, feed, stream, back))
+
+    async def begin_behind(self, stream: str, sequence: int) -> None:
+        await self._nats.ask(lambda client: begin_behind(client.jetstream(), stream, sequence))
 
     async def check_whole(self, run: str) -> None:
         await self._runs.check_whole(run)

@@ -111,13 +111,9 @@ class Message:
 
     @property
     def place(self) -> tuple[int, ...]:
-        """Where an envelope belongs among its run's: its sequence, or that of the lost one, and the part of it.
-
-        On a stream that was lost as a whole, and counts anew, it may be before the one that it had.
-        """
+        """Where an envelope belongs among its run's: its sequence, or that of the lost one, and the part of it."""
         lost, _, part = self.in_place_of.partition(".")
-        before = lost.isdecimal() and part.isdecimal() and int(lost) <= self.sequence
-        return (int(lost), int(part)) if before else (self.sequence,)
+        return (int(lost), int(part)) if lost.isdecimal() and part.isdecimal() else (self.sequence,)
 
 
 async def heeding(ask: Awaitable[T]) -> T:
@@ -376,6 +372,19 @@ async def bounds(jetstream: JetStreamContext, stream: str) -> tuple[int, int]:
     info = await jetstream.stream_info(stream)
     ages = info.config.max_age or _has_aged(info.config)
     return max(1, info.state.first_seq) if ages else 1, info.state.last_seq
+
+
+async def begins(jetstream: JetStreamContext, stream: str) -> int:
+    """The sequence that the stream gave its first message."""
+    return max(1, (await jetstream.stream_info(stream)).config.first_seq or 1)
+
+
+async def begin_behind(jetstream: JetStreamContext, stream: str, sequence: int) -> None:
+    """Have a stream without messages give none the sequences up to this one. Another is left alone."""
+    info = await jetstream.stream_info(stream)
+    if info.state.messages == 0 and info.state.last_seq < sequence:
+        await jetstream.delete_stream(stream)  # made again by whoever connects next, if we are killed here
+        await _apply(jetstream.add_stream, info.config.evolve(first_seq=sequence + 1))
 
 
 async def subjects_with(client: Client, stream: str, pattern: str) -> dict[str, int]:

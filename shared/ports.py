@@ -195,6 +195,10 @@ class Streams(Protocol):
         """Every stream of ours, with how far the reader of `feed` is behind on those that it reads."""
         ...
 
+    async def begin_behind(self, stream: str, sequence: int) -> None:
+        """Have a stream that was lost, and has no message yet, count on from there: rows of tables go by sequence."""
+        ...
+
     async def consumers(self) -> Sequence[Consumer]:
         """Every consumer of records."""
         ...

@@ -7,6 +7,7 @@ from typing import Any
 from sia_events import app
 from sia_events.catching_up import settled
 from sia_events.errors import Unusable
+from sia_events.log_here import require_ours
 from sia_events.reading import lineage, look, resolve
 from sia_events.shared.events import LetterDropped
 from sia_events.shared.failpoints import reach
@@ -60,6 +61,7 @@ async def retry(settings: Settings, run: str, position: int) -> dict[str, Any]:
     """
     running = await settled(settings)
     async with app.stores_of_home(settings, "dlq", running is not None) as node:
+        await require_ours(settings, node.streams)
         letter = await _open(node.bus, run, position)
         if not letter.event.failed:
             raise Unusable("it is about a message that is no record of the run: no service can answer it. Drop it.")
@@ -73,6 +75,7 @@ async def drop(settings: Settings, run: str, position: int, by: str | None, reas
     """Record that what the letter is about is given up: {run, position, event}. The letter stays. Raises Unusable."""
     running = await settled(settings)
     async with app.stores_of_home(settings, "dlq", running is not None) as node:
+        await require_ours(settings, node.streams)
         letter = await _open(node.bus, run, position)
         event = LetterDropped(letter=str(letter.record.id), by=by or getpass.getuser(), reason=reason)
         reach("sia dlq before dropping")

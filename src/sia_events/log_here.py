@@ -75,7 +75,12 @@ async def _record(settings: Settings, bus: Bus, streams: Streams) -> None:
                     await log.keep_traces(settings.days_in_tables)
                     await require_same(settings, streams, log)
                     await look_for_a_new_log(bus, log)
-                    await record(bus, log)
+                    leaving = asyncio.create_task(_leave_witness(settings, streams, log))
+                    try:
+                        await record(bus, log)
+                    finally:
+                        leaving.cancel()
+                        await asyncio.gather(leaving, return_exceptions=True)
                 finally:
                     await log.close()
             except clickhouse.LogUnavailable:
@@ -97,9 +102,18 @@ async def _record(settings: Settings, bus: Bus, streams: Streams) -> None:
 
 async def require_ours(settings: Settings, streams: Streams) -> None:
     """To be had before a run is written to: its records are to come into the home's log. Raises OtherStreams."""
+    if not settings.log_dsn and not (settings.home / "log").is_dir():
+        return
     if not await has_witness(settings, streams):
         async with open_log(settings) as log:
             await require_same(settings, streams, log)
+
+
+async def _leave_witness(settings: Settings, streams: Streams, log: clickhouse.ClickHouseLog) -> None:
+    """Once the log has something, so that nobody has to open it to tell what it was filled from."""
+    while await log.first_of_some_run() is None:  # noqa: ASYNC110 - tables tell nobody
+        await asyncio.sleep(OWNER_S)
+    await require_same(settings, streams, log)
 
 
 async def look_for_a_new_log(bus: Bus, log: clickhouse.ClickHouseLog) -> None:

@@ -10,6 +10,7 @@ from pydantic import ValidationError
 from sia_events import app
 from sia_events.catching_up import settled
 from sia_events.errors import Unusable
+from sia_events.log_here import require_ours
 from sia_events.roles import require_prices
 from sia_events.shared.events import (
     ApprovalGiven,
@@ -133,4 +134,5 @@ async def _bus(settings: Settings, purpose: str) -> AsyncIterator[Bus]:
     """The bus of whoever runs this home's services, or our own for the moment that one append takes."""
     running = await settled(settings)
     async with app.stores_of_home(settings, purpose, running is not None) as node:
+        await require_ours(settings, node.streams)
         yield node.bus

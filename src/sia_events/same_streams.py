@@ -1,6 +1,7 @@
 """Whether a home's log was filled from the streams at hand: runs of two servers may have one name, and must not mix."""
 
 import json
+import os
 from contextlib import suppress
 from hashlib import sha256
 
@@ -27,13 +28,15 @@ async def require_same(settings: Settings, streams: Streams, log: ClickHouseLog)
     """To be had before the log is filled on. Raises OtherStreams."""
     witness = await log.first_of_some_run()
     if witness is None:
-        (settings.home / WITNESS).unlink(missing_ok=True)
         return
     run, record = witness
     if not await _begins(streams, run, _digest(record)):
         await _require_shared(settings, streams, log)
     kept = {"log": _log_of(settings), "run": run, "record": _digest(record)}
-    (settings.home / WITNESS).write_text(json.dumps(kept))
+    fresh = settings.home / f"{WITNESS}.{os.getpid()}"
+    with suppress(OSError):  # without it the log is asked
+        fresh.write_text(json.dumps(kept))
+        fresh.replace(settings.home / WITNESS)
 
 
 async def has_witness(settings: Settings, streams: Streams) -> bool:
@@ -42,7 +45,7 @@ async def has_witness(settings: Settings, streams: Streams) -> bool:
         kept = json.loads((settings.home / WITNESS).read_text())
         if kept["log"] == _log_of(settings):
             return await _begins(streams, kept["run"], kept["record"])
-    return True
+    return False
 
 
 async def _require_shared(settings: Settings, streams: Streams, log: ClickHouseLog) -> None:

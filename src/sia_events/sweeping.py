@@ -12,6 +12,7 @@ from sia_events.home import describe
 from sia_events.infra.blobs import Kept, StoredBlobs
 from sia_events.infra.clickhouse import ClickHouseLog
 from sia_events.log_here import open_log
+from sia_events.same_streams import require_same
 from sia_events.shared.events import RunCancelled, RunFinished
 from sia_events.shared.failpoints import reach
 from sia_events.shared.settings import Settings
@@ -31,6 +32,7 @@ async def sweep(settings: Settings, remove: bool, now: datetime | None = None) -
     if remove and running:
         raise Unusable(f"{describe(running, settings.home)}; nothing was removed. Stop it first: sia down")
     async with app.stores_of_home(settings, "gc", running is not None) as node, open_log(settings) as log:
+        await require_same(settings, node.streams, log)
         listed = [(store, [kept async for kept in store.listed()]) for store in (node.blobs, node.private)]
         marked, opened = await _marked(node, log)
         since = min([now or datetime.now(UTC), *opened]) - YOUNG

@@ -4,6 +4,7 @@ import asyncio
 import hashlib
 import time
 from collections.abc import Awaitable, Coroutine, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -89,7 +90,8 @@ class Looked:
         """Runs of which the tables have something that the streams have not; of unread ones, may have."""
         missing = [f for f in self.open if f.run and f.store == "stream" and f.kind == "missing"]
         # What the tables lack too has that for a detail.
-        return {f.run for f in missing if f.run and (not f.detail or f.run in self.unread)}
+        alone = {f.run for f in missing if f.run and (not f.detail or f.run in self.unread)}
+        return alone | {name for name, run in self.runs.items() if run.apart}
 
 
 async def verify(settings: Settings, run: str | None, repair: bool, source: str | None) -> dict[str, Any]:
@@ -361,9 +363,20 @@ async def _mend(
     # The tables first, with what was not copied yet: a server that is killed over a damaged stream may drop what stands
     # behind the damage.
     for name, run in looked.runs.items() if not looked.torn else ():
+        if run.apart:
+            continue
         await _mend_tables(node, log, name, run, looked.lines[name][0])
     reach("sia verify after mending the tables")
+    with suppress(QueryRefused):  # of torn tables nothing more can be told than each run does below
+        await _count_on(node, log, looked)
     for name, run in looked.runs.items():
+        if run.apart:
+            refused[name] = (
+                f"from position {run.apart} on the stream and the tables have two histories of one name, each whole: "
+                "neither is a copy of the other, and nothing of them was changed. Streams of another server, or from "
+                "an older backup? To keep the stream's alone: sia rebuild --lose-old-traces"
+            )
+            continue
         try:
             # Behind those that are put back nobody would miss what was lost behind them.
             if not (run.sound or run.cut_off):
@@ -420,10 +433,18 @@ async def _mend_tables(node: app.Node, log: ClickHouseLog, name: str, run: Recon
     await log.mend(name, [], part)
 
 
+async def _count_on(node: app.Node, log: ClickHouseLog, looked: Looked) -> None:
+    """Have trace streams that were lost as a whole give no envelope a sequence that another has in the tables."""
+    if any(lost for _, lost in looked.lines.values()):
+        newest = await log.newest_line()
+        for stream in {node.streams.holding("SIA_TRACE", name) for name in looked.lines}:
+            await node.streams.begin_behind(stream, newest)
+
+
 async def _move_lines(node: app.Node, log: ClickHouseLog, name: str, lost: frozenset[int]) -> None:
     """Take out the rows of envelopes that stand elsewhere now; the recorder copies these.
 
-    A stream that was lost as a whole counts from 1 once more. What stands in the place of an envelope of before is
+    A stream that has lost its end gives the next ones sequences of before. What stands in the place of a lost one is
     written here: what it copied before, the recorder may not be let to copy again.
     """
     taken = [
