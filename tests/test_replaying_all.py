@@ -23,8 +23,9 @@ from sia_events.shared.replay import Replayed
 
 # Decides the same run over and over, in processes of its own from the first on.
 ENDLESS = """
-import asyncio, itertools
+import asyncio, itertools, signal
 from sia_events.replaying import decide_every
+signal.signal(signal.SIGINT, signal.default_int_handler)  # whoever tests in the background may have it ignored
 class Log:
     async def runs(self):
         return (f"r{{number}}" for number in itertools.count())
@@ -80,7 +81,7 @@ async def test_no_process_is_left_behind_one_that_is_ended(number: int):
     try:
         await until(deciding, 60)
         parent.send_signal(number)
-        said = await asyncio.to_thread(parent.communicate)
+        said = await asyncio.to_thread(parent.communicate, timeout=30)
         await until(lambda: not any(each.is_running() for each in children), 20)
         # One word of it, and not one of each process.
         assert said[1].count("KeyboardInterrupt") <= 2
