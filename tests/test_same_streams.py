@@ -152,8 +152,9 @@ async def test_a_witness_that_cannot_be_kept_or_read_costs_a_look_into_the_log(h
         assert json.loads((home / WITNESS).read_text())["run"] in ("r1", "r2", "b1")
 
 
+@pytest.mark.parametrize("partitions", [1, 8])
 async def test_a_repair_that_is_cut_short_over_streams_that_were_lost_loses_no_line(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, partitions: int
 ):
     """Sequences count from 1 on a new stream: what is put back must not stand where another still is in the tables."""
     said = {run: [f'{{"text":"{run} {number}"}}'.encode() for number in range(4)] for run in ("r1", "r2")}
@@ -169,7 +170,7 @@ async def test_a_repair_that_is_cut_short_over_streams_that_were_lost_loses_no_l
         found = {run: await node.bus.traces(run, "log", "a") for run in said}
         return {run: [line for each in envelopes for line in each.lines] for run, envelopes in found.items()}
 
-    await on_home(tmp_path, written)
+    await on_home(tmp_path, written, partitions=partitions)
     shutil.rmtree(tmp_path / "nats")
     put, left = NatsStreams.put_back, 6
 
@@ -185,11 +186,11 @@ async def test_a_repair_that_is_cut_short_over_streams_that_were_lost_loses_no_l
         patched.setattr(NatsStreams, "put_back", cut_short)
         patched.setattr(verifying, "PATIENCE_S", 0.0)
         with pytest.raises(BusUnreachable):
-            await looked(tmp_path, repair=True)
-    await all_runs(Settings(home=tmp_path))
-    assert (await looked(tmp_path, repair=True))["left"] == []
-    assert await on_home(tmp_path, told) == said
-    again = await looked(tmp_path)
+            await looked(tmp_path, repair=True, partitions=partitions)
+    await all_runs(Settings(home=tmp_path, partitions=partitions))
+    assert (await looked(tmp_path, repair=True, partitions=partitions))["left"] == []
+    assert await on_home(tmp_path, told, partitions=partitions) == said
+    again = await looked(tmp_path, partitions=partitions)
     assert (again["left"], again["lines"]) == ([], 8)
 
 

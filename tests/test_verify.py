@@ -20,6 +20,7 @@ from sia_events.home import hold
 from sia_events.infra.nats_server import running
 from sia_events.infra.tail import RunIncomplete
 from sia_events.log_here import open_log
+from sia_events.rebuilding import rebuild
 from sia_events.shared.events import RunBranched, RunSettings, RunSteered, ServiceFailed
 from sia_events.shared.ports import Envelope
 from sia_events.shared.record import Record, answers, broken_link, opening
@@ -29,9 +30,11 @@ from sia_events.verifying import verify
 NOTES = 12
 
 
-async def on_home(home: Path, work: Callable[[app.Node], Awaitable[Any]], copy: bool = True) -> Any:
+async def on_home(
+    home: Path, work: Callable[[app.Node], Awaitable[Any]], copy: bool = True, partitions: int = 1
+) -> Any:
     """Do something to the home's stores, as whoever holds it, and have it copied into the tables."""
-    settings = Settings(home=home)
+    settings = Settings(home=home, partitions=partitions)
     async with hold(settings, "test"), app.stores(settings) as node:
         done = await work(node)
         if copy:
@@ -111,8 +114,10 @@ async def test_of_runs_that_are_sound_one_is_held_at_a_time(tmp_path: Path, monk
     assert max(held) - before < 2 * found["records"] / 8
 
 
-async def looked(home: Path, run: str | None = None, repair: bool = False, source: str | None = None) -> dict[str, Any]:
-    return await verify(Settings(home=home), run, repair, source)
+async def looked(
+    home: Path, run: str | None = None, repair: bool = False, source: str | None = None, partitions: int = 1
+) -> dict[str, Any]:
+    return await verify(Settings(home=home, partitions=partitions), run, repair, source)
 
 
 def flip(file: Path, text: bytes | None = None) -> None:
@@ -139,11 +144,11 @@ def places(found: dict[str, Any], which: str = "left") -> set[tuple[str, str, st
     return {(f["kind"], f["store"], f["run"], f["place"]) for f in found[which]}
 
 
-async def histories(home: Path) -> dict[str, list[Record]]:
+async def histories(home: Path, partitions: int = 1) -> dict[str, list[Record]]:
     async def read(node: app.Node) -> dict[str, list[Record]]:
         return {run: list(await node.bus.history(run)) for run in ("r1", "r2", "b1")}
 
-    return await on_home(home, read, copy=False)
+    return await on_home(home, read, copy=False, partitions=partitions)
 
 
 async def test_what_is_whole_is_found_whole(home: Path):
@@ -578,3 +583,19 @@ async def test_a_trace_that_is_put_back_is_read_where_it_stood(tmp_path: Path):
     assert await on_home(tmp_path, told) == [(line,) for line in said[1:]]
     assert (await looked(tmp_path, repair=True))["left"] == []
     assert await on_home(tmp_path, told) == [(line,) for line in said]
+
+
+async def test_runs_in_eight_partitions_are_verified_mended_and_filled_anew(tmp_path: Path):
+    await on_home(tmp_path, filled, partitions=8)
+    whole = await histories(tmp_path, 8)
+    for text, stream in ((b"note 7 of r1", "SIA_[0-9]"), (b"sia.trace.r1.log.a", "SIA_TRACE_*")):
+        blocks = (tmp_path / "nats/jetstream/$G/streams").glob(f"{stream}/msgs/*.blk")
+        block = next(each for each in blocks if text in each.read_bytes())
+        flip(block, block.read_bytes().partition(text)[2][8:16] if b"." in text else text)
+    found = await looked(tmp_path, partitions=8)
+    assert [each["place"].split()[0] for each in found["left"] if each["run"]] == ["position", "trace"]
+    assert (await looked(tmp_path, repair=True, partitions=8))["left"] == []
+    assert await rebuild(Settings(home=tmp_path, partitions=8)) == 3
+    again = await looked(tmp_path, partitions=8)
+    assert again["left"] == [] and again["lines"] == 8
+    assert await histories(tmp_path, 8) == whole
