@@ -113,6 +113,10 @@ def _members(file: Path) -> Iterator[tuple[str, Iterator[bytes]]]:
             if body is None:
                 raise ArchiveUnusable(f"{file} has a member that is no plain file; nothing was written")
             yield entry.name, _pieces(file, body)
+        # The checksum stands behind the last member: who stops there has not read it, nor what somebody added.
+        while piece := packed.read(PIECE):
+            if piece.strip(b"\0"):  # a tar is filled up with these
+                raise ArchiveUnusable(f"{file} has more behind its end; nothing was written")
 
 
 def _pieces(file: Path, body: IO[bytes]) -> Iterator[bytes]:

@@ -285,7 +285,9 @@ class ClickHouseLog:
             raise QueryRefused(r"only one SELECT is taken here; a semicolon within a string is written \x3b")
         # `readonly` alone still lets a statement write files. The engine's own grammar tells: nothing but a SELECT, and
         # none that names a file or a format, is both a statement and what may stand in another one's FROM.
-        self._reader.query(f"EXPLAIN AST {sql}")
+        kind = str(self._reader.query(f"EXPLAIN AST {sql}").result_rows[0][0])
+        if not kind.startswith("Select"):
+            raise QueryRefused(f"only a SELECT is taken here, and this is: {kind.partition(' (')[0].strip()}")
         try:
             self._reader.query(f"EXPLAIN AST SELECT * FROM (\n{sql}\n)")
         except DatabaseError as error:

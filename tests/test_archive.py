@@ -253,6 +253,21 @@ def cut(archive: Path, file: Path) -> Path:
     return file
 
 
+def cut_in_its_checksum(archive: Path, file: Path) -> Path:
+    file.write_bytes(archive.read_bytes()[:-1])
+    return file
+
+
+def with_a_letter_more(archive: Path, file: Path) -> Path:
+    file.write_bytes(archive.read_bytes() + b"x")
+    return file
+
+
+def twice(archive: Path, file: Path) -> Path:
+    file.write_bytes(2 * archive.read_bytes())
+    return file
+
+
 def flipped(archive: Path, file: Path) -> Path:
     body = bytearray(archive.read_bytes())
     body[len(body) // 2] ^= 1
@@ -309,6 +324,9 @@ def instead(member: str, said: bytes) -> Callable[[str, bytes], bytes]:
     ("make", "said"),
     [
         (cut, "cut short or altered"),
+        (cut_in_its_checksum, "cut short or altered"),
+        (with_a_letter_more, "cut short or altered"),
+        (twice, "has more behind its end"),
         (flipped, "altered"),
         (without_its_end, "manifest is missing"),
         (of_something_else, "no archive of a run"),

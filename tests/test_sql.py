@@ -90,6 +90,8 @@ def test_what_agents_said_can_be_asked_for_also_of_one_that_crashed(tmp_path: Pa
         "SET readonly = 0",
         "ALTER TABLE events DELETE WHERE 1",
         "KILL QUERY WHERE 1",
+        "EXPLAIN AST SELECT 1",
+        "EXPLAIN SELECT 1",
         "SELEC",
         "",
     ],

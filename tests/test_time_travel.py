@@ -169,6 +169,14 @@ def test_a_branch_of_a_branch_in_the_midst_of_an_attempt_copies_nothing_and_ends
         (("--at", "1", "--steer", " "), "--steer has no text"),
         (("--at", "1", "--replace-harness", "."), "target_agent.py is missing"),
         (("--at", "1", "--model", "nonsense"), "no provider of the model 'nonsense'"),
+        (
+            ("--at", "1", "--set", "generations=1"),
+            "a branch goes on for one more at least: --set generations=2 or more",
+        ),
+        (
+            ("--at", "0", "--model", "instant/first"),
+            "instant/first is the model of run r1 already; nothing was written",
+        ),
         (("--at", "1", "--run", "b"), "run b exists already; nothing was written"),
         (("--at", "1", "--run", "a b"), "a run's name is letters"),
     ],
@@ -268,6 +276,15 @@ def test_a_comparison_is_aligned_at_the_fork_and_pairs_the_items(home: Path):
     assert (same["before"], same["after"], same["files"]) == ("r1", "b-control", {})
     assert same["splits"]["test"]["gain"] == 0 and same["splits"]["test"]["p_value"] == 1
     assert "target_agent.py" in other["files"]
+
+
+def test_what_a_branchs_parents_paid_is_told_apart_in_a_comparison(home: Path):
+    rows = {row["run"]: row["cost"] for row in read(home, "compare", "r1", "b")["runs"]}
+    shared = rows["b"]["inherited"]
+    assert rows["r1"]["inherited"] is None and 0 < shared["model_calls"] < rows["b"]["model_calls"]
+    assert f"({shared['model_calls']:,} of its parents)" in told(home, "compare", "r1", "b")[1]
+    status, _, talk = told(home, "compare", "r1")
+    assert status == 2 and "takes two runs or more" in talk
 
 
 INTERVAL = r"\d\.\d{3} \[\d\.\d{3}, \d\.\d{3}\]"

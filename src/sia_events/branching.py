@@ -103,10 +103,13 @@ async def branch(
     files = _harness(change.harness)
     _require_room(fork, change)
     changes = planned(fork.state.settings, change, repeats, control)
+    _require_different(fork, change)
     asked = [_lengthened(merged(fork.state.settings, each.overrides), fork) for each in changes]
     require_items(fork, asked, change)
     for each in asked:
-        require_learnable(settings, each)
+        # Feedback of a person's own pulls the weights whatever the policy is.
+        by_hand = change.feedback is not None and change.feedback.lever == "weights"
+        require_learnable(settings, each.model_copy(update={"lever": "weights"}) if by_hand else each)
         if not settings.nats_url:
             require_askable(settings, each)
             require_backend(each)
@@ -167,6 +170,18 @@ def _require_room(fork: Fork, change: Change) -> None:
         )
     if candidate and change.feedback:
         raise Unusable("a generation begins with a candidate or with feedback: branch twice for both")
+
+
+def _require_different(fork: Fork, change: Change) -> None:
+    """Raises Unusable for a setting that would be recorded as different and could not be."""
+    state, wanted = fork.state, change.overrides
+    if fork.closed and int(wanted.get("generations", state.generation + 1)) <= state.generation:
+        raise Unusable(
+            f"generation {state.generation} is closed at position {fork.at}, and a branch goes on for one more at "
+            f"least: --set generations={state.generation + 1} or more; nothing was written"
+        )
+    if state.versions and wanted.get("target_model") == state.settings.target_model:
+        raise Unusable(f"{state.settings.target_model} is the model of run {state.name} already; nothing was written")
 
 
 def require_items(fork: Fork, asked: Sequence[RunSettings], change: Change) -> None:

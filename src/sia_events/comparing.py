@@ -7,6 +7,7 @@ import msgspec
 
 from sia_events import app, cost
 from sia_events.adapters import adapters
+from sia_events.errors import Unusable
 from sia_events.feedback_svc.gate import compare
 from sia_events.reading import file_diffs, records
 from sia_events.shared.events import Scored, Split
@@ -27,12 +28,14 @@ async def compared(settings: Settings, names: Sequence[str]) -> dict[str, Any]:
     has of each. `generations` has a row a generation: the incumbent of each run behind it, with its scores by split.
     `pairs` sets the first run against each other one, final version against final version: {before, after, versions,
     splits: {split: the paired comparison with its flips}, files: {path: diff}, adapters}; `adapters` has of each of the
-    two what `sia adapters` tells of its own, or None.
+    two what `sia adapters` tells of its own, or None. Raises Unusable for one run alone.
     """
+    if len(names) < 2:
+        raise Unusable(f"a comparison takes two runs or more; of {names[0]} alone: sia show {names[0]}")
     histories = [await records(settings, name) for name in names]
     runs = [fold(history) for history in histories]
     made = [learned(history, run) for history, run in zip(histories, runs, strict=True)]
-    shared = common(histories) if len(histories) > 1 else 0
+    shared = common(histories)
     blobs = app.open_public_blobs(settings)
     last, at = histories[0][shared - 1], fold(histories[0][:shared])
     fork = {"run": last.run, "position": shared, "generation": at.generation}

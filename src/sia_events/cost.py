@@ -99,7 +99,7 @@ def told(history: Sequence[Record], calls: Iterable[Calls], now: datetime) -> di
 
 
 async def summary(settings: Settings, history: Sequence[Record]) -> dict[str, Any]:
-    """`whole`, with the cost by the calls themselves, as `cost` has it.
+    """`whole`, with the cost by the calls themselves, as `cost` has it; `inherited` of it is what parents paid for.
 
     A candidate that was left out and an adapter's probes are in no record. Of an imported run only records are known.
     """
@@ -108,13 +108,17 @@ async def summary(settings: Settings, history: Sequence[Record]) -> dict[str, An
         return found
     paid = await cost(settings, history[-1].run)
     parts = [part["total"] for part in (paid["own"], paid["inherited"]) if part]
+    found["cost"] |= {**_spent(parts), "inherited": _spent(parts[1:]) if paid["inherited"] else None}
+    return found
+
+
+def _spent(parts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     dollars = [part["usd"] for part in parts]
-    found["cost"] |= {
+    return {
         "model_calls": sum(part["calls"] for part in parts),
         "tokens": sum(part["prompt_tokens"] + part["completion_tokens"] for part in parts),
         "usd": None if None in dollars else round(sum(dollars), 6),
     }
-    return found
 
 
 def generations_of(history: Sequence[Record]) -> dict[tuple[str, str], int]:

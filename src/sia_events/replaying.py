@@ -10,6 +10,7 @@ import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import suppress
 from dataclasses import dataclass
 
 from sia_events import app
@@ -53,6 +54,11 @@ async def decide_every(log: Log, keep_going: bool, alone_s: float = ALONE_S) -> 
     here: dict[str, Replayed | str] = {}
     apart: dict[str, Future[Replayed | str]] = {}
     names = await log.runs()
+
+    def done(_: object) -> None:
+        with suppress(RuntimeError):  # the loop is closed where we were interrupted
+            loop.call_soon_threadsafe(room.release)
+
     with ProcessPoolExecutor(most, multiprocessing.get_context("spawn"), _begin) as pool:
         try:
             for name in names:
@@ -61,12 +67,15 @@ async def decide_every(log: Log, keep_going: bool, alone_s: float = ALONE_S) -> 
                     continue
                 await room.acquire()
                 apart[name] = pool.submit(_told, name, await wires(log, name), keep_going)
-                apart[name].add_done_callback(lambda _: loop.call_soon_threadsafe(room.release))
+                apart[name].add_done_callback(done)
             return here | {name: await asyncio.wrap_future(told) for name, told in apart.items()}
         except BrokenProcessPool as error:
             raise Unusable("a process that replayed runs was killed, for want of memory maybe: try again") from error
-        finally:
+        except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
+            for process in multiprocessing.active_children():
+                process.terminate()  # what they are at is nobody's
+            raise
 
 
 def _begin() -> None:

@@ -30,7 +30,9 @@ def run_cells(run: Mapping[str, Any]) -> tuple[object, ...]:
     sealed, cost = run["sealed"], run["cost"]
     scores = (shown(sealed["first"]), shown(sealed["final"]), f"{sealed['p_value']:.2g}") if sealed else ("", "", "")
     dollars = "unknown" if cost["usd"] is None else f"{cost['usd']:.2f}"
-    spent = (f"{cost['model_calls']:,}", f"{cost['tokens']:,}", dollars, f"{cost['seconds']:.0f}")
+    shared = (cost.get("inherited") or {}).get("model_calls", 0)
+    calls = f"{cost['model_calls']:,}" + (f" ({shared:,} of its parents)" if shared else "")
+    spent = (calls, f"{cost['tokens']:,}", dollars, f"{cost['seconds']:.0f}")
     return (run["run"], run["lever"], run["status"], run["best"], *scores, *spent)
 
 
