@@ -119,7 +119,6 @@ def _divergences(
                 decide = service.decides.get(type(cause.event))
                 try:
                     decided = tuple(lineage.decided(decide, cause, run)) if decide else ()
-                    over = lineage.latest.status == "finished"
                 except Exception as error:  # what today's code raises is what there is to be found
                     why = f"deciding fails now: {type(error).__name__}: {error}"
                     yield Divergence(cause, service.name, recorded, (), why, _code(lineage, cause))
@@ -128,7 +127,7 @@ def _divergences(
                 at_the_end = not given or given[-1] is records[-1]
                 begun = at_the_end and len(recorded) < len(decided) and recorded == decided[: len(recorded)]
                 # A cancelled run was broken off wherever it stood.
-                if begun and not over:
+                if begun and lineage.latest.status != "finished":
                     counts["pending"] += 1
                     continue
                 counts["decisions"] += bool(given)
