@@ -53,7 +53,7 @@ class StoredBlobs:
                 if self._root:
                     await asyncio.to_thread(_sync, self._root / path)
         except (BaseError, OSError) as error:
-            raise BlobsUnavailable(f"cannot write blob {digest} to {self._where}: {error}") from error
+            raise BlobsUnavailable(f"cannot write blob {digest} to {self._where}: {_why(error)}") from error
         return digest
 
     async def get(self, digest: str) -> bytes:
@@ -61,7 +61,7 @@ class StoredBlobs:
         try:
             body = await self._stored(path)
         except (BaseError, OSError) as error:
-            raise BlobsUnavailable(f"cannot read blob {digest} from {self._where}: {error}") from error
+            raise BlobsUnavailable(f"cannot read blob {digest} from {self._where}: {_why(error)}") from error
         if body is None:
             raise BlobMissing(f"no blob {digest} in {self._where}")
         if hashlib.sha256(body).hexdigest() != digest:
@@ -80,7 +80,7 @@ class StoredBlobs:
                     if _DIGEST.fullmatch(name) and _path(name) == meta["path"]:
                         yield Kept(name, meta["size"], meta["last_modified"])
         except (BaseError, OSError) as error:
-            raise BlobsUnavailable(f"cannot list {self._where}: {error}") from error
+            raise BlobsUnavailable(f"cannot list {self._where}: {_why(error)}") from error
 
     async def remove(self, digest: str, unless_since: datetime) -> bool:
         """Remove a blob that was last written before then; returns whether it was."""
@@ -92,7 +92,7 @@ class StoredBlobs:
         except FileNotFoundError:
             return False
         except (BaseError, OSError) as error:
-            raise BlobsUnavailable(f"cannot remove blob {digest} from {self._where}: {error}") from error
+            raise BlobsUnavailable(f"cannot remove blob {digest} from {self._where}: {_why(error)}") from error
         return True
 
     async def _is_old(self, path: str) -> bool:
@@ -120,7 +120,7 @@ def open_blobs(place: str) -> StoredBlobs:
             return StoredBlobs(from_url(place), place)
         root.mkdir(mode=0o700, parents=True, exist_ok=True)
     except (BaseError, OSError, ValueError) as error:
-        raise BlobsUnavailable(f"no blobs can be kept in {place}: {error}") from error
+        raise BlobsUnavailable(f"no blobs can be kept in {place}: {_why(error)}") from error
     return StoredBlobs(LocalStore(place, automatic_cleanup=True), place, root)
 
 
@@ -128,6 +128,11 @@ def _path(digest: str) -> str:
     if not _DIGEST.fullmatch(digest):
         raise ValueError(f"{digest!r} is no SHA-256 digest in lower-case hex")
     return f"{digest[:2]}/{digest[2:]}"
+
+
+def _why(error: Exception) -> str:
+    """What went wrong, without what obstore adds for whoever works on it."""
+    return str(error).partition("\n\nDebug source")[0]
 
 
 def _sync(file: Path) -> None:

@@ -18,7 +18,7 @@ import clickhouse_connect
 from clickhouse_connect.driver.client import Client
 from clickhouse_connect.driver.exceptions import DatabaseError, OperationalError, ProgrammingError
 
-from sia_events.infra.chdb_engine import ENGINE_OPTIONS, UPGRADING
+from sia_events.infra.chdb_engine import ENGINE_OPTIONS, NO_SPACE, ROOM, UPGRADING, has_room
 from sia_events.infra.store_lock import StoreHeld, claim
 from sia_events.shared.ports import Envelope, Rows
 from sia_events.shared.record import Record, parse_record, to_wire
@@ -41,7 +41,6 @@ EACH_ONCE = "SELECT position, record FROM events WHERE run = {run:String} ORDER 
 MENDED_AT_ONCE = 500  # that are named in one statement
 READERS_S = 5.0
 ANSWER_S = 300.0  # what somebody asks in SQL may take its time
-NO_SPACE = 243  # ClickHouse's NOT_ENOUGH_SPACE
 TABLE_EXISTS = 57
 UPGRADE_S, LOOK_S = 30.0, 0.05
 
@@ -95,6 +94,8 @@ def connect(dsn: str, answer_s: float = ANSWER_S) -> "ClickHouseLog":
         held = ExitStack()
         try:
             held.enter_context(claim(path))
+            if not has_room(path):
+                raise LogFull(f"the disk is full: {path} is not made with less than {ROOM >> 20} MB free")
             return _open(lambda **more: clickhouse_connect.get_client(**options, **more), held, alone=True)
         except StoreHeld as error:
             if error.owner and error.owner.dsn:
@@ -367,13 +368,16 @@ def _migrate(client: Client) -> None:
 
     Of those who come at once one applies them, and the others wait: nobody looks at a view that is just being replaced.
     """
-    client.command(
-        "CREATE TABLE IF NOT EXISTS schema_version (version UInt32, applied DateTime DEFAULT now()) "
-        "ENGINE = ReplacingMergeTree ORDER BY version SETTINGS fsync_after_insert = 1, fsync_part_directory = 1"
-    )
+    if not client.query("EXISTS TABLE schema_version").result_rows[0][0]:
+        _require_room(client)
+        client.command(
+            "CREATE TABLE IF NOT EXISTS schema_version (version UInt32, applied DateTime DEFAULT now()) "
+            "ENGINE = ReplacingMergeTree ORDER BY version SETTINGS fsync_after_insert = 1, fsync_part_directory = 1"
+        )
     ours = migrations()
     patience = time.monotonic() + UPGRADE_S
     while (found := _version(client)) < ours[-1][0]:
+        _require_room(client)
         if not _upgrading(client):
             if time.monotonic() > patience:
                 # Whoever began it has died over it.
@@ -385,6 +389,7 @@ def _migrate(client: Client) -> None:
             for version, statements in ours:
                 if version > found:
                     for statement in statements:
+                        _require_room(client)
                         client.command(statement)
                     client.insert("schema_version", [(version,)], ["version"], column_type_names=["UInt32"])
         finally:
@@ -394,6 +399,13 @@ def _migrate(client: Client) -> None:
             f"the event log is of schema {found}; this release knows schemas up to {ours[-1][0]}. "
             "Nothing was changed. Use the release that wrote it, or set SIA_HOME to another folder."
         )
+
+
+def _require_room(client: Client) -> None:
+    """Raises LogFull where a table may be left half made."""
+    for (free,) in client.query("SELECT free_space FROM system.disks WHERE name = 'default'").result_rows:
+        if free < ROOM:
+            raise LogFull(f"the disk under the event log is full: no table is made with less than {ROOM >> 20} MB free")
 
 
 def _version(client: Client) -> int:

@@ -1,17 +1,20 @@
 """How a record is tried again, and what is recorded when a service gives up on it: the same on every bus."""
 
+import errno
 import random
 import re
 from contextlib import suppress
 
 import structlog
 
+from sia_events.infra.blobs import BlobsUnavailable
 from sia_events.infra.tail import RunIncomplete
 from sia_events.shared.events import ServiceFailed
 from sia_events.shared.ports import Blobs, Bus, ProviderAway
 from sia_events.shared.record import Draft, Record, derived_id
 
 TRIES = 5
+LONGEST_S = 30.0
 
 _RUN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
 log = structlog.get_logger()
@@ -26,7 +29,16 @@ def checked_name(run: str) -> str:
 
 def delay(tries: int, first: float) -> float:
     """Seconds until the next try after `tries` failed ones: doubling from `first`, up to a quarter of jitter."""
-    return first * 2 ** (tries - 1) * random.uniform(1.0, 1.25)
+    return min(first * 2.0 ** min(tries - 1, 64), LONGEST_S) * random.uniform(1.0, 1.25)
+
+
+def is_outage(error: Exception) -> bool:
+    """Whether a disk is full or the blobs are away, which is no fault of the record: it waits, and has all its tries.
+
+    Nor could its letter be written meanwhile, which keeps a blob.
+    """
+    full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+    return full or isinstance(error, BlobsUnavailable)
 
 
 def is_last(error: Exception, tries: int) -> bool:

@@ -9,7 +9,7 @@ from datetime import UTC, datetime
 from itertools import chain, count
 from typing import Any, Literal
 
-from sia_events.infra.delivery import checked_name, delay, give_up, give_up_unread, is_last
+from sia_events.infra.delivery import checked_name, delay, give_up, give_up_unread, is_last, is_outage
 from sia_events.infra.tail import Tail, check_copied, check_part, following, left_at, stored
 from sia_events.shared.events import RunBranched
 from sia_events.shared.ports import BlobMissing, Blobs, Clock, Envelope, Feed, NoSuchPosition, Rows
@@ -173,14 +173,16 @@ class MemoryBus:
         self, service: str, message: Message, sequence: int, answer: Callable[[Record], Awaitable[None]]
     ) -> None:
         record = await self._record(service, message, sequence, check_part)
-        for tries in count(1) if record else ():
+        tries = 0
+        for times in count(1) if record else ():
             assert record
             try:
                 return await answer(record)
             except Exception as error:
+                tries += not is_outage(error)
                 if is_last(error, tries):
                     return await give_up(self, self._blobs, service, record, message.wire, sequence, error, tries)
-                await asyncio.sleep(delay(tries, self._retry_delay))
+                await asyncio.sleep(delay(times, self._retry_delay))
 
     async def _record(
         self, reader: str, message: Message, sequence: int, check: Callable[[Tail, Record], None]

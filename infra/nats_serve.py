@@ -16,7 +16,7 @@ from nats.aio.msg import Msg
 from nats.js import api
 from nats.js.errors import APIError, NotFoundError
 
-from sia_events.infra.delivery import delay, is_last
+from sia_events.infra.delivery import delay, is_last, is_outage
 from sia_events.infra.nats_streams import ANSWER_S, UNANSWERED, Message, heeding
 
 CANCELLED_DELAY_S = 0.1
@@ -48,6 +48,8 @@ class Serving:
     retry_delay: float
     at_once: int = 1
     failures: Counter[int] = field(default_factory=Counter)
+    outages: Counter[int] = field(default_factory=Counter)
+    """How often a message waited for a disk or a store: its next wait goes by it, and no try."""
     running: set[asyncio.Task[None]] = field(default_factory=set)
     answered: deque[tuple[int, str]] = field(default_factory=lambda: deque(maxlen=MAX_OUT))
     """Of the last messages: their sequence, and where their ack was sent."""
@@ -150,9 +152,16 @@ async def _handle(raw: Msg, serving: Serving) -> None:
     except asyncio.CancelledError:
         await _settle(lambda: raw.nak(CANCELLED_DELAY_S))
     except Exception as error:
+        if is_outage(error):
+            serving.outages[message.sequence] += 1
+            waited = serving.outages[message.sequence]
+            log.warning("a record waits: a disk is full, or the blobs are away", subject=raw.subject, error=str(error))
+            await _settle(lambda: raw.nak(delay(waited, serving.retry_delay)))
+            return
         serving.failures[message.sequence] += 1
         tries = serving.failures[message.sequence]
-        hopeless = isinstance(error, Unanswerable) or is_last(error, tries) or place.num_delivered >= MAX_DELIVERIES
+        delivered = place.num_delivered - serving.outages[message.sequence]
+        hopeless = isinstance(error, Unanswerable) or is_last(error, tries) or delivered >= MAX_DELIVERIES
         log.warning("failed on a record", subject=raw.subject, tries=tries, error=repr(error))
         if not hopeless:
             await _settle(lambda: raw.nak(delay(tries, serving.retry_delay)))
@@ -169,6 +178,7 @@ async def _handle(raw: Msg, serving: Serving) -> None:
             await _settle(raw.term)
     else:
         serving.failures.pop(message.sequence, None)
+        serving.outages.pop(message.sequence, None)
         # Confirmed: an ack lost with a dying server would hold up the run until the ack wait is over.
         await _settle(lambda: raw.ack_sync(ANSWER_S))
         serving.answered.append((message.sequence, raw.reply))

@@ -19,13 +19,15 @@ from sia_events.model_gateway.responses_wire import RESPONSES
 from sia_events.model_gateway.token import Claims, TokenRefused, read_token
 from sia_events.model_gateway.wire import Refused, Wire
 from sia_events.shared.calls import AWAY, ModelCall
-from sia_events.shared.ports import Clock
+from sia_events.shared.ports import BusFull, BusUnreachable, Clock
 
 MAX_BODY = 2_000_000
 BYTES_A_TOKEN = 4
 STATUS: Mapping[str, int] = {"budget": 402, **AWAY}
 """What a caller gets for a call that has no reply, by its fault; 502 for every other."""
 
+LOST = (BusUnreachable, BusFull)
+UNRECORDED = 500  # with this status the box counts a call as lost
 # What the SDKs of OpenAI and Anthropic send along: how often they have sent this request already.
 RETRIES = "x-stainless-retry-count"
 
@@ -91,7 +93,7 @@ def gateway(calls: Calls, secret: str, clock: Clock) -> Starlette:
             Route("/v1/models", listing),
             Route("/v1/held_up", held_up),
         ],
-        exception_handlers={Refused: _refused, HTTPException: _no_such_page},
+        exception_handlers={Refused: _refused, HTTPException: _no_such_page, **dict.fromkeys(LOST, _lost)},
     )
 
 
@@ -108,7 +110,11 @@ async def _frames(wire: Wire, reading: Reading) -> AsyncIterator[bytes]:
     async for part in reading.follow():
         for frame in encoder.feed(part):
             yield frame
-    call = await reading.call()
+    try:
+        call = await reading.call()
+    except LOST as error:
+        yield wire.error_frame(UNRECORDED, str(error))
+        return
     if call.reply is None:
         yield wire.error_frame(_status(call), call.error or "")
         return
@@ -132,6 +138,11 @@ async def _refused(request: Request, error: Exception) -> Response:
     assert isinstance(error, Refused)
     log.debug("a request was refused", path=request.url.path, status=error.status, reason=str(error))
     return JSONResponse(_wire_of(request).error(error.status, str(error)), error.status)
+
+
+async def _lost(request: Request, error: Exception) -> Response:
+    """What was answered could not be put on record, and so is given to nobody; the log says which call it was."""
+    return JSONResponse(_wire_of(request).error(UNRECORDED, str(error)), UNRECORDED)
 
 
 async def _no_such_page(request: Request, error: Exception) -> Response:

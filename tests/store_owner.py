@@ -44,3 +44,9 @@ def owner(path: Path, *options: str) -> Iterator[Running]:
 def statement(dsn: str, sql: str) -> None:
     with clickhouse_connect.get_client(dsn=dsn) as client:
         client.command(sql)
+
+
+def tables(dsn: str) -> list[str]:
+    """The tables and views that are there, whatever schema they are of."""
+    with clickhouse_connect.get_client(dsn=dsn) as client:
+        return [row[0] for row in client.query("SHOW TABLES").result_rows]

@@ -1,6 +1,7 @@
 """The Bus port's contract, in memory and on a real server; then what only a server can: die, fill up, be set wrong."""
 
 import asyncio
+import errno
 import json
 import os
 import random
@@ -35,7 +36,8 @@ from small_disk import fill, small_disk
 
 from sia_events.infra import nats as nats_bus
 from sia_events.infra import nats_runs, nats_serve, nats_server
-from sia_events.infra.delivery import TRIES
+from sia_events.infra.blobs import BlobsUnavailable
+from sia_events.infra.delivery import LONGEST_S, TRIES, delay
 from sia_events.infra.memory import MemoryBlobs, SystemTime
 from sia_events.infra.nats import NatsBus, connect
 from sia_events.infra.nats_server import running
@@ -241,6 +243,29 @@ async def test_after_the_last_try_there_is_a_dead_letter_and_the_service_goes_on
     assert (letter.event.service, letter.event.failed, letter.event.tries) == ("svc", str(second.id), TRIES)
     assert "never" in letter.event.error
     assert parse_record(await bench.blobs.get(letter.event.payload)) == second
+
+
+@pytest.mark.parametrize("error", [BlobsUnavailable("no connection"), OSError(errno.ENOSPC, "no space left")])
+async def test_a_full_disk_or_blobs_that_are_away_cost_a_record_none_of_its_tries(bench: Bench, error: Exception):
+    await opened(bench.bus, "r", note("a"), note("b"))
+    got: list[str] = []
+
+    async def answer(record: Record) -> None:
+        got.append(texts([record])[0])
+        if len(got) <= TRIES + 2:
+            raise error
+        if len(got) < 2 * TRIES + 2:
+            raise OSError("and then its own failures")
+
+    async with serving(bench.bus, "svc", ["RunResumed"], answer, "r"):
+        await until(lambda: "b" in got)
+    assert got == ["a"] * (2 * TRIES + 2) + ["b"]
+    assert len(await bench.bus.history("r")) == 3, "no dead letter"
+
+
+def test_however_long_a_record_has_waited_it_is_tried_again_soon():
+    assert 1.0 <= delay(1, 1.0) <= 1.25 and 16.0 <= delay(5, 1.0) <= 20.0
+    assert all(LONGEST_S <= delay(tries, 1.0) <= 1.25 * LONGEST_S for tries in (6, 100, 10**6))
 
 
 async def test_who_has_waited_for_a_provider_in_vain_is_not_asked_to_wait_again(bench: Bench):

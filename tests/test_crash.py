@@ -122,6 +122,8 @@ def test_an_interrupted_run_says_how_to_go_on_and_does(
     assert process.returncode == 130 and "sia run --resume r1" in talk and out == ""
     assert_none_left(children)
     assert read(tmp_path, "runs")[0]["status"] == "interrupted"
+    assert read(tmp_path, "show", "r1")["status"] == read(tmp_path, "cost", "r1")["status"] == "interrupted"
+    assert read(tmp_path, "status")["runs"] == {"interrupted": 1}
     resumed = sia(tmp_path, "run", "--resume", "r1", "--json")
     assert resumed.returncode == 0, resumed.stderr
     records = log(tmp_path)

@@ -55,7 +55,8 @@ def test_files_that_differ_in_no_line_are_told_in_words():
         "a.py": "the same lines, in other bytes: line ends, or what is no text",
         "b.py": "an empty file is gone",
     }
-    pair = {"before": "r1", "after": "r2", "versions": ["g0a", "g1a"], "splits": {}, "adapters": [None, None]}
+    pair = {"before": "r1", "after": "r2", "fork": None, "versions": ["g0a", "g1a"], "splits": {}}
+    pair["adapters"] = [None, None]
     told = pair_lines({**pair, "files": file_diffs(old, new, "g0a", "g1a")})
     assert "__init__.py (an empty file is new)" in told[-1] and "the same lines" in told[-1]
     assert pair_lines({**pair, "files": {}})[-1] == "  harness the same"

@@ -14,10 +14,10 @@ from threading import Barrier
 from typing import Any
 
 import pytest
-from store_owner import owner, statement
+from store_owner import owner, statement, tables
 from urllib3.connectionpool import HTTPConnectionPool
 
-from sia_events.infra import clickhouse
+from sia_events.infra import chdb_engine, clickhouse
 from sia_events.infra.chdb_engine import UPGRADING
 from sia_events.infra.clickhouse import (
     ClickHouseLog,
@@ -494,7 +494,9 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", "-l", str(tmp_path)], check=True)
 
 
-async def test_a_full_disk_is_named_and_what_was_acknowledged_stays(small_disk: Path):
+async def test_a_full_disk_is_named_and_what_was_acknowledged_stays(small_disk: Path, monkeypatch: pytest.MonkeyPatch):
+    for module in (chdb_engine, clickhouse):
+        monkeypatch.setattr(module, "ROOM", 1 << 20)
     log = connect(f"chdb://{small_disk}/log")
     acknowledged = 0
     with pytest.raises(LogFull, match="disk under the event log is full"):
@@ -504,6 +506,48 @@ async def test_a_full_disk_is_named_and_what_was_acknowledged_stays(small_disk: 
             acknowledged += 200
     assert (await log.query("SELECT count() AS n FROM events"))[0]["n"] == acknowledged > 0
     await log.close()
+
+
+async def test_without_room_no_store_is_made_and_no_table_and_with_room_again_both_are(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """An engine that runs out of room over a table leaves an empty definition, and opens the store no more."""
+    path = tmp_path / "log"
+    with monkeypatch.context() as full:
+        full.setattr(chdb_engine, "ROOM", 1 << 60)
+        with pytest.raises(LogFull, match=f"the disk is full: {path} is not made"):
+            connect(f"chdb://{path}")
+        with pytest.raises(chdb_engine.Failure, match=f"the disk is full: {path} is not made"):
+            chdb_engine.Engine(path, tmp_path / "spool").open()
+        assert not path.exists()
+    with owner(path) as running:
+        with monkeypatch.context() as full:
+            full.setattr(clickhouse, "ROOM", 1 << 60)
+            with pytest.raises(LogFull, match="the disk under the event log is full: no table is made"):
+                connect(running.dsn)
+            assert tables(running.dsn) == []
+        log = connect(running.dsn)
+        assert await log.is_empty()
+        await log.close()
+
+
+async def test_a_table_is_made_only_as_long_as_there_is_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    looks, require_room = [], clickhouse._require_room
+
+    def soon_full(client: Any) -> None:
+        looks.append(1)
+        monkeypatch.setattr(clickhouse, "ROOM", 1 << 60 if len(looks) == 5 else 0)
+        require_room(client)
+
+    with owner(tmp_path / "log") as running:
+        monkeypatch.setattr(clickhouse, "_require_room", soon_full)
+        with pytest.raises(LogFull):
+            connect(running.dsn)
+        made = tables(running.dsn)
+        assert "events" in made and "scores" not in made
+        log = connect(running.dsn)
+        assert await log.is_empty() and not await log.query("SELECT * FROM scores")
+        await log.close()
 
 
 async def test_an_insert_is_on_disk_when_it_returns(embedded: ClickHouseLog):

@@ -32,7 +32,7 @@ async def test_lag_sizes_limits_and_letters_are_gauges_that_a_parser_reads(tmp_p
     found = samples(text)
     assert found["sia_stream_lag_messages", "SIA"] == 2 and found["sia_stream_messages", "SIA"] == 4
     assert 0 < found["sia_stream_bytes", "SIA"] < found["sia_stream_limit_bytes", "SIA"] == 2 * 2**30
-    assert found["sia_open_dead_letters", ""] == 1 and found["sia_runs", "running"] == 1
+    assert found["sia_open_dead_letters", ""] == 1 and found["sia_runs", "interrupted"] == 1
     assert found["sia_service_waiting_records", "evaluator"] == found["sia_service_in_flight_records", "evaluator"] == 0
     assert found["sia_log_up", ""] == 1 and found["sia_up", "recorder"] == 0 and found["sia_table_rows", "events"] == 2
     assert "secretive" not in text and str(tmp_path) not in text

@@ -33,7 +33,7 @@ async def test_the_lag_is_what_the_recorder_has_not_copied_and_letters_are_count
         await node.bus.append("r1", notes("r1", first, "a", "b"))
     found = await status(settings)
     assert found["lag"] == 2 and found["streams"][0]["lag"] == 2 and found["streams"][0]["messages"] == 4
-    assert found["letters"] == 1 and found["runs"] == {"running": 1}
+    assert found["letters"] == 1 and found["runs"] == {"interrupted": 1}
     assert {each["table"]: each["rows"] for each in found["tables"]}["events"] == 2
     with only_one(NAME, settings):
         assert (await status(settings))["up"] == [NAME]
@@ -64,7 +64,7 @@ async def test_a_log_that_lies_in_torn_parts_is_told_of_and_everything_else_with
             body[len(body) // 2 :] = bytes(len(body) - len(body) // 2)
             file.write_bytes(body)
     found = await status(settings)
-    assert found["log"] and found["tables"] == [] and found["runs"] == {"running": 1} and found["lag"] == 0
+    assert found["log"] and found["tables"] == [] and found["runs"] == {"interrupted": 1} and found["lag"] == 0
 
 
 def test_the_command_tells_people_and_programs(tmp_path: Path):

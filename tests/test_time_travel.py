@@ -278,6 +278,17 @@ def test_a_comparison_is_aligned_at_the_fork_and_pairs_the_items(home: Path):
     assert "target_agent.py" in other["files"]
 
 
+def test_of_more_than_two_runs_each_pair_is_told_where_it_parts(own: Path):
+    last = read(own, "state", "b")["position"]
+    assert sia(own, "branch", "b", "--at-position", last - 1, "--run", "bb").returncode == 0
+    found = read(own, "compare", "b", "bb", "r1")
+    near, far = (pair["fork"] for pair in found["pairs"])
+    assert (near["run"], near["position"]) == ("b", last - 1) and far == found["fork"] and far["run"] == "r1"
+    text = told(own, "compare", "b", "bb", "r1")[1]
+    assert f"against b (g1a), apart behind record {last - 1}\n" in text
+    assert f"against b (g1a), apart behind record {far['position']}\n" in text
+
+
 def test_what_a_branchs_parents_paid_is_told_apart_in_a_comparison(home: Path):
     rows = {row["run"]: row["cost"] for row in read(home, "compare", "r1", "b")["runs"]}
     shared = rows["b"]["inherited"]
@@ -327,7 +338,8 @@ def test_two_adapters_are_set_side_by_side_by_how_they_were_learned():
     assert adapter_rows({"adapters": [made[0], made[0]]}) == []
     against_none = adapter_rows({"adapters": [None, made[0]]})
     assert ("of", "", "g0a") in against_none and ("model", "", "local/m") in against_none
-    pair = {"before": "r1", "after": "b", "versions": ["g1a", "g1a"], "splits": {}, "files": {}, "adapters": made}
+    pair = {"before": "r1", "after": "b", "versions": ["g1a", "g1a"], "splits": {}, "files": {}, "fork": None}
+    pair["adapters"] = made
     compared = {"runs": [], "generations": [], "fork": None, "pairs": [pair]}
     assert "    algorithm  reinforce" in comparison_text(compared) and "3,072" in comparison_text(compared)
     assert "algorithmreinforcegrpo" in Page(comparison_page(compared)).words
@@ -344,6 +356,18 @@ def test_flips_name_the_items_that_one_version_has_right_and_the_other_wrong(hom
     assert sum(pair["splits"][split]["worse"] for split in SPLITS) > 0
     (back,) = read(home, "compare", "b", "r1")["pairs"]
     assert back["splits"]["gate"]["flips"]["better"] and not back["splits"]["gate"]["flips"]["worse"]
+
+
+def test_of_more_flips_than_a_page_can_take_it_says_how_many_there_are():
+    flipped = [{"item": f"<{number}>", "before": 0.0, "after": 1.0} for number in range(1203)]
+    gate = {"gain": 0.4, "low": 0.3, "high": 0.5, "p_value": 1e-9, "n": 3000, "better": 1203, "worse": 0}
+    splits = {"gate": {**gate, "flips": {"better": flipped, "worse": []}}}
+    pair = {"before": "r1", "after": "b", "versions": ["g1a", "g1a"], "splits": splits, "files": {}}
+    compared = {"runs": [], "generations": [], "fork": None}
+    compared["pairs"] = [{**pair, "fork": None, "adapters": [None, None]}]
+    words = Page(comparison_page(compared)).words
+    assert "gate: 1203 items flipped" in words and "and 203 more" in words
+    assert "<999>" in words and "<1000>" not in words
 
 
 class Page(HTMLParser):

@@ -18,17 +18,16 @@ from sia_events.shared.settings import Settings
 from sia_events.shared.tree import load_tree
 
 SCORED: tuple[Split, ...] = ("dev", "gate", "test")
-SHOWN_FLIPS = 1000
 
 
 async def compared(settings: Settings, names: Sequence[str]) -> dict[str, Any]:
     """{shared_records, fork, runs, generations, pairs}.
 
-    `fork` is {run, position, generation} of the last record that all runs share, or None. `runs` has what `sia show`
-    has of each. `generations` has a row a generation: the incumbent of each run behind it, with its scores by split.
-    `pairs` sets the first run against each other one, final version against final version: {before, after, versions,
-    splits: {split: the paired comparison with its flips}, files: {path: diff}, adapters}; `adapters` has of each of the
-    two what `sia adapters` tells of its own, or None. Raises Unusable for one run alone.
+    `fork` is {run, position, generation} of the last record that all runs share, or None; a pair has its own. `runs`
+    has what `sia show` has of each. `generations` has a row a generation: the incumbent of each run behind it, with its
+    scores by split. `pairs` sets the first run against each other one, final version against final version: {before,
+    after, fork, versions, splits: {split: the paired comparison with its flips}, files: {path: diff}, adapters};
+    `adapters` has of each of the two what `sia adapters` tells of its own, or None. Raises Unusable for one run alone.
     """
     if len(names) < 2:
         raise Unusable(f"a comparison takes two runs or more; of {names[0]} alone: sia show {names[0]}")
@@ -37,16 +36,14 @@ async def compared(settings: Settings, names: Sequence[str]) -> dict[str, Any]:
     made = [learned(history, run) for history, run in zip(histories, runs, strict=True)]
     shared = common(histories)
     blobs = app.open_public_blobs(settings)
-    last, at = histories[0][shared - 1], fold(histories[0][:shared])
-    fork = {"run": last.run, "position": shared, "generation": at.generation}
     return {
         "shared_records": shared,
-        "fork": fork if shared else None,
+        "fork": forked(histories),
         "runs": [{**await cost.summary(settings, history), "shared_records": shared} for history in histories],
         "generations": by_generation(runs),
         "pairs": [
-            {**await _pair(blobs, runs[0], other), "adapters": [made[0], mine]}
-            for other, mine in zip(runs[1:], made[1:], strict=True)
+            {**await _pair(blobs, runs[0], other), "fork": forked([histories[0], theirs]), "adapters": [made[0], mine]}
+            for other, theirs, mine in zip(runs[1:], histories[1:], made[1:], strict=True)
         ],
     }
 
@@ -59,6 +56,12 @@ def common(histories: Sequence[Sequence[Record]]) -> int:
             break
         count += 1
     return count
+
+
+def forked(histories: Sequence[Sequence[Record]]) -> dict[str, Any] | None:
+    """{run, position, generation} of the last record that the histories share; None where they share nothing."""
+    shared = histories[0][: common(histories)]
+    return {"run": shared[-1].run, "position": len(shared), "generation": fold(shared).generation} if shared else None
 
 
 def by_generation(runs: Sequence[Run]) -> list[dict[str, Any]]:
@@ -82,7 +85,7 @@ def flips(before: Scored, after: Scored, items: Sequence[str], sign: float) -> d
     for item, was, now in zip(items, before.items, after.items, strict=True):
         if was != now:
             found["better" if sign * (now - was) > 0 else "worse"].append({"item": item, "before": was, "after": now})
-    return {kind: each[:SHOWN_FLIPS] for kind, each in found.items()}
+    return found
 
 
 def _incumbent_behind(run: Run, generation: int) -> dict[str, Any] | None:

@@ -7,7 +7,7 @@ from string import ascii_lowercase
 from typing import Any
 
 from sia_events.infra.clock import SystemClock
-from sia_events.reading import lineage, look, resolve
+from sia_events.reading import as_it_stands, lineage, look, resolve
 from sia_events.shared.calls import journal_key
 from sia_events.shared.events import AttemptRequested, FeedbackRequested, RunStarted, WeightUpdateRequested
 from sia_events.shared.oversight import active_minutes
@@ -65,7 +65,7 @@ async def cost(settings: Settings, run: str) -> dict[str, Any]:
         over = fold(history).status in ("finished", "cancelled")
         return told(history, [Calls(*row.values()) for row in rows], history[-1].time if over else _now())
 
-    return await look(settings, ask)
+    return await as_it_stands(settings, await look(settings, ask))
 
 
 def told(history: Sequence[Record], calls: Iterable[Calls], now: datetime) -> dict[str, Any]:
@@ -103,7 +103,7 @@ async def summary(settings: Settings, history: Sequence[Record]) -> dict[str, An
 
     A candidate that was left out and an adapter's probes are in no record. Of an imported run only records are known.
     """
-    found = whole(history)
+    found = await as_it_stands(settings, whole(history))
     if history[0].producer == IMPORTED:
         return found
     paid = await cost(settings, history[-1].run)

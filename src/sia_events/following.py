@@ -5,13 +5,17 @@ import json
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import msgspec
 
 from sia_events import app, cost
+from sia_events.errors import Unusable
 from sia_events.event_log import recorder
+from sia_events.infra.clickhouse import LogFull, LogUnavailable, QueryRefused
+from sia_events.infra.store_lock import StoreHeld
 from sia_events.roles import is_local
 from sia_events.shared.events import RunFinished, ServiceFailed, WeightUpdateRequested
 from sia_events.shared.failpoints import reach
@@ -20,6 +24,7 @@ from sia_events.shared.record import Record
 from sia_events.shared.run import Run, fold
 from sia_events.shared.service import gave_up
 from sia_events.shared.settings import Settings
+from sia_events.shared.summary import whole
 from sia_events.views.progress import LEARNED, Screen, Step, progress
 from sia_events.views.summaries import ending_text, stopped_text
 
@@ -43,7 +48,7 @@ async def follow(node: app.Node, settings: Settings, name: str, as_json: bool) -
     except asyncio.CancelledError:
         print(f"\nstopped; nothing is lost. Go on with: sia run --resume {name}", file=sys.stderr)
         raise
-    summary = {**await cost.summary(settings, history), "took": round(time.monotonic() - started, 1)}
+    summary = {**await _summary(settings, history), "took": round(time.monotonic() - started, 1)}
     if isinstance(end, ServiceFailed):
         tries = "1 try" if end.tries == 1 else f"{end.tries} tries"
         print(f"sia: {end.service} gave up after {tries}: {end.error}", file=sys.stderr)
@@ -56,6 +61,15 @@ async def follow(node: app.Node, settings: Settings, name: str, as_json: bool) -
     if isinstance(end, Run):
         return 1 if end.cancelled is not None else 3
     return 0 if isinstance(end, RunFinished) and end.outcome != "failed" else 1
+
+
+async def _summary(settings: Settings, history: Sequence[Record]) -> dict[str, Any]:
+    """`cost.summary`, or what the records alone say where the log does not answer, or has not come so far."""
+    try:
+        return await cost.summary(settings, history)
+    except (Unusable, LogUnavailable, LogFull, QueryRefused, StoreHeld) as error:
+        print(f"sia: what it cost is told by the records alone, as the log does not say: {error}", file=sys.stderr)
+        return whole(history)
 
 
 def interrupt() -> None:

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from sia_events.catching_up import settled
-from sia_events.reading import every_lineage, interrupted, look, nobody_runs, resolve, unreadable
+from sia_events.reading import cut_short, every_lineage, look, nobody_runs, resolve, unreadable
 from sia_events.shared.events import FeedbackGiven, HarnessPatched, RunBranched, RunSteered
 from sia_events.shared.ports import Log
 from sia_events.shared.record import Record, opens_with
@@ -27,11 +27,11 @@ async def tree(settings: Settings, run: str | None) -> list[dict[str, Any]]:
 
     running = await settled(settings)
     roots = await look(settings, ask)
-    return [_interrupted(root) for root in roots] if nobody_runs(settings, running) else roots
+    return [_cut_short(root) for root in roots] if nobody_runs(settings, running) else roots
 
 
-def _interrupted(node: dict[str, Any]) -> dict[str, Any]:
-    return {**interrupted(node), "branches": [_interrupted(branch) for branch in node["branches"]]}
+def _cut_short(node: dict[str, Any]) -> dict[str, Any]:
+    return {**cut_short(node), "branches": [_cut_short(branch) for branch in node["branches"]]}
 
 
 def grown(histories: Mapping[str, Sequence[Record] | str], run: str | None) -> list[dict[str, Any]]:

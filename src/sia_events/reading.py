@@ -67,7 +67,7 @@ async def all_runs(settings: Settings) -> list[dict[str, Any]]:
     running = await settled(settings)
     found = await look(settings, lambda log: every_lineage(log, row))
     rows = [unreadable(name, each) if isinstance(each, str) else each for name, each in found.items()]
-    return [interrupted(each) for each in rows] if nobody_runs(settings, running) else rows
+    return [cut_short(each) for each in rows] if nobody_runs(settings, running) else rows
 
 
 def nobody_runs(settings: Settings, running: Mapping[str, object] | None) -> bool:
@@ -75,9 +75,19 @@ def nobody_runs(settings: Settings, running: Mapping[str, object] | None) -> boo
     return not running and not settings.nats_url
 
 
-def interrupted(run: dict[str, Any]) -> dict[str, Any]:
-    """A run's row where nobody runs the services: it is not under way, and waits to be resumed."""
-    return {**run, "status": "interrupted"} if run["status"] == "running" else run
+def cut_short(run: dict[str, Any]) -> dict[str, Any]:
+    """What is told of a run, where nobody runs the services: it is not under way, and waits to be resumed."""
+    return {**run, "status": interrupted(run["status"])}
+
+
+def interrupted(status: str) -> str:
+    """A run's status where nobody runs the services."""
+    return "interrupted" if status == "running" else status
+
+
+async def as_it_stands(settings: Settings, run: dict[str, Any]) -> dict[str, Any]:
+    """What is told of a run, `cut_short` where nobody runs the services."""
+    return cut_short(run) if nobody_runs(settings, await settled(settings)) else run
 
 
 async def records(settings: Settings, run: str, opened: Opened = current_log) -> Sequence[Record]:

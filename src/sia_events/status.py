@@ -15,6 +15,7 @@ from sia_events.infra.clickhouse import LogFull, LogUnavailable, QueryRefused
 from sia_events.infra.store_lock import StoreHeld
 from sia_events.infra.tail import RunIncomplete, RunTooNew
 from sia_events.log_here import open_log
+from sia_events.reading import interrupted, nobody_runs
 from sia_events.shared.letters import letters
 from sia_events.shared.run import fold
 from sia_events.shared.settings import Settings
@@ -60,6 +61,8 @@ async def status_on(
     services = await _services(node)
     log, over = await _log(settings, here)
     runs, open_letters = await _runs(node, over, read_s)
+    if runs and nobody_runs(settings, running):
+        runs = {interrupted(status): count for status, count in runs.items()}
     return {
         "home": str(settings.home),
         "process": dict(running) if running else None,

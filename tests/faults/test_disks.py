@@ -2,6 +2,7 @@
 
 import shutil
 import subprocess
+from itertools import takewhile
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,8 @@ from command import answered, sia
 from disturbed import assert_as_undisturbed, child_of, command, going, log
 from small_disk import fill, small_disk
 
-from sia_events.shared.record import Record
+from sia_events.shared.events import RunFinished, Scored, VersionAccepted, VersionRejected
+from sia_events.shared.record import Record, broken_link
 
 
 @pytest.fixture(scope="module")
@@ -17,6 +19,14 @@ def undisturbed(task: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Re
     home = tmp_path_factory.mktemp("undisturbed")
     assert sia(home, *command(task)).returncode == 0
     return log(home)
+
+
+def ends(records: list[Record]) -> list[str]:
+    """Verdicts and scores, and how it ended: an attempt that met the full disk may be one more, and counts for none."""
+    told = Scored | VersionAccepted | VersionRejected | RunFinished
+    return sorted(
+        record.event.model_dump_json(exclude={"attempt"}) for record in records if isinstance(record.event, told)
+    )
 
 
 @pytest.mark.slow  # the bus is waited for, a minute long
@@ -33,6 +43,34 @@ def test_a_run_whose_stream_has_no_room_says_so_and_goes_on_when_there_is(
         again = sia(tmp_path, "run", "--resume", "r1")
         assert again.returncode == 0, again.stderr
         assert_as_undisturbed(tmp_path, undisturbed)
+
+
+@pytest.mark.slow  # a record waits for half a minute and more between two tries
+def test_a_run_whose_home_has_no_room_at_all_waits_and_goes_on_when_there_is(
+    task: Path, tmp_path: Path, undisturbed: list[Record]
+):
+    """Stream, tables and blobs lie on one disk, as they do unless somebody set it otherwise; it is full when the first
+    tables are being made."""
+    home = tmp_path / "home"
+    home.mkdir()
+    with small_disk(home, megabytes=200):
+        process = going(task, home, 3)
+        filler = fill(home)
+        assert process.stderr
+        said = iter(process.stderr.readline, "")
+        waits, full = "a record waits: a disk is full", "the disk under the event log is full"
+        seen = list(takewhile(lambda line: waits not in line, said))
+        if not any(full in line for line in seen):
+            seen += takewhile(lambda line: full not in line, said)
+        assert process.poll() is None, seen
+        filler.unlink()
+        _, talk = process.communicate(timeout=200)
+        assert process.returncode == 0, talk
+        assert "Traceback" not in talk and "gave up" not in talk
+        records = log(home)
+        assert ends(records) == ends(undisturbed) and broken_link(records) is None
+        assert answered(home, "verify", "--all", "--repair")["left"] == []
+        assert not answered(home, "replay", "r1")["diverged"]
 
 
 @pytest.mark.slow  # a whole run, and what it left is verified

@@ -30,8 +30,8 @@ SOME = (
     "sia run before the log has everything",
     "sia run after its last word",
 )
-# With those at each named point once, these are more than 200 kills.
-SEEDS, KILLS, APART = range(8), 20, 15
+# With those at each named point once, these are the 200 kills and more that a change is seen through.
+SEEDS, KILLS, APART, IN_ALL = range(8), 20, 15, 200
 
 
 @pytest.fixture(scope="module")
@@ -65,9 +65,11 @@ def test_killed_at_every_named_point_one_after_the_other_runs_come_to_the_same_e
     task: Path, tmp_path: Path, undisturbed: Chain, children: Children
 ):
     named = list(dict.fromkeys(undisturbed.passed()))
-    assert all(fnmatch.filter(named, point.replace("{}", "*")) for point in OF_A_RUN) and len(named) > 40
+    assert all(fnmatch.filter(named, point.replace("{}", "*")) for point in OF_A_RUN)
+    assert len(named) + len(SEEDS) * KILLS >= IN_ALL
     with chain(task, tmp_path / "home", children) as runs:
         runs.kill(named)
+        assert runs.killed == named
         assert_whole(runs, log(undisturbed.home))
 
 
@@ -78,6 +80,7 @@ def test_killed_at_steps_drawn_from_all_that_it_takes_a_run_comes_to_the_same_en
 ):
     with chain(task, tmp_path / "home", children) as runs:
         runs.kill(islice(drawn(undisturbed.passed(), seed, APART), KILLS))
+        assert len(runs.killed) == KILLS
         assert_whole(runs, log(undisturbed.home))
 
 

@@ -22,6 +22,8 @@ INSET, APART = 44, 10.0
 
 LONG = 60
 """A longer diff is folded, in lines."""
+FLIPS = 1000
+"""Items that flipped, of one split, before the page says how many more there are."""
 
 STYLE = """
 :root { color-scheme: light dark; --line: #8886; --soft: #8882 }
@@ -126,7 +128,8 @@ def _pair(pair: Mapping[str, Any]) -> str:
     for split, found in pair["splits"].items():
         flipped = [(kind, *each.values()) for kind, items in found["flips"].items() for each in items]
         if flipped:
-            body = _table(("", "item", "before", "after"), flipped)
+            more = f"<p>and {len(flipped) - FLIPS} more</p>" if len(flipped) > FLIPS else ""
+            body = _table(("", "item", "before", "after"), flipped[:FLIPS]) + more
             parts.append(f"<details><summary>{escape(split)}: {len(flipped)} items flipped</summary>{body}</details>")
     parts.append(f"<p>Adapter: {escape(adapter_text(pair, ' → '))}</p>")
     if rows := adapter_rows(pair):

@@ -72,7 +72,8 @@ def gain_text(found: Mapping[str, Any]) -> str:
 def pair_lines(pair: Mapping[str, Any]) -> list[str]:
     """What one run has over another: gains, items that flipped, adapters and files."""
     old, new = pair["versions"]
-    lines = [f"{pair['after']} ({new or 'none accepted'}) against {pair['before']} ({old or 'none accepted'})"]
+    apart = f"apart behind record {pair['fork']['position']}" if pair["fork"] else "nothing is shared"
+    lines = [f"{pair['after']} ({new or 'none accepted'}) against {pair['before']} ({old or 'none accepted'}), {apart}"]
     for split, found in pair["splits"].items():
         lines.append(f"  {split:<5}{gain_text(found)}")
         for kind, flipped in found["flips"].items():
