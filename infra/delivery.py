@@ -37,8 +37,12 @@ def is_outage(error: Exception) -> bool:
 
     Nor could its letter be written meanwhile, which keeps a blob.
     """
-    full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
-    return full or isinstance(error, BlobsUnavailable)
+    return is_full(error) or isinstance(error, BlobsUnavailable)
+
+
+def is_full(error: Exception) -> bool:
+    """Whether a disk, or somebody's share of it, had no room left."""
+    return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
 
 
 def is_last(error: Exception, tries: int) -> bool:

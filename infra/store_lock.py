@@ -35,7 +35,8 @@ class StoreHeld(Exception):
 def claim(path: Path, dsn: str | None = None, patience: float = 0.0) -> Iterator[Owner]:
     """Hold the store at `path` until the block ends; the kernel releases it when the process dies.
 
-    The name of the owner goes into `PATH.owner`, readable by this user alone since a DSN carries a token.
+    The name of the owner goes into `PATH.owner`, readable by this user alone since a DSN carries a token; raises
+    OSError where that of one who takes questions cannot be written.
     Raises StoreHeld when another process, or another claim of this one, still has it after `patience` seconds.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -46,7 +47,13 @@ def claim(path: Path, dsn: str | None = None, patience: float = 0.0) -> Iterator
         raise StoreHeld(path, owner(path)) from None
     try:
         mine = Owner(os.getpid(), dsn)
-        _write_private(_beside(path, "owner"), json.dumps(asdict(mine)))
+        try:
+            _write_private(_beside(path, "owner"), json.dumps(asdict(mine)))
+        except OSError:
+            if dsn:
+                raise
+            # On a full disk there is no room for a name, and who takes no questions can do without.
+            _beside(path, "owner").unlink(missing_ok=True)
         yield mine
     finally:
         _beside(path, "owner").unlink(missing_ok=True)
@@ -68,6 +75,10 @@ def _beside(path: Path, suffix: str) -> Path:
 def _write_private(path: Path, text: str) -> None:
     fresh = path.with_name(f"{path.name}.{os.getpid()}")
     fresh.unlink(missing_ok=True)
-    with os.fdopen(os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
-        file.write(text)
-    fresh.replace(path)
+    try:
+        with os.fdopen(os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
+            file.write(text)
+        fresh.replace(path)
+    except OSError:
+        fresh.unlink(missing_ok=True)
+        raise

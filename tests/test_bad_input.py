@@ -1,6 +1,7 @@
 """Bad input: each mistake is named with its place and its mend, ends in status 2, and leaves everything as it was."""
 
 import asyncio
+import errno
 import json
 import os
 import shutil
@@ -16,9 +17,9 @@ from pathlib import Path
 import nats
 import pytest
 from command import SMALL, anew, answered, sia, small_task, tree
-from small_disk import small_disk
+from small_disk import fill, small_disk
 
-from sia_events.cli import main
+from sia_events.cli import _mendable, main
 from sia_events.infra.blobs import open_blobs
 from sia_events.infra.clickhouse import connect as open_log
 from sia_events.infra.nats_server import running as nats_running
@@ -303,6 +304,28 @@ def test_a_full_disk_is_said_before_anything_is_written(tmp_path: Path, task: Pa
         said = refused(disk / "home", "run", task, *SMALL)
         assert_says(said, "the disk of", "is full", "Free some space", "SIA_HOME")
         assert nothing_in(disk / "home")
+
+
+def test_on_a_full_disk_what_reads_answers_and_what_writes_says_so_and_nothing_is_lost(finished: Path, tmp_path: Path):
+    (tmp_path / "small").mkdir()
+    readers = [("runs",), ("show", "r1"), ("replay", "r1"), ("sql", "SELECT count() FROM events")]
+    with small_disk(tmp_path / "small", 128) as disk:
+        home = Path(shutil.copytree(finished, disk / "home", symlinks=True))
+        before = [sia(home, *words).stdout for words in readers]
+        filler = fill(disk)
+        assert [sia(home, *words).stdout for words in readers] == before
+        for words in (("verify", "--all"), ("branch", "r1", "--at", "0", "--run", "b1"), ("gc",), ("status",)):
+            assert_says(refused(home, *words), "No space left", "What was acknowledged is kept", "free some space")
+        assert "No space left" in sia(home, "doctor").stdout
+        filler.unlink()
+        assert [sia(home, *words).stdout for words in readers] == before
+        assert answered(home, "verify", "--all")["findings"] == []
+
+
+def test_a_disk_that_fills_up_anywhere_is_named_and_no_other_error_is_taken_for_it():
+    said = _mendable(OSError(errno.ENOSPC, "No space left on device", "/there/it"))
+    assert_says(said, "no room left for /there/it", "What was acknowledged is kept", "free some space")
+    assert _mendable(OSError(errno.EIO, "Input/output error")) == ""
 
 
 def a_bwrap_that_fails(folder: Path) -> dict[str, str]:

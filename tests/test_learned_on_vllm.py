@@ -155,6 +155,7 @@ async def loop(served: Served, tmp_path: Path) -> AsyncIterator[Loop]:
     await models.aclose()
 
 
+@pytest.mark.slow  # rollouts, an update and a probe, over a server that speaks vLLM's protocol
 async def test_an_adapter_is_learned_beside_vllm_loaded_there_proved_and_asked_by_the_next_attempt(
     loop: Loop, served: Served, tmp_path: Path
 ) -> None:

@@ -77,6 +77,7 @@ def test_the_commands_of_the_readme_run(home: Path, tmp_path: Path):
         assert done.returncode == 0, f"{command}: {done.stderr}"
 
 
+@pytest.mark.slow  # half a minute of commands, one behind the other
 def test_the_walk_through_a_task_of_your_own_is_true(home: Path, tmp_path: Path):
     """Files are taken from the page as they stand; every line of output shown there is printed."""
     text = DOCS["walkthrough"]

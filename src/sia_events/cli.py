@@ -112,19 +112,24 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
         # In this mode it prints usage errors itself and always ends in SystemExit, with the statuses above.
         cli(args=words)
     except Exception as error:
-        known = _not_ready()
-        if terminal.debugging() or not isinstance(error, known):
+        said = _mendable(error)
+        if terminal.debugging() or not said:
             raise
-        print(f"sia: {error}", file=sys.stderr)
+        print(f"sia: {said}", file=sys.stderr)
         sys.exit(terminal.USAGE)
     raise AssertionError("the command line ends by exiting")
 
 
-def _not_ready() -> tuple[type[Exception], ...]:
-    """Errors that a person can mend; each message says what, where and how."""
+def _mendable(error: Exception) -> str:
+    """What, where and how, of an error that a person can mend; nothing of any other."""
     from sia_events import errors
+    from sia_events.infra.delivery import is_full
 
-    return (terminal.Wrong, sia_spelling.Misspelt, *errors.MENDABLE)
+    if isinstance(error, OSError) and is_full(error):
+        where = f" for {error.filename}" if error.filename else ""
+        return f"the disk has no room left{where}. What was acknowledged is kept: free some space, then say it again"
+    known = (terminal.Wrong, sia_spelling.Misspelt, *errors.MENDABLE)
+    return (str(error) or type(error).__name__) if isinstance(error, known) else ""
 
 
 def _in_our_words(words: Sequence[str]) -> list[str]:

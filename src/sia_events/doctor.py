@@ -73,13 +73,16 @@ def _fsync(settings: Settings, scratch: Path) -> Check:
     """How long an append waits for the disk; measured beside the home, where the streams will be."""
     nearest = next(p for p in (settings.home, *settings.home.parents) if p.exists() and os.access(p, os.W_OK))
     times: list[float] = []
-    with tempfile.NamedTemporaryFile(dir=nearest, prefix=".sia-fsync-") as file:
-        for _ in range(11):
-            started = time.perf_counter()
-            file.write(b"x" * 1024)
-            file.flush()
-            os.fsync(file.fileno())
-            times.append((time.perf_counter() - started) * 1000)
+    try:
+        with tempfile.NamedTemporaryFile(dir=nearest, prefix=".sia-fsync-") as file:
+            for _ in range(11):
+                started = time.perf_counter()
+                file.write(b"x" * 1024)
+                file.flush()
+                os.fsync(file.fileno())
+                times.append((time.perf_counter() - started) * 1000)
+    except OSError as error:
+        return Check("disk sync", "fail", f"{nearest}: {error.strerror}", "free some space, or see to that disk")
     median = sorted(times)[5]
     status = "ok" if median <= SLOW_FSYNC_MS else "warn"
     mend = None if status == "ok" else "put SIA_HOME on a local disk: every record waits for one fsync"

@@ -47,7 +47,13 @@ async def hold(settings: Settings, purpose: str) -> AsyncIterator[None]:
             "or have runs share services: sia up"
         ) from error
     try:
-        note.write_text(json.dumps({"pid": os.getpid(), "purpose": purpose}))
+        try:
+            note.write_text(json.dumps({"pid": os.getpid(), "purpose": purpose}))
+        except OSError as error:
+            raise Unusable(
+                f"{note} cannot be written: {error.strerror}. What was acknowledged is kept: free some space, or mend "
+                "its permissions, then say it again"
+            ) from error
         _sweep(settings)
         yield
     finally:
