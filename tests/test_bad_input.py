@@ -322,6 +322,15 @@ def test_on_a_full_disk_what_reads_answers_and_what_writes_says_so_and_nothing_i
         assert answered(home, "verify", "--all")["findings"] == []
 
 
+def test_a_home_on_a_disk_that_may_only_be_read_is_named_with_what_to_do(finished: Path, tmp_path: Path):
+    (tmp_path / "small").mkdir()
+    with small_disk(tmp_path / "small", 64) as disk:
+        home = Path(shutil.copytree(finished, disk / "home", symlinks=True))
+        subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
+        for words in (("runs",), ("verify", "--all")):
+            assert_says(refused(home, *words), str(home), "Read-only file system", "copy the home", "SIA_HOME")
+
+
 def test_a_disk_that_fills_up_anywhere_is_named_and_no_other_error_is_taken_for_it():
     said = _mendable(OSError(errno.ENOSPC, "No space left on device", "/there/it"))
     assert_says(said, "no room left for /there/it", "What was acknowledged is kept", "free some space")

@@ -1,5 +1,6 @@
 """The command `sia`: its verbs, and how what cannot be done is told."""
 
+import errno
 import shlex
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -128,6 +129,9 @@ def _mendable(error: Exception) -> str:
     if isinstance(error, OSError) and is_full(error):
         where = f" for {error.filename}" if error.filename else ""
         return f"the disk has no room left{where}. What was acknowledged is kept: free some space, then say it again"
+    if isinstance(error, OSError) and error.errno in (errno.EROFS, errno.EACCES, errno.EPERM) and error.filename:
+        where = f"{error.filename}: {error.strerror}. What was acknowledged is kept"
+        return f"{where}: let this user write there, or copy the home and point SIA_HOME at the copy"
     known = (terminal.Wrong, sia_spelling.Misspelt, *errors.MENDABLE)
     return (str(error) or type(error).__name__) if isinstance(error, known) else ""
 
