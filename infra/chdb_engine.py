@@ -1,7 +1,6 @@
 """chDB inside the owner process: statements, parameters and settings of one request, each on a handle of its own."""
 
 import re
-import shutil
 import tempfile
 import threading
 from collections.abc import Iterator, Mapping
@@ -10,6 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlencode
+
+from sia_events.infra.room import lacking
 
 # Server settings of the engine: it owns a small store on somebody's laptop, not a machine.
 ENGINE_OPTIONS = {
@@ -41,9 +42,6 @@ STATEMENT_LIMIT = 1 << 20
 # The table that whoever brings the schema up to date makes first and drops last. One that is there when the store is
 # opened was left by somebody who died over it: nobody else can have the store open.
 UPGRADING = "upgrading"
-# Bytes that are to be free before the store or a table is made: an engine that runs out of room over it leaves a
-# definition without a word in it, and opens the store no more.
-ROOM = 64 << 20
 NO_SPACE = 243  # ClickHouse's NOT_ENOUGH_SPACE
 # Statements at once; more wait their turn. Memory goes with the number of them, not with the size of the store.
 CONCURRENT = 4
@@ -125,8 +123,8 @@ class Engine:
 
     def open(self) -> None:
         """Open or create the folder. Raises Failure when the engine cannot."""
-        if not has_room(self._path):
-            raise Failure(NO_SPACE, f"the disk is full: {self._path} is not made with less than {ROOM >> 20} MB free")
+        if not self._path.exists() and (full := lacking(self._path)):
+            raise Failure(NO_SPACE, full)
         self._spool.mkdir(parents=True, exist_ok=True)
         try:
             self._first = self._connect(f"{self._path}?{urlencode(OWNER_OPTIONS)}")
@@ -247,11 +245,6 @@ class Session:
     def _check_size(request: Request) -> None:
         if len(request.text) > STATEMENT_LIMIT:
             raise Failure(62, f"a statement of {len(request.text)} bytes is over the limit of {STATEMENT_LIMIT}")
-
-
-def has_room(path: Path) -> bool:
-    """Whether the store is there, or there is room to make it."""
-    return path.exists() or shutil.disk_usage(path.parent).free >= ROOM
 
 
 def _quoted(text: str) -> str:

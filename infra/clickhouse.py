@@ -18,7 +18,8 @@ import clickhouse_connect
 from clickhouse_connect.driver.client import Client
 from clickhouse_connect.driver.exceptions import DatabaseError, OperationalError, ProgrammingError
 
-from sia_events.infra.chdb_engine import ENGINE_OPTIONS, NO_SPACE, ROOM, UPGRADING, has_room
+from sia_events.infra.chdb_engine import ENGINE_OPTIONS, NO_SPACE, UPGRADING
+from sia_events.infra.room import lacking, too_little
 from sia_events.infra.store_lock import StoreHeld, claim
 from sia_events.shared.ports import Envelope, Rows
 from sia_events.shared.record import Record, parse_record, to_wire
@@ -94,8 +95,8 @@ def connect(dsn: str, answer_s: float = ANSWER_S) -> "ClickHouseLog":
         held = ExitStack()
         try:
             held.enter_context(claim(path))
-            if not has_room(path):
-                raise LogFull(f"the disk is full: {path} is not made with less than {ROOM >> 20} MB free")
+            if not path.exists() and (full := lacking(path)):
+                raise LogFull(full)
             return _open(lambda **more: clickhouse_connect.get_client(**options, **more), held, alone=True)
         except StoreHeld as error:
             if error.owner and error.owner.dsn:
@@ -404,8 +405,8 @@ def _migrate(client: Client) -> None:
 def _require_room(client: Client) -> None:
     """Raises LogFull where a table may be left half made."""
     for (free,) in client.query("SELECT free_space FROM system.disks WHERE name = 'default'").result_rows:
-        if free < ROOM:
-            raise LogFull(f"the disk under the event log is full: no table is made with less than {ROOM >> 20} MB free")
+        if full := too_little("the event log", free):
+            raise LogFull(full)
 
 
 def _version(client: Client) -> int:

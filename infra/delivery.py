@@ -1,6 +1,5 @@
 """How a record is tried again, and what is recorded when a service gives up on it: the same on every bus."""
 
-import errno
 import random
 import re
 from contextlib import suppress
@@ -8,6 +7,7 @@ from contextlib import suppress
 import structlog
 
 from sia_events.infra.blobs import BlobsUnavailable
+from sia_events.infra.room import is_full
 from sia_events.infra.tail import RunIncomplete
 from sia_events.shared.events import ServiceFailed
 from sia_events.shared.ports import Blobs, Bus, ProviderAway
@@ -38,11 +38,6 @@ def is_outage(error: Exception) -> bool:
     Nor could its letter be written meanwhile, which keeps a blob.
     """
     return is_full(error) or isinstance(error, BlobsUnavailable)
-
-
-def is_full(error: Exception) -> bool:
-    """Whether a disk, or somebody's share of it, had no room left."""
-    return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
 
 
 def is_last(error: Exception, tries: int) -> bool:

@@ -175,6 +175,7 @@ async def _handle(raw: Msg, serving: Serving) -> None:
         else:
             # Offered once more on request, it has all its tries again.
             del serving.failures[message.sequence]
+            serving.outages.pop(message.sequence, None)
             await _settle(raw.term)
     else:
         serving.failures.pop(message.sequence, None)

@@ -17,13 +17,13 @@ import psutil
 import structlog
 
 from sia_events.infra.nats_health import HEALTH_S, ailment, set_aside_setup
+from sia_events.infra.room import lacking
 from sia_events.infra.store_lock import claim
 from sia_events.shared.environment import plain
 
 MINIMUM = (2, 12)  # the first with atomic batches
 MAX_PAYLOAD = 8 * 2**20
 MAX_STORE_TB = 1024  # each stream has a limit of its own
-MIN_FREE_MB = 64
 READY_S = 30.0
 PORT_TRIES = 5  # between our look for a free port and the server's start any connection may be given it
 UNHEALTHY = 3  # health checks failed in a row; one may fail on a machine that is merely busy
@@ -267,12 +267,8 @@ async def _end_orphan(server: NatsServer) -> None:
 
 def _prepare(server: NatsServer) -> None:
     server.store.mkdir(parents=True, exist_ok=True)
-    free = shutil.disk_usage(server.store).free // 2**20
-    if free < MIN_FREE_MB:
-        raise NatsServerFailed(
-            f"the disk of {server.store} is full: {free} MB are free, {MIN_FREE_MB} MB are needed. "
-            "Nothing was written. Free some space, or set SIA_HOME to another disk."
-        )
+    if full := lacking(server.store):
+        raise NatsServerFailed(full)
     _write_private(server.config, _configuration(server))
 
 

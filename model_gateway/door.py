@@ -141,7 +141,7 @@ async def _refused(request: Request, error: Exception) -> Response:
 
 
 async def _lost(request: Request, error: Exception) -> Response:
-    """What was answered could not be put on record, and so is given to nobody; the log says which call it was."""
+    """The stream is away or full: what was answered is on no record, and so is given to nobody. The log says which."""
     return JSONResponse(_wire_of(request).error(UNRECORDED, str(error)), UNRECORDED)
 
 

@@ -388,13 +388,31 @@ async def test_a_reply_is_on_disk_before_it_is_given():
     assert (await asking).status_code == 200 and len(await house.recorded()) == 1
 
 
-async def test_a_reply_that_cannot_be_recorded_is_not_given():
-    class Full(MemoryBus):
-        async def trace(self, envelope: Envelope) -> None:
-            raise BusFull("no room")
+class Full(MemoryBus):
+    async def trace(self, envelope: Envelope) -> None:
+        raise BusFull("no room")
 
+
+async def test_a_reply_that_cannot_be_recorded_is_not_given():
     refused = await House(Full(), Counting()).chat()
     assert refused.status_code == 500 and "no room" in refused.text and "choices" not in refused.json()
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "end"),
+    [
+        ("/v1/chat/completions", HELLO, "[DONE]"),
+        ("/v1/messages", {**HELLO, "max_tokens": 9}, "message_stop"),
+        ("/v1/responses", {"input": "hello"}, "response.completed"),
+    ],
+)
+async def test_a_streamed_reply_that_cannot_be_recorded_ends_in_an_error_and_not_as_a_whole_one(
+    path: str, body: dict[str, Any], end: str
+):
+    whole = await House(MemoryBus(), Counting()).post(path, {**body, "stream": True})
+    assert end in whole.text
+    cut = await House(Full(), Counting()).post(path, {**body, "stream": True})
+    assert "no room" in cut.text and end not in cut.text
 
 
 async def test_a_reply_that_was_recorded_unheard_is_given_when_it_is_asked_for_again_and_not_paid_for_again():

@@ -17,7 +17,7 @@ import pytest
 from store_owner import owner, statement, tables
 from urllib3.connectionpool import HTTPConnectionPool
 
-from sia_events.infra import chdb_engine, clickhouse
+from sia_events.infra import chdb_engine, clickhouse, room
 from sia_events.infra.chdb_engine import UPGRADING
 from sia_events.infra.clickhouse import (
     ClickHouseLog,
@@ -495,8 +495,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 
 async def test_a_full_disk_is_named_and_what_was_acknowledged_stays(small_disk: Path, monkeypatch: pytest.MonkeyPatch):
-    for module in (chdb_engine, clickhouse):
-        monkeypatch.setattr(module, "ROOM", 1 << 20)
+    monkeypatch.setattr(room, "MIN_FREE", 1 << 20)
     log = connect(f"chdb://{small_disk}/log")
     acknowledged = 0
     with pytest.raises(LogFull, match="disk under the event log is full"):
@@ -514,16 +513,16 @@ async def test_without_room_no_store_is_made_and_no_table_and_with_room_again_bo
     """An engine that runs out of room over a table leaves an empty definition, and opens the store no more."""
     path = tmp_path / "log"
     with monkeypatch.context() as full:
-        full.setattr(chdb_engine, "ROOM", 1 << 60)
-        with pytest.raises(LogFull, match=f"the disk is full: {path} is not made"):
+        full.setattr(room, "MIN_FREE", 1 << 60)
+        with pytest.raises(LogFull, match=f"the disk of {path} is full"):
             connect(f"chdb://{path}")
-        with pytest.raises(chdb_engine.Failure, match=f"the disk is full: {path} is not made"):
+        with pytest.raises(chdb_engine.Failure, match=f"the disk of {path} is full"):
             chdb_engine.Engine(path, tmp_path / "spool").open()
         assert not path.exists()
     with owner(path) as running:
         with monkeypatch.context() as full:
-            full.setattr(clickhouse, "ROOM", 1 << 60)
-            with pytest.raises(LogFull, match="the disk under the event log is full: no table is made"):
+            full.setattr(room, "MIN_FREE", 1 << 60)
+            with pytest.raises(LogFull, match="the disk of the event log is full"):
                 connect(running.dsn)
             assert tables(running.dsn) == []
         log = connect(running.dsn)
@@ -536,7 +535,7 @@ async def test_a_table_is_made_only_as_long_as_there_is_room(tmp_path: Path, mon
 
     def soon_full(client: Any) -> None:
         looks.append(1)
-        monkeypatch.setattr(clickhouse, "ROOM", 1 << 60 if len(looks) == 5 else 0)
+        monkeypatch.setattr(room, "MIN_FREE", 1 << 60 if len(looks) == 5 else 0)
         require_room(client)
 
     with owner(tmp_path / "log") as running:

@@ -285,6 +285,7 @@ def test_of_more_than_two_runs_each_pair_is_told_where_it_parts(own: Path):
     near, far = (pair["fork"] for pair in found["pairs"])
     assert (near["run"], near["position"]) == ("b", last - 1) and far == found["fork"] and far["run"] == "r1"
     text = told(own, "compare", "b", "bb", "r1")[1]
+    assert f"against b (g1a), apart behind record {last - 1}" in Page(comparison_page(found)).words
     assert f"against b (g1a), apart behind record {last - 1}\n" in text
     assert f"against b (g1a), apart behind record {far['position']}\n" in text
 

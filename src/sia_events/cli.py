@@ -124,7 +124,7 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
 def _mendable(error: Exception) -> str:
     """What, where and how, of an error that a person can mend; nothing of any other."""
     from sia_events import errors
-    from sia_events.infra.delivery import is_full
+    from sia_events.infra.room import is_full
 
     if isinstance(error, OSError) and is_full(error):
         where = f" for {error.filename}" if error.filename else ""

@@ -34,11 +34,12 @@ async def compared(settings: Settings, names: Sequence[str]) -> dict[str, Any]:
     histories = [await records(settings, name) for name in names]
     runs = [fold(history) for history in histories]
     made = [learned(history, run) for history, run in zip(histories, runs, strict=True)]
-    shared = common(histories)
+    fork = forked(histories)
+    shared = fork["position"] if fork else 0
     blobs = app.open_public_blobs(settings)
     return {
         "shared_records": shared,
-        "fork": forked(histories),
+        "fork": fork,
         "runs": [{**await cost.summary(settings, history), "shared_records": shared} for history in histories],
         "generations": by_generation(runs),
         "pairs": [

@@ -12,6 +12,7 @@ from sia_events.views.comparisons import (
     gain_text,
     generation_rows,
     harness_text,
+    pair_title,
     run_cells,
 )
 
@@ -121,8 +122,7 @@ def _gate_scores(rows: Sequence[Mapping[str, Any]], name: str) -> list[tuple[int
 
 
 def _pair(pair: Mapping[str, Any]) -> str:
-    old, new = (version or "none accepted" for version in pair["versions"])
-    parts = [f"<h2>{escape(pair['after'])} ({escape(new)}) against {escape(pair['before'])} ({escape(old)})</h2>"]
+    parts = [f"<h2>{escape(pair_title(pair))}</h2>"]
     if pair["splits"]:
         parts.append(_table(("split", "gain"), [(split, gain_text(found)) for split, found in pair["splits"].items()]))
     for split, found in pair["splits"].items():

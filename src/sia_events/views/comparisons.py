@@ -69,11 +69,16 @@ def gain_text(found: Mapping[str, Any]) -> str:
     return f"{interval}, p = {found['p_value']:.2g}, {items}"
 
 
+def pair_title(pair: Mapping[str, Any]) -> str:
+    """Which version is set against which, and where their runs part."""
+    old, new = (version or "none accepted" for version in pair["versions"])
+    apart = f"apart behind record {pair['fork']['position']}" if pair["fork"] else "nothing is shared"
+    return f"{pair['after']} ({new}) against {pair['before']} ({old}), {apart}"
+
+
 def pair_lines(pair: Mapping[str, Any]) -> list[str]:
     """What one run has over another: gains, items that flipped, adapters and files."""
-    old, new = pair["versions"]
-    apart = f"apart behind record {pair['fork']['position']}" if pair["fork"] else "nothing is shared"
-    lines = [f"{pair['after']} ({new or 'none accepted'}) against {pair['before']} ({old or 'none accepted'}), {apart}"]
+    lines = [pair_title(pair)]
     for split, found in pair["splits"].items():
         lines.append(f"  {split:<5}{gain_text(found)}")
         for kind, flipped in found["flips"].items():
